@@ -1,0 +1,1 @@
+"""Checkpoint conversion: readers and writers of named tensors, streaming."""

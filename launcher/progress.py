@@ -1,0 +1,186 @@
+"""How a worker speaks: heartbeat, metrics, record, exit file; and how it is asked to stop.
+
+    attempt folder   heartbeat.STEP.RANK.json   the newest step, atomically replaced
+                     exit.STEP.RANK.json        how the rank ended; written last
+    artifact         metrics.jsonl              one line a step (rank 0), kept with the artifact
+                     record.json                versions, verification, figures: goes into the receipt
+
+A worker is asked to save and stop by SIGUSR2 (TERM counts as the same); it then exits 0 with class `time-limit`.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import store
+from launcher.errors import PrismError, UserError, WorldError
+from launcher.spec import ExitClass, SpecError, StageSpec, decode, read_stage
+
+METRICS = "metrics.jsonl"
+RECORD = "record.json"
+
+
+class Stopped(BaseException):
+    """Raised by a worker that was asked to stop, after it has saved: unfinished, to be continued."""
+
+
+class Diverged(PrismError):
+    """Training went to NaN or ran away; running it again would do the same."""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What a worker holds: its stage, the root, the folder of this attempt and its place among the ranks."""
+
+    spec: StageSpec
+    root: Path
+    attempt_dir: Path
+    step: str
+    rank: int = 0
+    world_size: int = 1
+    _asked: list[float] = field(default_factory=list)
+
+    # ---- paths
+
+    def input(self, port: str) -> Path:
+        """Where an input lies."""
+        return self.root / self.spec.inputs[port].path
+
+    def output(self, port: str) -> Path:
+        """Where an output is made; the folder exists."""
+        path = store.working_path(self.root, self.spec.artifact, self.spec.outputs[port].path)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def workdir(self) -> Path:
+        """The unfinished artifact: place of `progress/`, what a later attempt goes on from and `seal` leaves out."""
+        path = store.partial_dir(self.root, self.spec.artifact)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def config(self, cls: type[Any]) -> Any:
+        """The stage's config as its dataclass."""
+        return decode(cls, self.spec.config)
+
+    # ---- speaking
+
+    @property
+    def stop_requested(self) -> bool:
+        """True once the worker has been asked to save and stop."""
+        return bool(self._asked)
+
+    def beat(self, step: int, total: int, **figures: float | int | str) -> None:
+        """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s."""
+        beat = {"time": time.time(), "pid": os.getpid(), "step": step, "total": total, "figures": figures}
+        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", beat)
+
+    def metric(self, **figures: Any) -> None:
+        """Append one line to the artifact's metrics; rank 0 alone calls it."""
+        with (self.workdir / METRICS).open("a") as file:
+            file.write(json.dumps(figures, sort_keys=True) + "\n")
+
+    def truncate_metrics(self, key: str, last: int) -> None:
+        """Drop metric lines past step `last`, and a half-written one: a resumed run writes them again."""
+        path = self.workdir / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row.get(key, 0) <= last:
+                    kept.append(json.dumps(row, sort_keys=True))
+        store.write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+    def record(self, **facts: Any) -> None:
+        """Merge facts into what the receipt will say of this work; rank 0 alone calls it."""
+        path = self.workdir / RECORD
+        store.write_json(path, {**(store.read_json(path) or {}), **facts})
+
+    def exit(self, exit_class: ExitClass, message: str = "", **evidence: Any) -> None:
+        """Write how this rank ended."""
+        body = {"class": exit_class, "message": message, "time": time.time(), **evidence}
+        self._replace(self.attempt_dir / f"exit.{self.step}.{self.rank}.json", body)
+
+    @staticmethod
+    def _replace(path: Path, value: Mapping[str, Any]) -> None:
+        # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that no worker outlives its supervisor."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.environ.get("PRISM_PARENT", str(os.getppid())) != str(os.getppid()):
+        os._exit(137)  # the parent died before the call
+
+
+def run_worker(main: Callable[[StageJob], None], needs: tuple[str, ...] = ()) -> None:
+    """The one entry of every worker: read `stage.json`, run `main`, write how it ended, exit.
+
+    The environment names the rest: PRISM_ROOT, PRISM_ATTEMPT_DIR, PRISM_STEP, RANK, WORLD_SIZE. `needs` are the
+    modules of the worker's extra, named when one is absent.
+    """
+    if os.environ.get("PRISM_DIE_WITH_PARENT"):
+        die_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    job = StageJob(
+        spec=read_stage(sys.argv[1]),
+        root=Path(os.environ["PRISM_ROOT"]),
+        attempt_dir=Path(os.environ["PRISM_ATTEMPT_DIR"]),
+        step=os.environ.get("PRISM_STEP", "main"),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: job._asked.append(time.time()))
+    sys.exit(_run(main, job))
+
+
+def _run(main: Callable[[StageJob], None], job: StageJob) -> int:
+    exit_class: ExitClass = "finished"
+    message, code, trace = "", 0, None
+    try:
+        main(job)
+    except Stopped as stop:
+        exit_class, message = "time-limit", str(stop) or "saved and stopped as asked"
+    except Diverged as error:
+        exit_class, message, code = "diverged", str(error), 1
+    except (UserError, SpecError) as error:
+        exit_class, message, code = "user-error", str(error), 2
+    except MemoryError:
+        exit_class, message, code, trace = "out-of-memory", "out of host memory", 1, traceback.format_exc()
+    except (OSError, WorldError) as error:
+        storage = isinstance(error, OSError) and error.errno in (5, 28, 30, 122)
+        exit_class = "storage" if storage else "crashed"
+        message, code, trace = str(error), 1, traceback.format_exc()
+    except Exception as error:
+        message, code, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
+        exit_class = "out-of-memory" if "OutOfMemory" in type(error).__name__ else "crashed"
+    if trace:
+        print(trace, file=sys.stderr, flush=True)
+    elif message:
+        print(message, file=sys.stderr, flush=True)
+    try:
+        job.exit(exit_class, message, **({"traceback": trace} if trace else {}))
+    except OSError as error:
+        print(f"{job.attempt_dir}: the exit file cannot be written: {error}", file=sys.stderr)
+        return code or 1
+    return code

@@ -1,0 +1,1 @@
+"""The report: `collect` gathers every number of a run, `page` draws it."""

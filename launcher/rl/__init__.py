@@ -1,0 +1,1 @@
+"""RL backends: what each supports and the components it runs."""

@@ -1,0 +1,71 @@
+"""`run.json`: what a run is. Written by the login side alone, read by status and report. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import store
+from launcher.configs import Resources
+from launcher.errors import UserError
+from launcher.spec import SpecError, StageSpec, decode, encode
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a plan: its spec, the stages it waits for, what it asks of the cluster, whether the plan added it."""
+
+    spec: StageSpec
+    depends: tuple[str, ...]
+    resources: Resources
+    inserted: bool = False
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run: the recipe as resolved and its plan, in an order in which it can be executed."""
+
+    run: str
+    recipe: str
+    overrides: tuple[str, ...]
+    cluster: str
+    resolved: Mapping[str, Any]
+    stages: tuple[PlannedStage, ...]
+    created: float
+    versions: Mapping[str, str]
+    git: str | None = None
+    schema: int = 1
+
+    def stage(self, name: str) -> PlannedStage:
+        """The stage of this name. Raises UserError with the names there are."""
+        for stage in self.stages:
+            if stage.spec.stage == name:
+                return stage
+        names = ", ".join(s.spec.stage for s in self.stages)
+        raise UserError(f"run {self.run}: no stage {name}; there is {names}")
+
+
+def write_run(root: Path, record: RunRecord) -> None:
+    """Write `run.json`, atomically."""
+    store.write_json(store.run_dir(root, record.run) / "run.json", encode(record))
+
+
+def read_run(root: Path, run: str) -> RunRecord:
+    """Read a run. Raises UserError where there is none or it is of another version."""
+    path = store.run_dir(root, run) / "run.json"
+    data = store.read_json(path)
+    if data is None:
+        known = ", ".join(list_runs(root)) or "none"
+        raise UserError(f"{path}: no such run; runs under this root: {known}")
+    try:
+        return decode(RunRecord, data)
+    except SpecError as error:
+        raise UserError(f"{path}: not readable by this version of prism-launch: {error}") from None
+
+
+def list_runs(root: Path) -> list[str]:
+    """Names of the runs under a root, the latest written first."""
+    found = list((root / "runs").glob("*/run.json"))
+    return [p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]

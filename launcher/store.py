@@ -1,0 +1,301 @@
+"""Paths, receipts, claims and atomic writes. Nothing else knows where anything lies under the root.
+
+    ROOT/artifacts/KIND/FINGERPRINT/            a whole artifact: its ports' folders, `artifact.json` (the receipt)
+    ROOT/artifacts/KIND/FINGERPRINT.partial/    the same while it is made; renamed when whole
+    ROOT/artifacts/KIND/FINGERPRINT.claim/      who is making it
+    ROOT/runs/NAME/run.json                     the recipe as resolved and its plan; written by the login side alone
+    ROOT/runs/NAME/stages/STAGE/stage.json
+    ROOT/runs/NAME/stages/STAGE/ATTEMPT/        events.jsonl, heartbeats, exit files and logs of one attempt
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError, WorldError
+
+RECEIPT = "artifact.json"
+RECEIPT_SCHEMA = 1
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def partial_dir(root: Path, artifact: str) -> Path:
+    """Where an artifact is made; `artifact` is relative to the root, as `StageSpec.artifact` gives it."""
+    return root / f"{artifact}.partial"
+
+
+def working_path(root: Path, artifact: str, path: str) -> Path:
+    """The place in the unfinished artifact of a path inside the finished one."""
+    return partial_dir(root, artifact) / Path(path).relative_to(artifact)
+
+
+def run_dir(root: Path, run: str) -> Path:
+    """The folder of a run."""
+    return root / "runs" / run
+
+
+def stage_dir(root: Path, run: str, stage: str) -> Path:
+    """The folder of a stage in a run; attempts are folders inside it."""
+    return run_dir(root, run) / "stages" / stage
+
+
+# ------------------------------------------------------------------------------------------------------ atomic writes
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file whole or not at all: beside its place, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's value; None where it is absent or not whole JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def sync_tree(folder: Path) -> None:
+    """Push every file and folder under `folder` to disk, so that a rename after it cannot outrun its content."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in [*names, "."]:
+            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- receipts
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `artifact.json` says of a whole artifact.
+
+    `files` maps paths inside the artifact to (bytes, sha256). `record` is what the workers wrote about their work
+    (verification, versions, figures); `seconds` and `cpu_seconds` sum over attempts.
+    """
+
+    kind: str
+    kind_version: int
+    stage: str
+    run: str
+    fingerprint: str
+    config: Mapping[str, Any]
+    seed: int
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    created: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    attempts: int = 1
+    made_by: str = ""
+    made_on: str = ""
+    git: str | None = None
+    image: str | None = None
+    schema: int = RECEIPT_SCHEMA
+
+
+def read_receipt(root: Path, artifact: str) -> Receipt | None:
+    """The receipt of an artifact that is whole: schema known, every file there with its size. Else None."""
+    from launcher.spec import SpecError, decode
+
+    data = read_json(root / artifact / RECEIPT)
+    if not isinstance(data, dict) or data.get("schema") != RECEIPT_SCHEMA:
+        return None
+    try:
+        receipt = decode(Receipt, data)
+    except SpecError:
+        return None
+    for name, (size, _) in receipt.files.items():
+        try:
+            if (root / artifact / name).stat().st_size != size:
+                return None
+        except OSError:
+            return None
+    return receipt
+
+
+def damaged_files(root: Path, artifact: str, receipt: Receipt) -> list[str]:
+    """Files of an artifact whose checksum is no longer the receipt's."""
+    return [name for name, (_, digest) in receipt.files.items() if sha256_of(root / artifact / name) != digest]
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, read in pieces of 8 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every regular file under `folder` but the receipt: path inside it to (bytes, sha256)."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder) != Path(RECEIPT))
+    return {str(p.relative_to(folder)): (p.stat().st_size, sha256_of(p)) for p in found}
+
+
+def seal(root: Path, artifact: str, receipt: Receipt) -> None:
+    """Make the unfinished artifact whole: receipt, sync, rename. A whole one that is there already is kept."""
+    from launcher.spec import encode
+
+    partial = partial_dir(root, artifact)
+    write_json(partial / RECEIPT, encode(receipt))
+    sync_tree(partial)
+    target = root / artifact
+    if target.exists():
+        if read_receipt(root, artifact) is not None:
+            shutil.rmtree(partial)
+            return
+        os.replace(target, f"{target}.damaged.{os.getpid()}")
+    os.replace(partial, target)
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that can be told from every other: pids are reused, so its start time and the boot count too."""
+
+    host: str
+    boot: str
+    pid: int
+    start: str
+    job: str | None = None
+
+
+def this_process(pid: int | None = None, job: str | None = None) -> Owner:
+    """The owner that stands for a process of this machine, this one by default."""
+    pid = pid or os.getpid()
+    return Owner(socket.gethostname(), _boot_id(), pid, process_start(pid) or "", job)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a living process in clock ticks since boot, or None. A zombie is not living."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def is_alive(owner: Owner) -> bool | None:
+    """Whether the owner's process lives; None where this machine cannot tell."""
+    if owner.host != socket.gethostname():
+        return None
+    return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
+
+
+def claim(folder: Path, owner: Owner) -> Owner | None:
+    """Take the claim `folder` for `owner`; returns the living owner where another holds it, None when it is ours.
+
+    A claim whose owner is dead is taken over. One whose owner cannot be judged from here counts as living.
+    """
+    from launcher.spec import encode
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    (fresh / "owner.json").write_text(json.dumps(encode(owner)))
+    try:
+        for _ in range(3):
+            try:
+                os.rename(fresh, folder)  # fails unless the target is absent or empty: the claim is all or nothing
+                return None
+            except OSError:
+                holder = claim_holder(folder)
+                if holder == owner:
+                    return None
+                if holder is not None and is_alive(holder) is not False:
+                    return holder
+                stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+                with contextlib.suppress(OSError):
+                    os.rename(folder, stale)
+                shutil.rmtree(stale, ignore_errors=True)
+        return claim_holder(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def claim_holder(folder: Path) -> Owner | None:
+    """Who holds a claim, living or not."""
+    from launcher.spec import SpecError, decode
+
+    data = read_json(folder / "owner.json")
+    try:
+        return decode(Owner, data) if data is not None else None
+    except SpecError:
+        return None
+
+
+def release(folder: Path, owner: Owner) -> None:
+    """Give a claim back, if it is still ours."""
+    if claim_holder(folder) == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- root
+
+
+def open_root(path: Path) -> Path:
+    """Make the root (0700) if need be and see that it can be written. Raises UserError where it cannot."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        hint = "free some room" if error.errno == 28 else "choose another with --root or PRISM_ROOT"
+        kind = WorldError if error.errno == 28 else UserError
+        raise kind(f"{path}: the store's root cannot be written: {error.strerror}; {hint}") from None
+    return path.resolve()
+
+
+@contextlib.contextmanager
+def scratch_dir(parent: Path) -> Iterator[Path]:
+    """A folder beside the final place of something, gone at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=parent) as name:
+        yield Path(name)
