@@ -1,0 +1,121 @@
+"""What a plan needs to know of the world: checkpoints and text outside the store. The plan's only reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.configs import PrepareConfig
+from launcher.errors import UserError
+from launcher.recipe import Recipe, Stage
+from launcher.spec import Format
+from launcher.stages import kinds
+
+
+@dataclass(frozen=True)
+class External:
+    """A checkpoint outside the store. `model_type` is its config.json's."""
+
+    path: str
+    format: Format
+    fingerprint: str
+    model_type: str | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`checkpoints` by reference; `facts` by stage name: what beside its config decides a stage's artifact."""
+
+    checkpoints: Mapping[str, External]
+    facts: Mapping[str, Mapping[str, str]]
+
+
+def is_external(ref: str) -> bool:
+    """Whether a checkpoint reference names a path or a hub model and not a stage."""
+    return ref.startswith(("hf:", "/", "./", "../", "~"))
+
+
+def resolve_inputs(recipe: Recipe) -> Inputs:
+    """Look at everything outside the store that the recipe names. Raises UserError with all problems."""
+    problems: list[str] = []
+    checkpoints: dict[str, External] = {}
+    for path, ref in _external_refs(recipe):
+        try:
+            checkpoints[ref] = read_checkpoint(ref, Path(recipe.path).parent)
+        except UserError as error:
+            problems.append(f"{recipe.where(path)}: {path}: {error}")
+    facts = {name: _facts(recipe, stage, problems) for name, stage in recipe.stages.items()}
+    if problems:
+        raise UserError(problems)
+    return Inputs(checkpoints, facts)
+
+
+def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for name, stage in recipe.stages.items():
+        try:
+            needs = kinds()[stage.kind].needs(stage.config)
+        except UserError:
+            continue  # an unknown backend: reported by the plan, with its place
+        for need in needs:
+            if need.what == "checkpoint" and is_external(need.ref):
+                yield f"stages.{name}.{need.where}", need.ref
+
+
+def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
+    if not isinstance(stage.config, PrepareConfig):
+        return {}
+    facts = {}
+    for name, source in stage.config.sources.items():
+        if source.kind == "python-stdlib":
+            facts[f"sources.{name}"] = f"python {platform.python_version()}"
+        if source.kind == "files" and source.path:
+            where = f"stages.{stage.name}.sources.{name}.path"
+            try:
+                facts[f"sources.{name}"] = tree_fingerprint(Path(source.path))
+            except OSError as error:
+                problems.append(f"{recipe.where(where)}: {where}: {source.path}: {error.strerror}")
+    return facts
+
+
+def tree_fingerprint(path: Path) -> str:
+    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def read_checkpoint(ref: str, relative_to: Path) -> External:
+    """Look at a checkpoint outside the store: its format and model type. Raises UserError where it is none."""
+    if ref.startswith("hf:"):
+        raise UserError(f"{ref}: fetching from a hub is not built yet; download it and name its folder")
+    path = Path(os.path.abspath(relative_to / Path(ref).expanduser()))
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if (path / "latest_checkpointed_iteration.txt").exists():
+        return External(str(path), "megatron", tree_fingerprint(path), _model_type(path / "hf" / "config.json"))
+    if (path / "config.json").exists():
+        if not list(path.glob("*.safetensors")):
+            raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
+        return External(str(path), "hf", tree_fingerprint(path), _model_type(path / "config.json"))
+    raise UserError(
+        f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one (latest_checkpointed_iteration.txt)"
+    )
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        data: Any = json.loads(config.read_text())
+        return str(data["model_type"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{config}: not a model's config.json: {error}") from None

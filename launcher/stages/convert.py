@@ -1,0 +1,21 @@
+"""convert: a checkpoint in another format. The plan inserts it."""
+
+from __future__ import annotations
+
+from launcher.configs import ConvertConfig, Resources
+from launcher.spec import Format, Step
+from launcher.stages import Need, worker_step
+
+VERSION = 1
+#: What a checkpoint can be converted from and to.
+CONVERSIONS: frozenset[tuple[Format, Format]] = frozenset({("hf", "megatron"), ("megatron", "hf")})
+
+
+def needs(config: ConvertConfig) -> tuple[Need, ...]:
+    """The checkpoint as it is."""
+    return (Need("checkpoint", config.checkpoint, "checkpoint", "checkpoint", (config.source,)),)
+
+
+def steps(config: ConvertConfig, resources: Resources) -> tuple[Step, ...]:
+    """One process: TP and PP are properties of the reader, not of the file."""
+    return (worker_step("convert", resources),)

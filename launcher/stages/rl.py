@@ -1,0 +1,25 @@
+"""rl: reinforcement learning; the backend decides the checkpoint's format and the programs."""
+
+from __future__ import annotations
+
+from launcher.configs import Resources, RLConfig
+from launcher.rl import backend
+from launcher.spec import Format, Step
+from launcher.stages import Need, item_need
+
+VERSION = 1
+OUTPUTS: dict[str, Format] = {"checkpoint": "hf"}
+
+
+def needs(config: RLConfig) -> tuple[Need, ...]:
+    """The policy, in the backend's format, and the problems."""
+    accepts = backend(config.backend).ACCEPTS
+    return (
+        Need("checkpoint", config.checkpoint, "checkpoint", "checkpoint", accepts),
+        item_need(config.prompts, "prompts", "prompts"),
+    )
+
+
+def steps(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
+    """The backend's components."""
+    return tuple(backend(config.backend).components(config, resources))
