@@ -1,0 +1,124 @@
+"""The command line as a user meets it: messages, exit codes, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def prism(*args: str, cwd: Path = CHECKOUT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `prism-launch` in its own process."""
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", **environment}
+    command = [sys.executable, "-m", "launcher.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def recipe_file(folder: Path, change: str = "", old: str = "") -> Path:
+    """The demo's recipe with one piece of text replaced."""
+    text = (CHECKOUT / "recipes" / "demo.yaml").read_text()
+    assert old in text
+    path = folder / "mine.yaml"
+    path.write_text(text.replace(old, change, 1) if old else text)
+    return path
+
+
+def test_check_passes_the_shipped_demo() -> None:
+    done = prism("check", "recipes/demo.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no problem found" in done.stdout
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", "granite-tiny", "nemotron-h-tiny"])
+def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: Path) -> None:
+    done = prism("plan", "demo", "--set", f"model={model}", "--root", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    (plan,) = json.loads(done.stdout)
+    stages = [s["stage"] for s in plan["stages"]]
+    wanted = ["prepare", "base", "midtrain", "rl-from-base", "rl-from-midtrain", "evaluate", "analyze"]
+    assert set(wanted) <= set(stages)
+    assert sorted(s["stage"] for s in plan["stages"] if s["inserted"]) == ["base-to-hf", "midtrain-to-hf"]
+    assert not any(s["done"] for s in plan["stages"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "messages"),
+    [
+        (
+            "train_iters: 976",
+            "train_iter: 976",
+            [":64: stages.midtrain.train_iter: unknown key, did you mean train_iters?"],
+        ),
+        ("lr: 5.0e-3", "lr: fast", ['stages.base.lr: expected a number, got "fast"']),
+        ("checkpoint: base", "checkpoint: bsae", ["no stage bsae, did you mean base?"]),
+        ("seq_length: 128", "seq_length: 100000", ["beyond the 256 positions"]),
+        ("backend: trl", "backend: nemo-rl", ["backend nemo-rl is not built yet; there is trl"]),
+        ("kind: evaluate", "kind: evalute", ["evalute"]),
+        ("model: llama-tiny", "model: lama-tiny", ["lama-tiny", "llama-tiny"]),
+        ("seed: 0", "seed: [", ["mine.yaml:"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_message_and_exit_2(
+    tmp_path: Path, old: str, new: str, messages: list[str]
+) -> None:
+    done = prism("check", str(recipe_file(tmp_path, new, old)))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "mine.yaml:" in done.stderr and "Traceback" not in done.stderr
+    for message in messages:
+        assert message in done.stderr
+
+
+def test_all_problems_of_a_recipe_at_once(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    path.write_text(path.read_text().replace("lr: 5.0e-3", "lr: fast").replace("max_steps: 50", "max_step: 50"))
+    done = prism("check", str(path))
+    assert done.returncode == 2
+    assert done.stderr.count("lr: expected a number") == 2 and "did you mean max_steps?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("check", "no-such.yaml"), 2, "no-such.yaml"),
+        (("check", "recipes/demo.yaml", "--set", "midtrain.lrr=1"), 2, "lrr"),
+        (("check", "recipes/demo.yaml", "--cluster", "nowhere"), 2, "nowhere"),
+        (("render", "recipes/demo.yaml", "-o", "out"), 2, "has no Slurm"),
+        (("run", "recipes/demo.yaml", "--cluster", "example-pyxis"), 2, "not built yet"),
+        (("report", "--root", "empty"), 2, "no run here yet"),
+        (("status", "nothing", "--root", "empty"), 2, "no such run"),
+        (("convert", "nothing", "out", "--to", "hf"), 2, "nothing"),
+        (("diff", "nothing", "neither"), 2, "nothing"),
+        (("frobnicate",), 2, "invalid choice"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path: Path, args: tuple[str, ...], code: int, message: str) -> None:
+    (tmp_path / "recipes").symlink_to(CHECKOUT / "recipes")
+    done = prism(*args, cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unwritable_root_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = prism("run", "demo", "--root", str(tmp_path / "file" / "root"))
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "--root" in done.stderr
+
+
+def test_output_into_a_closed_pipe_is_no_failure() -> None:
+    command = f"{sys.executable} -m launcher.cli schema | head -1"
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["recipes", "clusters", "doctor"])
+def test_listings_speak_json(command: str, tmp_path: Path) -> None:
+    arguments = ("--root", str(tmp_path)) if command == "doctor" else ()
+    done = prism(command, "--json", *arguments)
+    assert json.loads(done.stdout), done.stderr

@@ -1,0 +1,45 @@
+"""The import budget: what a login node, and another Python inside a container, must not have to load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "numpy", "megatron", "transformers", "trl", "datasets", "safetensors", "matplotlib", "tokenizers"}
+LOGIN = ("cli", "commands", "plan", "check", "render", "local", "state", "watch", "doctor", "recipe.schema", "report")
+CONTRACT = ("spec", "configs", "progress", "store", "steps", "containers", "models.families", "models.layout")
+SUPERVISOR = ("supervisor.main", "supervisor.classify", "run_record")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level names in sys.modules of a fresh interpreter that ran `code`."""
+    program = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", LOGIN)
+def test_the_login_side_loads_no_heavy_library(module: str) -> None:
+    assert not modules_after(f"import launcher.{module}") & HEAVY
+
+
+def test_help_loads_neither_yaml_nor_rich() -> None:
+    loaded = modules_after("from launcher.cli import build_parser; build_parser().format_help()")
+    assert not loaded & {"yaml", "rich", "submitit", *HEAVY}
+
+
+@pytest.mark.parametrize("module", [*CONTRACT, *SUPERVISOR])
+def test_the_contract_uses_the_standard_library_only(module: str) -> None:
+    bare = modules_after("pass")
+    extra = modules_after(f"import launcher.{module}") - bare - set(sys.stdlib_module_names) - {"launcher"}
+    assert not extra, f"launcher.{module} loads {extra}"
+
+
+def test_every_module_of_the_package_is_importable_from_its_own_interpreter_side() -> None:
+    """No module is dead weight that nobody can import: each compiles and sits in a package."""
+    package = Path(__file__).resolve().parent.parent / "launcher"
+    for path in package.rglob("*.py"):
+        assert (path.parent / "__init__.py").exists(), f"{path}: its folder is no package"
