@@ -1,0 +1,206 @@
+"""YAML as plain data that remembers its lines, with the traps of YAML 1.1 closed.
+
+Plain scalars follow YAML 1.2: only `true` and `false` are booleans (`on`, `yes` are strings), `1e-5` is a number,
+`4:00:00`, dates and numbers with leading zeros stay strings. Duplicate keys, tags, NaN and infinity are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.errors import UserError
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
+_NULLS = {"", "~", "null", "Null", "NULL"}
+_BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MAX_NODES = 200_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`."""
+
+    data: Mapping[str, Any]
+    positions: Mapping[str, str]
+
+
+def join(path: str, key: str) -> str:
+    """A dotted path one key deeper."""
+    return f"{path}.{key}" if path else key
+
+
+def read_document(path: Path, shown: str | None = None) -> Document:
+    """Read a YAML file whose top is a mapping; `shown` is its name in messages. Raises UserError with all problems."""
+    shown = shown or str(path)
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: not a text file (byte {error.start} is not UTF-8); a recipe is YAML") from None
+    except IsADirectoryError:
+        raise UserError(f"{shown}: is a folder; name a .yaml file in it") from None
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror}") from None
+    return parse_document(text, shown)
+
+
+def parse_document(text: str, shown: str) -> Document:
+    """The same, from a string."""
+    node = _compose(text, shown)
+    if node is None:
+        raise UserError(f"{shown}: is empty; a recipe has at least `stages:`")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{shown}:{node.start_mark.line + 1}: expected `key: value` lines at the top")
+    builder = _Builder(shown)
+    data = builder.build(node, "")
+    if builder.problems:
+        raise UserError(builder.problems)
+    return Document(data, builder.positions)
+
+
+def parse_value(text: str, shown: str) -> Any:
+    """One YAML value, as `--set KEY=VALUE` gives it."""
+    node = _compose(text, shown)
+    if node is None:
+        return None
+    builder = _Builder(shown)
+    value = builder.build(node, "")
+    if builder.problems:
+        raise UserError([f"{shown}: {p.split(': ', 1)[1]}" for p in builder.problems])
+    return value
+
+
+def _compose(text: str, shown: str) -> Any:
+    try:
+        return yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        hint = "; indent with spaces, not tabs" if "\t" in text else ""
+        raise UserError(f"{shown}:{line}: not YAML: {error.problem or error.context}{hint}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{shown}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{shown}: nested too deeply") from None
+
+
+class _Builder:
+    """Plain data from composed nodes; collects positions and problems on the way."""
+
+    def __init__(self, shown: str):
+        self.shown = shown
+        self.positions: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.count = 0
+        self.open: set[int] = set()
+
+    def at(self, node: Any) -> str:
+        return f"{self.shown}:{node.start_mark.line + 1}"
+
+    def problem(self, node: Any, path: str, message: str) -> None:
+        self.problems.append(f"{self.at(node)}: {path or '(top)'}: {message}")
+
+    def build(self, node: Any, path: str) -> Any:
+        self.count += 1
+        if self.count > _MAX_NODES:
+            raise UserError(f"{self.shown}: more than {_MAX_NODES} values; aliases repeat themselves too often")
+        if id(node) in self.open:
+            raise UserError(f"{self.at(node)}: {path}: an alias refers to what it stands in")
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            self.problem(node, path, f"tag {node.tag} is not allowed; write the plain value")
+            return None
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.ScalarNode):
+                return self.scalar(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.item(v, f"{path}[{i}]") for i, v in enumerate(node.value)]
+            return {key: self.item(value, join(path, key)) for key, value in self.pairs(node, path)}
+        finally:
+            self.open.discard(id(node))
+
+    def item(self, node: Any, path: str) -> Any:
+        self.positions.setdefault(path, self.at(node))
+        return self.build(node, path)
+
+    def pairs(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        """Keys and value nodes, merge keys (`<<`) spread below the mapping's own."""
+        own: dict[str, tuple[Any, Any]] = {}
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.value == "<<" and not key.style:
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in sources:
+                    self.merge(source, path, merged)
+            elif not isinstance(key, yaml.ScalarNode):
+                self.problem(key, path, "a key must be a word")
+            elif key.value in own:
+                first = own[key.value][0].start_mark.line + 1
+                self.problem(key, join(path, key.value), f"given twice, first on line {first}")
+            else:
+                own[key.value] = (key, value)
+        for name, value in merged.items():
+            if name not in own:
+                yield name, value
+        for name, (key, value) in own.items():
+            self.positions[join(path, name)] = self.at(key)
+            yield name, value
+
+    def merge(self, source: Any, path: str, into: dict[str, Any]) -> None:
+        if not isinstance(source, yaml.MappingNode):
+            self.problem(source, path, "`<<` merges mappings only")
+            return
+        for name, value in self.pairs(source, path):
+            into.setdefault(name, value)
+
+    def scalar(self, node: Any, path: str) -> Any:
+        text: str = node.value
+        if node.style:
+            return text
+        if text in _NULLS:
+            return None
+        if text in _BOOLS:
+            return _BOOLS[text]
+        if _INT.fullmatch(text):
+            return int(text) if len(text) < 4000 else text
+        if _FLOAT.fullmatch(text):
+            value = float(text)
+            if value not in (float("inf"), float("-inf")):
+                return value
+            self.problem(node, path, f"{text} is too large for a number")
+        if _NOT_FINITE.fullmatch(text):
+            self.problem(node, path, f"{text} is not a number that a recipe may hold")
+        return text
+
+
+def merge_documents(below: Document, above: Document) -> Document:
+    """`above` laid over `below`: mappings merge, everything else replaces, `null` removes a key."""
+    positions = dict(below.positions)
+    data = _merge(below.data, above.data, "", positions)
+    for path, place in above.positions.items():
+        positions[path] = place
+    return Document(data, positions)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any], path: str, positions: dict[str, str]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        here = join(path, key)
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = _merge(result[key], value, here, positions)
+            continue
+        for old in [p for p in positions if p.startswith((f"{here}.", f"{here}["))]:
+            del positions[old]
+        if value is None and key in below:
+            del result[key]
+        else:
+            result[key] = value
+    return result
