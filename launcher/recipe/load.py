@@ -183,7 +183,9 @@ def _apply_overrides(document: Document, sets: Sequence[str]) -> tuple[Document,
             document = _with_value(document, path.split("."), parse_value(value, place), place)
             applied.append(text)
         except UserError as error:
-            problems += [f"{place}: {p.removeprefix(f'{place}:1: ').removeprefix(f'{place}: ')}" for p in error.problems]
+            problems += [
+                f"{place}: {p.removeprefix(f'{place}:1: ').removeprefix(f'{place}: ')}" for p in error.problems
+            ]
     if problems:
         raise UserError(problems)
     return document, applied
