@@ -1,0 +1,179 @@
+"""Training data: megatron-core's own datasets over `NAME.bin`/`NAME.idx`, blended by weight, in a fixed order.
+
+Sample number i of a blend depends on the sources, weights, sequence length, number of samples and seed alone, so a run
+that has consumed n samples goes on with sample n, on any parallel layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType
+from torch import Tensor
+
+from launcher.errors import UserError
+from launcher.store import sync_tree
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Token files that training reads: `prefix` plus .bin and .idx; `weight` is the share of tokens wanted."""
+
+    name: str
+    prefix: Path
+    weight: float
+    tokens: int
+
+
+def read_sources(folders: Mapping[str, Path], seq_length: int, weights: Mapping[str, float]) -> tuple[Source, ...]:
+    """The sources of a blend. `folders` maps a stage to its port `tokens`; `weights` maps STAGE/NAME to a weight.
+
+    Raises UserError with everything that is wrong with the files.
+    """
+    problems: list[str] = []
+    sources: list[Source] = []
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        stage, _, item = name.partition("/")
+        prefix = folders[stage] / item
+        try:
+            tokens = count_tokens(prefix)
+        except UserError as error:
+            problems += error.problems
+            continue
+        if tokens <= seq_length:
+            problems.append(
+                f"{prefix}.bin: {tokens} tokens do not fill one sequence; add text or lower seq_length {seq_length}"
+            )
+        sources.append(Source(name, prefix, weight / total, tokens))
+    if problems:
+        raise UserError(problems)
+    return tuple(sources)
+
+
+def count_tokens(prefix: Path) -> int:
+    """Tokens in `prefix`.bin, after its index; raises UserError where the two are not whole and of one piece."""
+    index, content = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    absent = next((p for p in (index, content) if not p.is_file()), None)
+    if absent:
+        known = ", ".join(sorted(p.stem for p in prefix.parent.glob("*.idx"))) or "none"
+        raise UserError(f"{absent}: no such file; sources there: {known}")
+    with index.open("rb") as file:
+        head = file.read(_INDEX_HEADER.size)
+    if len(head) < _INDEX_HEADER.size or not head.startswith(_INDEX_MAGIC):
+        raise UserError(f"{index}: not an index of Megatron's IndexedDataset; make the prepare stage anew")
+    _, _, code, sequences, documents = _INDEX_HEADER.unpack(head)
+    if index.stat().st_size != len(head) + sequences * (4 + 8) + documents * 8:
+        raise UserError(f"{index}: cut off or damaged; make the prepare stage anew")
+    lengths = np.fromfile(index, np.int32, sequences, offset=len(head))
+    tokens = int(lengths.sum(dtype=np.int64))
+    wanted = tokens * DType.size(DType.dtype_from_code(code))
+    if content.stat().st_size != wanted:
+        raise UserError(f"{content}: {content.stat().st_size} bytes, its index wants {wanted}; make the prepare stage anew")
+    return tokens
+
+
+class _Tokenizer:
+    """What GPTDataset asks of a tokenizer. No id is padding: sequences are packed, so none is ever padded or masked."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.pad, self.eod = vocab_size, -1, None
+        self.unique_identifiers = {"vocab_size": vocab_size}
+
+
+class Blend:
+    """The samples of a run, by number. Build it on every rank at once; rank 0 makes the index that the others read.
+
+    `folder` keeps the index for the attempts that follow.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], samples: int, seq_length: int, seed: int, vocab_size: int, folder: Path
+    ) -> None:
+        self.sources, self.samples, self.seq_length, self.vocab_size = tuple(sources), samples, seq_length, vocab_size
+        key = json.dumps([[str(s.prefix), s.tokens, s.weight] for s in sources] + [samples, seq_length, seed])
+        cache = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        building = cache.with_name(f"{cache.name}.partial")
+        whole = cache.exists()
+        if not whole and dist.get_rank() == 0:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        dist.barrier()
+        self._data = self._build(seed, cache if whole else building)
+        dist.barrier()
+        if not whole and dist.get_rank() == 0:
+            sync_tree(building)
+            os.replace(building, cache)
+
+    def _build(self, seed: int, cache: Path) -> Any:
+        prefixes, weights = [str(s.prefix) for s in self.sources], [s.weight for s in self.sources]
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self.seq_length,
+            blend=(prefixes, weights),
+            split="1,0,0",
+            path_to_cache=str(cache),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            tokenizer=_Tokenizer(self.vocab_size),
+        )
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, [self.samples, 0, 0], lambda: True, config)
+        return builder.build()[0]
+
+    def origin(self, sample: int) -> tuple[str, int]:
+        """The source that a sample is from, and its number there."""
+        if len(self.sources) == 1:
+            return self.sources[0].name, sample
+        return self.sources[self._data.dataset_index[sample]].name, int(self._data.dataset_sample_index[sample])
+
+    def mix(self) -> list[dict[str, Any]]:
+        """Of each source: the weight asked for, the tokens that the run draws and how many epochs these are."""
+        drawn = [self.samples]
+        if len(self.sources) > 1:
+            drawn = np.bincount(self._data.dataset_index[: self.samples], minlength=len(self.sources)).tolist()
+        return [
+            {
+                "source": source.name,
+                "weight": source.weight,
+                "tokens": count * self.seq_length,
+                "epochs": count * self.seq_length / source.tokens,
+            }
+            for source, count in zip(self.sources, drawn, strict=True)
+        ]
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Samples first .. first + count as tokens and labels, each count x seq_length."""
+        samples = [self._data[i] for i in range(first, first + count)]
+        tokens = torch.stack([s["tokens"] for s in samples])
+        labels = torch.stack([s["labels"] for s in samples])
+        highest = int(torch.maximum(tokens.max(), labels.max()))
+        if highest >= self.vocab_size:
+            names = ", ".join(sorted({self.origin(i)[0] for i in range(first, first + count)}))
+            raise UserError(
+                f"data: token id {highest} in {names} is outside the model's vocabulary of {self.vocab_size}; "
+                "prepare the data with the model's own tokenizer"
+            )
+        return tokens, labels
+
+    def micro_batches(self, first: int, last: int, size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This data-parallel rank's micro-batches of the samples first .. last, `size` sequences each."""
+        for start in range(first, last, size * ranks):
+            yield self.batch(start + rank * size, size)

@@ -1,0 +1,111 @@
+"""The folder `hf/` of a checkpoint in format `megatron`: config.json, generation_config.json and tokenizer files.
+
+They ride along so that a conversion back to Hugging Face's format has them. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.models.shape import ModelShape
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Token to id, of a tokenizer.json; empty where there is none."""
+    try:
+        data = json.loads((folder / "tokenizer.json").read_text())
+    except FileNotFoundError:
+        return {}
+    vocab = data["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as the tokenizer names them."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+    except FileNotFoundError:
+        return {}
+    ids, found = vocabulary(folder), {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            found[f"{name}_id"] = ids[content]
+    return found
+
+
+def check_tokenizers(folders: Mapping[str, Path], vocab_size: int) -> None:
+    """Refuse tokenizers that differ from each other or do not fit the model. `folders` maps what each is to its folder.
+
+    Raises UserError.
+    """
+    problems = []
+    vocabularies = {name: ids for name, folder in folders.items() if (ids := vocabulary(folder))}
+    first = next(iter(vocabularies), None)
+    for name, ids in vocabularies.items():
+        if ids != vocabularies[first]:
+            problems.append(f"{folders[name]}: the tokenizer of {name} is not that of {first} ({folders[first]})")
+        if max(ids.values()) >= vocab_size:
+            problems.append(
+                f"{folders[name]}: the tokenizer of {name} has ids up to {max(ids.values())}, "
+                f"the model's vocab_size is {vocab_size}"
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def check_same_shape(folder: Path, found: ModelShape, wanted: ModelShape) -> None:
+    """Refuse a checkpoint whose config.json describes another model. Raises UserError naming every difference."""
+    names = [f.name for f in fields(ModelShape) if getattr(found, f.name) != getattr(wanted, f.name)]
+    if names:
+        raise UserError(
+            f"{folder / 'config.json'}: {name} is {getattr(found, name)}, the stage's model has {getattr(wanted, name)}"
+            for name in names
+        )
+
+
+def write(target: Path, source: Path | None, tokenizer: Path | None, config: Mapping[str, Any], precision: str) -> None:
+    """Fill `target`: copied from the initial checkpoint's folder `source`, or from the model's config and tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file() and not (target / name).exists():
+                shutil.copyfile(tokenizer / name, target / name)
+    ids = special_ids(target)
+    known = _read(target / "config.json") or {**config}
+    known = {**ids, **{k: v for k, v in known.items() if k != "torch_dtype"}, "dtype": _DTYPES[precision]}
+    _write(target / "config.json", known)
+    if ids and not (target / "generation_config.json").exists():
+        _write(target / "generation_config.json", ids)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

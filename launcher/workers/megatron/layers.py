@@ -1,0 +1,112 @@
+"""Layers without Transformer Engine, for megatron-core's GPT and hybrid models; checkpoints keep its names.
+
+Transformer Engine fuses each norm into the linear layer after it, and that is how the checkpoint names it; the maps
+here give the separate norms those names, so that a checkpoint moves between a GPU and a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from launcher.models.shape import ModelShape
+
+_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_MAMBA_NORM = {"norm.": "mixer.in_proj.layer_norm_"}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMS norm, built as megatron-core builds a norm; its gradient is summed over sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None, **_: Any) -> None:
+        super().__init__(hidden_size, config.layernorm_epsilon if eps is None else eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage of a model of attention + MLP layers."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention(),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_mlp(),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_ATTENTION_NORM | _MLP_NORM,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def hybrid_layers(shape: ModelShape) -> ModuleSpec:
+    """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
+    mixer = ModuleSpec(
+        module=MambaMixer,
+        params={"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size},
+        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    )
+    mamba = MambaLayerSubmodules(
+        norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add, sharded_state_dict_keys_map=_MAMBA_NORM
+    )
+    attention = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=_attention(),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=_ATTENTION_NORM,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm, mlp=_mlp(), mlp_bda=get_bias_dropout_add, sharded_state_dict_keys_map=_MLP_NORM
+    )
+    kinds = MambaStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+    )
+    return ModuleSpec(module=HybridStack, submodules=kinds)
+
+
+class HybridStack(MambaStack):
+    """megatron-core's stack of mixed layers, whose last norm is Transformer Engine's alone."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        if self.post_process:
+            self.final_norm = RMSNorm(config, config.hidden_size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stack, then the last norm."""
+        hidden = super().forward(*args, **kwargs)
+        return self.final_norm(hidden) if self.post_process else hidden
+
+
+def _attention() -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+        ),
+    )
+
+
+def _mlp() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )

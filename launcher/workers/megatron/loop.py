@@ -1,0 +1,224 @@
+"""The training loop: batches, forward and backward by megatron-core's schedules, optimizer, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from launcher.configs import TrainConfig
+from launcher.progress import Diverged, StageJob, Stopped
+from launcher.workers.megatron import checkpoint
+from launcher.workers.megatron.data import Blend
+from launcher.workers.megatron.parallel import sum_over_ranks
+
+
+@dataclass
+class Trainer:
+    """What a step needs: the wrapped model, its optimizer, the learning-rate schedule and the data."""
+
+    config: TrainConfig
+    model: DistributedDataParallel
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    blend: Blend
+    positions: Tensor
+
+
+def build_trainer(config: TrainConfig, module: torch.nn.Module, blend: Blend) -> Trainer:
+    """Wrap a model whose weights are set for training: data parallelism, optimizer, schedule."""
+    bf16 = config.precision == "bf16"
+    distributed = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(module.config, distributed, module)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.lr * config.min_lr_ratio,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad or math.inf,  # megatron-core skips the norm at 0, and the metrics want it
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+    module.config.finalize_model_grads_func = finalize_model_grads
+    module.config.grad_scale_func = optimizer.scale_loss
+    positions = torch.arange(config.seq_length, device=torch.cuda.current_device())
+    positions = positions.expand(config.micro_batch_size, -1)
+    return Trainer(config, model, optimizer, build_scheduler(config, optimizer), blend, positions)
+
+
+def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron's schedule, counted in samples: linear warm-up from 0, then decay. The first step has a rate of 0."""
+    samples = config.train_iters * config.global_batch_size
+    warmup = config.lr_warmup_fraction * samples
+    # Megatron has exponential decay as the last phase of warm-up, stable, decay: here all of what follows warm-up.
+    exponential = config.lr_decay_style == "exponential"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr * config.min_lr_ratio,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=samples,
+        lr_decay_style="WSD" if exponential else config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=samples,
+        wd_incr_style="constant",
+        wsd_decay_steps=samples - warmup if exponential else None,
+        lr_wsd_decay_style="exponential" if exponential else None,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Figures of one step, the same on every rank; `stop` is true where any rank was asked to stop."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    stop: bool
+
+
+def run(job: StageJob, trainer: Trainer) -> float:
+    """Train to the last step, from the newest checkpoint if there is one; returns the last loss.
+
+    Raises Stopped after saving when asked to stop, and Diverged when a loss or gradient is not finite.
+    """
+    config, folder = trainer.config, job.workdir / "progress" / "checkpoints"
+    save = partial(checkpoint.save_progress, folder, model=trainer.model.module)
+    save = partial(save, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
+    start = resume(job, trainer, folder)
+    loss = math.nan
+    began = time.monotonic()
+    for iteration in range(start + 1, config.train_iters + 1):
+        step_began = time.monotonic()
+        step = train_step(trainer, iteration, job.stop_requested)
+        loss = step.loss
+        seconds = time.monotonic() - step_began
+        report(job, config, iteration, step, seconds)
+        if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+            raise diverged(job, trainer, iteration, step)
+        last = iteration == config.train_iters
+        if not last and (step.stop or iteration % config.save_interval == 0):
+            save(iteration)
+        if step.stop and not last:
+            raise Stopped(f"saved at step {iteration} of {config.train_iters} and stopped as asked")
+        if job.rank == 0 and (last or iteration % max(1, config.train_iters // 20) == 0):
+            _log(config, iteration, step, (time.monotonic() - began) / (iteration - start))
+    return loss
+
+
+def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
+    """Go back to the newest checkpoint of an earlier attempt; returns the steps done."""
+    path = checkpoint.newest(folder)
+    if path is None:
+        done = 0
+    else:
+        done = checkpoint.load_progress(path, trainer.model.module, trainer.optimizer, trainer.scheduler)
+    if job.rank == 0:
+        job.truncate_metrics("iteration", done)
+        if done:
+            print(f"resumed from {path} after step {done}", flush=True)
+    return done
+
+
+def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
+    """One optimizer step on samples (iteration - 1) * global_batch_size and on."""
+    config, model = trainer.config, trainer.model
+    ranks = parallel_state.get_data_parallel_world_size()
+    first = (iteration - 1) * config.global_batch_size
+    batches = trainer.blend.micro_batches(
+        first,
+        first + config.global_batch_size,
+        config.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        ranks,
+    )
+    model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=partial(_forward, trainer.positions),
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=config.global_batch_size // (config.micro_batch_size * ranks),
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=False,
+    )
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = trainer.optimizer.step()
+    trainer.scheduler.step(config.global_batch_size)
+    # Losses are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
+    mine = [float(x) for x in losses]
+    total, count, stops = sum_over_ranks([sum(mine), len(mine), float(stop)])
+    return Step(total / count, lr, float(grad_norm), stops > 0)
+
+
+def _forward(positions: Tensor, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+    device = torch.cuda.current_device()
+    tokens, labels = (t.to(device, non_blocking=True) for t in next(batches))
+    losses = model(tokens, positions, None, labels=labels)
+    return losses, _mean
+
+
+def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
+    mean = losses.float().mean()
+    return mean, mean.detach().clone()  # the schedule divides the first in place
+
+
+def report(job: StageJob, config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:
+    """Heartbeat of every rank, metrics of rank 0."""
+    per_step = config.global_batch_size * config.seq_length
+    speed = per_step / seconds
+    job.beat(iteration, config.train_iters, loss=step.loss, tokens_per_s=speed)
+    if job.rank == 0 and (iteration % config.log_interval == 0 or iteration == config.train_iters):
+        job.metric(
+            iteration=iteration,
+            loss=step.loss,
+            lr=step.lr,
+            grad_norm=step.grad_norm,
+            tokens=iteration * per_step,
+            tokens_per_s=speed,
+            seconds=seconds,
+        )
+
+
+def _log(config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:
+    speed = config.global_batch_size * config.seq_length / seconds
+    left = (config.train_iters - iteration) * seconds
+    print(
+        f"step {iteration}/{config.train_iters}  loss {step.loss:.4f}  lr {step.lr:.2e}  "
+        f"grad norm {step.grad_norm:.3f}  {speed:,.0f} tokens/s  {left:.0f} s left",
+        flush=True,
+    )
+
+
+def diverged(job: StageJob, trainer: Trainer, iteration: int, step: Step) -> Diverged:
+    """Keep the samples of a step that was not finite; returns what to raise."""
+    first = (iteration - 1) * trainer.config.global_batch_size
+    samples = [trainer.blend.origin(i) for i in range(first, first + trainer.config.global_batch_size)]
+    if job.rank == 0:
+        kept = [{"source": source, "sample": number} for source, number in samples]
+        job.record(diverged={"iteration": iteration, "loss": str(step.loss), "samples": kept})
+    return Diverged(
+        f"step {iteration}: loss {step.loss}, gradient norm {step.grad_norm}; the samples of the step stand in "
+        f"{job.workdir / 'record.json'} under `diverged`; lower lr, or raise lr_warmup_fraction"
+    )

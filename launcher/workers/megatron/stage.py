@@ -1,0 +1,107 @@
+"""A whole `train` stage: check the inputs, build, train, leave the artifact, record what was done."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+from launcher.configs import TrainConfig
+from launcher.errors import UserError
+from launcher.models.layout import check_layout
+from launcher.models.shape import ModelShape
+from launcher.progress import StageJob
+from launcher.store import read_json
+from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
+from launcher.workers.megatron.data import Blend, read_sources
+from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
+from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
+
+try:
+    from launcher.models.families import shape_of
+except ImportError:
+    from launcher.workers.megatron._shape_tmp import shape_of
+
+
+def train(job: StageJob) -> None:
+    """Run the stage. Raises UserError for inputs that do not fit, Stopped, Diverged."""
+    config: TrainConfig = job.config(TrainConfig)
+    shape = shape_of(config.model.config)
+    problems = check_layout(shape, config, job.world_size, cpu=cpu_mode.active())
+    if problems:
+        raise UserError(problems)
+    folders = {port.removesuffix(".tokens"): job.input(port) for port in job.spec.inputs if port.endswith(".tokens")}
+    sources = read_sources(folders, config.seq_length, config.data)
+    start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
+    tokenizers = _tokenizers(job, start)
+    hf_files.check_tokenizers(tokenizers, shape.vocab_size)
+    if start is not None:
+        _check_start(start, shape)
+    if cpu_mode.active() and job.rank == 0:
+        print(cpu_mode.NOTICE, flush=True)
+    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
+        samples = config.train_iters * config.global_batch_size
+        progress = job.workdir / "progress"
+        blend = Blend(sources, samples, config.seq_length, job.spec.seed, shape.vocab_size, progress / "index")
+        module = build_model(shape, config.parallelism, config.precision)
+        if checkpoint.newest(progress / "checkpoints") is None:
+            _set_weights(module, shape, config, start, job.spec.seed)
+        trainer = loop.build_trainer(config, module, blend)
+        parameters = _count_parameters(module, shape)
+        if job.rank == 0:
+            job.record(**_facts(config, blend, parameters))
+        loss = loop.run(job, trainer)
+        checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
+        if job.rank == 0:
+            hf = start / "hf" if start is not None else None
+            tokenizer = next(iter(tokenizers.values()), None)
+            hf_files.write(job.output("checkpoint") / "hf", hf, tokenizer, config.model.config, config.precision)
+            job.record(loss=loss)
+
+
+def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
+    """Every tokenizer that the stage is given, by what it belongs to."""
+    prepared = {port: job.input(port) for port in job.spec.inputs if port.endswith(".tokenizer")}
+    return ({"checkpoint": start / "hf"} if start is not None else {}) | prepared
+
+
+def _check_start(start: Path, shape: ModelShape) -> None:
+    config = read_json(start / "hf" / "config.json")
+    if config is None:
+        raise UserError(f"{start / 'hf' / 'config.json'}: not there; is it a checkpoint of format megatron?")
+    hf_files.check_same_shape(start / "hf", shape_of(config), shape)
+
+
+def _set_weights(module: Any, shape: ModelShape, config: TrainConfig, start: Path | None, seed: int) -> None:
+    if start is None:
+        initialize(module, shape, config.model.init_method_std, seed)
+    else:
+        checkpoint.load_weights(start, module)
+
+
+def _count_parameters(module: torch.nn.Module, shape: ModelShape) -> int:
+    """Elements of the whole model's parameters: each once, however many ranks hold it, and no vocabulary padding."""
+    mine = sum(p.data.numel() for p in sharded_tensors(module) if is_main_replica(p.replica_id))
+    matrices = 1 if shape.share_embeddings_and_output_weights else 2
+    padding = matrices * (shape.padded_vocab_size - shape.vocab_size) * shape.hidden_size
+    return int(sum_over_ranks([mine])[0]) - padding
+
+
+def _facts(config: TrainConfig, blend: Blend, parameters: int) -> dict[str, Any]:
+    layout = config.parallelism
+    return {
+        "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
+        "cpu_mode": cpu_mode.active(),
+        "parameters": parameters,
+        "tokens": config.train_iters * config.global_batch_size * config.seq_length,
+        "data": blend.mix(),
+        "layout": {
+            "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+            "context_parallel_size": layout.context_parallel_size,
+            "sequence_parallel": layout.sequence_parallel,
+        },
+    }

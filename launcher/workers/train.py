@@ -1,0 +1,18 @@
+"""The worker of a `train` stage: next-token training with megatron-core, from random weights or a checkpoint."""
+
+from __future__ import annotations
+
+from launcher.progress import StageJob, run_worker
+
+
+def main(job: StageJob) -> None:
+    """Train the stage's model and leave a finished checkpoint in the port `checkpoint`."""
+    # Late, so that an absent library is reported as the stage's failure, and the processes that write
+    # checkpoints, which import this module too, start at once.
+    from launcher.workers.megatron.stage import train
+
+    train(job)
+
+
+if __name__ == "__main__":
+    run_worker(main)
