@@ -49,9 +49,7 @@ def _pipeline_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
     layout = config.parallelism
-    model_ranks = (
-        layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
-    )
+    model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     if world_size % model_ranks:
         return [
             f"parallelism: tensor x pipeline x context parallel size is {model_ranks}, "

@@ -85,7 +85,9 @@ def count_tokens(prefix: Path) -> int:
     tokens = int(lengths.sum(dtype=np.int64))
     wanted = tokens * DType.size(DType.dtype_from_code(code))
     if content.stat().st_size != wanted:
-        raise UserError(f"{content}: {content.stat().st_size} bytes, its index wants {wanted}; make the prepare stage anew")
+        raise UserError(
+            f"{content}: {content.stat().st_size} bytes, its index wants {wanted}; make the prepare stage anew"
+        )
     return tokens
 
 

@@ -1,0 +1,109 @@
+"""analyze: weight change and representation similarity of pairs of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.configs import AnalyzeConfig
+from launcher.errors import UserError
+from launcher.progress import StageJob, Stopped, run_worker
+from launcher.store import write_json
+
+
+def main(job: StageJob) -> None:
+    """Fill the port `analysis`: analysis.json."""
+    from launcher.workers.weight_diff import module_rows, rows, weight_change
+
+    config: AnalyzeConfig = job.config(AnalyzeConfig)
+    names = list(dict.fromkeys(name for pair in config.pairs for name in pair))
+    total = len(config.pairs) + len(names)
+    weights: list[dict[str, Any]] = []
+    modules: list[dict[str, Any]] = []
+    for number, (a, b) in enumerate(config.pairs):
+        _beat(job, number, total)
+        whole, parts = weight_change(job.input(a), job.input(b), config.thresholds)
+        head = {"from": a, "to": b}
+        weights += rows(whole, head)
+        modules += module_rows(parts, head)
+    cka = _cka(job, config, names, total)
+    body = {"weights": weights, "weights_by_module": modules, "cka": cka, "dtypes": _dtypes(job, names)}
+    write_json(job.output("analysis") / "analysis.json", body)
+    job.record(versions=_versions())
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def _beat(job: StageJob, done: int, total: int) -> None:
+    if job.stop_requested:
+        raise Stopped("stopped before the end; a later attempt starts this stage anew")
+    job.beat(done, total)
+
+
+def _dtypes(job: StageJob, names: Sequence[str]) -> dict[str, list[str]]:
+    """The types of the tensors on disk: a change below bf16's step cannot be seen in bf16 files."""
+    from safetensors import safe_open
+
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for name in names:
+        for path in job.input(name).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found[name] |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    return {name: sorted(types) for name, types in found.items()}
+
+
+def _cka(job: StageJob, config: AnalyzeConfig, names: Sequence[str], total: int) -> list[dict[str, Any]]:
+    """Rows of every pair on problem texts and, as a control, on the source."""
+    from launcher.workers.checkpoints import load_model, quiet
+    from launcher.workers.cka import cka_rows, pooled_states
+
+    quiet()
+    states: dict[tuple[str, str], Any] = {}
+    for number, name in enumerate(names):
+        model, tokenizer = load_model(job.input(name))
+        for label, texts in _texts(job, config, tokenizer).items():
+            _beat(job, len(config.pairs) + number, total)
+            states[name, label] = pooled_states(model, tokenizer, texts)
+    labels = list(dict.fromkeys(label for _, label in states))
+    return [
+        row
+        for a, b in config.pairs
+        for label in labels
+        for row in cka_rows(states[a, label], states[b, label], {"from": a, "to": b, "texts": label})
+    ]
+
+
+def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, list[str]]:
+    from launcher.workers.problems import problem_text, read_problems
+    from launcher.workers.tokens import read_indexed
+
+    maker, _, name = config.problems.partition("/")
+    problems = read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")[: config.num_texts]
+    found = {"problems": [problem_text(p) for p in problems]}
+    if config.source:
+        maker, _, name = config.source.partition("/")
+        pieces = text_pieces(read_indexed(job.input(f"{maker}.tokens") / name), config.num_texts)
+        found["source"] = [tokenizer.decode(ids) for ids in pieces]
+    for label, texts in found.items():
+        if len(texts) < 4:
+            where = Path(config.problems if label == "problems" else config.source or "")
+            raise UserError(f"{where}: only {len(texts)} texts for CKA; at least 4 are needed")
+    return found
+
+
+def text_pieces(documents: Sequence[Any], count: int, length: int = 128) -> list[Any]:
+    """At most `count` runs of `length` tokens, spread evenly over the documents; no end tokens."""
+    pieces = [
+        doc[i : i + length] for doc in (d[:-1] for d in documents) for i in range(0, len(doc) - length + 1, length)
+    ]
+    step = max(1, len(pieces) // count)
+    return pieces[::step][:count]
+
+
+if __name__ == "__main__":
+    run_worker(main)

@@ -1,0 +1,110 @@
+"""Linear CKA of mean-pooled hidden states, layer by layer, between two checkpoints.
+
+PRISM, section 10: ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) on 200 prompts, centred; that is `value`. It is biased upwards
+where there are fewer texts than dimensions, so `debiased` (unbiased HSIC; Song et al. 2012) stands beside it. Neither
+sees through a few massive activations that all texts share: read them with a control text and the weight change.
+
+By hand: `python -m launcher.workers.cka A B --texts FILE [--json]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import UserError
+from launcher.workers.weight_diff import run_by_hand
+
+MAX_TOKENS = 256
+
+
+@torch.no_grad()
+def pooled_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Mean over tokens of every layer's hidden states, the embedding first: [layers + 1, texts, hidden]."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
+        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        found.append(torch.stack([state[0].double().mean(0) for state in states]))
+    return torch.stack(found, dim=1)
+
+
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Biased linear CKA of [texts, width] matrices; nan where one of them is constant."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    cross, own, other = (y.T @ x).norm() ** 2, (x.T @ x).norm(), (y.T @ y).norm()
+    return float(cross / (own * other))
+
+
+def debiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """CKA with the unbiased estimator of HSIC; may be slightly negative, needs at least four texts."""
+    grams = [m.double() @ m.double().T for m in (x - x.mean(0), y - y.mean(0))]
+    for gram in grams:
+        gram.fill_diagonal_(0)
+    k, m = grams
+    return float(_hsic(k, m) / (_hsic(k, k) * _hsic(m, m)).sqrt())
+
+
+def _hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    n = len(k)
+    trace = (k * m).sum()
+    ends = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    middle = 2 * (k.sum(0) @ m.sum(0)) / (n - 2)
+    return (trace + ends - middle) / (n * (n - 3))
+
+
+def cka_rows(before: torch.Tensor, after: torch.Tensor, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a layer; layer 0 is the embedding."""
+    if before.shape[0] != after.shape[0]:
+        raise UserError(f"{len(before) - 1} layers against {len(after) - 1}: not checkpoints of one architecture")
+    return [
+        {**head, "layer": layer, "value": linear_cka(x, y), "debiased": debiased_cka(x, y), "n": x.shape[0]}
+        for layer, (x, y) in enumerate(zip(before, after, strict=True))
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`cka A B --texts FILE [--json]`."""
+    from launcher.workers.checkpoints import load_model, quiet
+
+    parser = argparse.ArgumentParser(prog="prism-launch cka", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    texts = read_texts(args.texts)
+    quiet()
+    states = []
+    for folder in (args.before, args.after):
+        model, tokenizer = load_model(folder)
+        states.append(pooled_states(model, tokenizer, texts))
+    found = cka_rows(states[0], states[1], {"from": str(args.before), "to": str(args.after), "texts": str(args.texts)})
+    if args.json:
+        print(json.dumps({"cka": found}, indent=2))
+        return 0
+    print(f"linear CKA on {len(texts)} texts (debiased in brackets)")
+    for row in found:
+        print(f"  layer {row['layer']:>3}: {row['value']:.4f} ({row['debiased']:.4f})")
+    return 0
+
+
+def read_texts(path: Path) -> list[str]:
+    """One text a line. Raises UserError where there are fewer than four."""
+    try:
+        texts = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if len(texts) < 4:
+        raise UserError(f"{path}: {len(texts)} texts; CKA needs at least 4, and means little below a hundred")
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(run_by_hand(main))

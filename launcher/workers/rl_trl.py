@@ -1,0 +1,244 @@
+"""rl by TRL: GRPO on a Hugging Face checkpoint with the rule reward. Labelled `trl` in every record and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.configs import RLConfig
+from launcher.progress import StageJob, Stopped, run_worker
+
+#: The mark of a trainer checkpoint that is whole; written last.
+WHOLE = "whole.json"
+
+
+def main(job: StageJob) -> None:
+    """Fill the port `checkpoint` (format hf); go on from the newest whole trainer checkpoint there is."""
+    import torch
+
+    from launcher.workers.checkpoints import load_model, quiet
+
+    config: RLConfig = job.config(RLConfig)
+    quiet()
+    start = newest_checkpoint(job.workdir / "progress")
+    tally = Tally.read(start) if start else Tally()
+    job.truncate_metrics("step", tally.step)
+    model, tokenizer = load_model(start or job.input("checkpoint"))
+    if tally.step < config.max_steps:
+        torch.manual_seed(job.spec.seed)
+        trainer = _trainer(job, config, model, tokenizer, _problems(job, config), tally)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if tally.step < config.max_steps:
+        raise Stopped(f"saved after step {tally.step} of {config.max_steps}")
+    _export(job, model, tokenizer)
+    job.record(
+        backend="trl",
+        rewards=tally.facts(),
+        versions={name: _version(name) for name in ("trl", "transformers", "torch", "reasoning_gym")},
+        cpu_mode=not torch.cuda.is_available(),
+    )
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+def _problems(job: StageJob, config: RLConfig) -> list[dict[str, Any]]:
+    from launcher.workers.problems import read_problems
+
+    maker, _, name = config.prompts.partition("/")
+    return read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")
+
+
+def _export(job: StageJob, model: Any, tokenizer: Any) -> None:
+    folder = job.output("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Tally:
+    """Rewards counted over the whole of training, across attempts."""
+
+    def __init__(self, step: int = 0, samples: int = 0, zeros: int = 0, total: float = 0.0, silent_steps: int = 0):
+        self.step, self.samples, self.zeros, self.total = step, samples, zeros, total
+        self.silent_steps = silent_steps
+        self.batch: list[float] = []
+
+    @classmethod
+    def read(cls, folder: Path) -> Tally:
+        """The tally as it was at a checkpoint."""
+        return cls(**json.loads((folder / WHOLE).read_text()))
+
+    def values(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        names = ("step", "samples", "zeros", "total", "silent_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def close_step(self, step: int) -> dict[str, float]:
+        """Count the rewards since the last step; returns that step's share of zeros."""
+        rewards, self.batch = self.batch, []
+        self.step = step
+        self.samples += len(rewards)
+        self.zeros += sum(r == 0 for r in rewards)
+        self.total += sum(rewards)
+        self.silent_steps += not any(rewards)
+        return {"zero_reward_share": sum(r == 0 for r in rewards) / len(rewards)} if rewards else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What the receipt says."""
+        mean = self.total / self.samples if self.samples else 0.0
+        return {**self.values(), "mean": mean, "all_zero": self.samples > 0 and self.zeros == self.samples}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest trainer checkpoint that is whole; those that are not are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / WHOLE).exists():
+            shutil.rmtree(path)
+    whole = [p for p in found if (p / WHOLE).exists()]
+    return whole[-1] if whole else None
+
+
+def _trainer(
+    job: StageJob, config: RLConfig, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
+) -> Any:
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import GRPOTrainer
+
+    by_prompt = {p["prompt"]: p for p in problems}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=_reward_function(by_prompt, tokenizer, tally, config.max_completion_length),
+        args=_arguments(job, config),
+        train_dataset=Dataset.from_list([{"prompt": p} for p in by_prompt]),
+        processing_class=tokenizer,
+        callbacks=[_callback(job, config, tally)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally, longest: int) -> Any:
+    from launcher.workers.problems import reward
+    from launcher.workers.sampling import completion
+
+    end = tokenizer.eos_token_id
+
+    def answer_and_format(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        rewards = []
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            done = completion(tokenizer, ids)
+            # Some versions of TRL take the end token off; a completion shorter than the limit did end.
+            ended = done.ended or (end not in ids and len(ids) < longest)
+            rewards.append(reward(done.text, by_prompt[prompt], ended))
+        tally.batch += rewards
+        return rewards
+
+    return answer_and_format
+
+
+def _arguments(job: StageJob, config: RLConfig) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(job.workdir / "progress"),
+        num_generations=config.num_generations,
+        per_device_train_batch_size=config.prompts_per_step * config.num_generations,
+        max_steps=config.max_steps,
+        learning_rate=config.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=config.warmup_steps,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip_grad,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        beta=config.beta,
+        num_iterations=config.num_iterations,
+        use_cpu=not _has_cuda(),
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.save_interval,
+        save_total_limit=2,
+        seed=job.spec.seed,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        router_aux_loss_coef=0.0,  # TRL 1.16 asks hybrid Granite configs for experts that they do not have
+        generation_kwargs={"top_k": 0},
+        shuffle_dataset=True,
+    )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _callback(job: StageJob, config: RLConfig, tally: Tally) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        """Heartbeat and metrics each step, the mark of whole checkpoints, and stopping when asked."""
+
+        seconds_at = time.monotonic()
+        last: dict[str, float] = {}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.last = tally.close_step(state.global_step)
+            if job.stop_requested:
+                control.should_save = control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not logs or "reward" not in logs:
+                return
+            now = time.monotonic()
+            figures = step_figures(logs, tally.step, now - self.seconds_at) | self.last
+            self.seconds_at = now
+            job.metric(**figures)
+            job.beat(tally.step, config.max_steps, reward=round(figures["reward"], 4))
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            os.sync()
+            (folder / WHOLE).write_text(json.dumps(tally.values()))
+
+    return Reporter()
+
+
+#: TRL's names for what is kept of each step, and ours.
+_FIGURES = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "entropy": "entropy",
+    "completions/mean_length": "mean_length",
+    "completions/clipped_ratio": "clipped_share",
+    "frac_reward_zero_std": "equal_reward_groups",
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+}
+
+
+def step_figures(logs: Mapping[str, Any], step: int, seconds: float) -> dict[str, Any]:
+    """One line of metrics from TRL's log of a step."""
+    kept = {ours: float(logs[theirs]) for theirs, ours in _FIGURES.items() if theirs in logs}
+    return {"step": step, "seconds": round(seconds, 4), **kept}
+
+
+if __name__ == "__main__":
+    run_worker(main)

@@ -1,0 +1,216 @@
+"""Weight change between two Hugging Face checkpoints: six thresholds and the norm in one pass, tensor by tensor.
+
+PRISM's rule: an element has changed where |w' - w| > threshold * |w|, computed in fp32 from the files. The paper is
+silent on w = 0; here a zero that became anything else has changed at every threshold, as the inequality itself says.
+
+By hand: `python -m launcher.workers.weight_diff A B [--json]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import PrismError, UserError
+
+THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
+BY_MODULE = 0.01
+#: Elements compared at a time, so that memory stays bounded whatever a tensor's size.
+_PIECE = 1 << 22
+
+
+@dataclass
+class Change:
+    """Sums over elements; `changed` counts one a threshold, `bits` those whose bits differ (-0 equals +0)."""
+
+    thresholds: Sequence[float]
+    elements: int = 0
+    bits: int = 0
+    changed: list[int] = field(default_factory=list)
+    square: float = 0.0
+    square_before: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: Change) -> None:
+        """Add another tensor's sums."""
+        self.elements += other.elements
+        self.bits += other.bits
+        self.changed = [a + b for a, b in zip(self.changed or [0] * len(other.changed), other.changed, strict=True)]
+        self.square += other.square
+        self.square_before += other.square_before
+        self.largest = max(self.largest, other.largest)
+
+    @property
+    def relative_l2(self) -> float | None:
+        """Norm of the change over the norm before; None where the weights before are all zero."""
+        return math.sqrt(self.square / self.square_before) if self.square_before else None
+
+
+def compare(before: Any, after: Any, thresholds: Sequence[float]) -> Change:
+    """The change of one tensor."""
+    total = Change(thresholds, changed=[0] * len(thresholds))
+    for old, new in zip(before.reshape(-1).split(_PIECE), after.reshape(-1).split(_PIECE), strict=True):
+        old, new = old.float(), new.float()
+        step, size = (new - old).abs(), old.abs()
+        total.add(
+            Change(
+                thresholds,
+                elements=old.numel(),
+                bits=int((old != new).sum()),
+                changed=[int((step > t * size).sum()) for t in thresholds],
+                square=float(step.double().square().sum()),
+                square_before=float(size.double().square().sum()),
+                largest=float(step.max()),
+            )
+        )
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name to safetensors file. Raises UserError where the folder is no checkpoint of that kind."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no .safetensors file; a Hugging Face checkpoint is wanted")
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found.update(dict.fromkeys(opened.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not readable as safetensors: {error}") from None
+    return found
+
+
+def read_pairs(before: Path, after: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Name and tensors of two checkpoints, one at a time. Raises UserError with every tensor that has no match."""
+    from safetensors import safe_open
+
+    ours, theirs = tensor_files(before), tensor_files(after)
+    only = {before: sorted(set(ours) - set(theirs)), after: sorted(set(theirs) - set(ours))}
+    problems = [
+        f"{folder}: {names[0]} and {len(names)} in all are not in the other" for folder, names in only.items() if names
+    ]
+    if problems:
+        raise UserError([*problems, "the two are not checkpoints of one model"])
+    opened = {path: safe_open(path, "pt") for path in {*ours.values(), *theirs.values()}}
+    for name in sorted(ours):
+        old, new = opened[ours[name]].get_tensor(name), opened[theirs[name]].get_tensor(name)
+        if old.shape != new.shape:
+            raise UserError(f"{name}: {tuple(old.shape)} in {before}, {tuple(new.shape)} in {after}")
+        yield name, old, new
+
+
+#: Modules by the first pattern that a tensor's name matches.
+_MODULES = (
+    ("norm", r"norm"),
+    ("embedding", r"embed"),
+    ("lm_head", r"lm_head"),
+    ("mamba", r"in_proj|out_proj|conv1d|A_log|dt_bias|mixer\.D$|mamba"),
+    ("attention", r"[qkvo]_proj|attn"),
+    ("mlp", r"mlp|gate_proj|up_proj|down_proj|input_linear|output_linear"),
+)
+
+
+def describe(name: str) -> tuple[int | None, str]:
+    """Layer and module of a tensor, by its name in Hugging Face files."""
+    layer = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+    module = next((module for module, pattern in _MODULES if re.search(pattern, name)), "other")
+    return (int(layer[1]) if layer else None), module
+
+
+def weight_change(
+    before: Path, after: Path, thresholds: Sequence[float] = THRESHOLDS
+) -> tuple[Change, dict[tuple[int | None, str], Change]]:
+    """The change of the whole model, and by (layer, module)."""
+    whole = Change(thresholds, changed=[0] * len(thresholds))
+    parts: dict[tuple[int | None, str], Change] = {}
+    for name, old, new in read_pairs(before, after):
+        change = compare(old, new, thresholds)
+        whole.add(change)
+        parts.setdefault(describe(name), Change(thresholds, changed=[0] * len(thresholds))).add(change)
+    return whole, parts
+
+
+def rows(whole: Change, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a threshold."""
+    return [
+        {
+            **head,
+            "threshold": threshold,
+            "changed_fraction": count / whole.elements,
+            "relative_l2": whole.relative_l2,
+            "elements": whole.elements,
+            "bits_changed_fraction": whole.bits / whole.elements,
+            "largest_change": whole.largest,
+        }
+        for threshold, count in zip(whole.thresholds, whole.changed, strict=True)
+    ]
+
+
+def module_rows(parts: dict[tuple[int | None, str], Change], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of every layer and module, at the threshold nearest to PRISM's 1 %."""
+    found: list[dict[str, Any]] = []
+    for (layer, module), change in sorted(parts.items(), key=lambda item: (item[0][0] is None, item[0])):
+        nearest = min(change.thresholds, key=lambda t: abs(t - BY_MODULE))
+        found += [
+            row for row in rows(change, {**head, "layer": layer, "module": module}) if row["threshold"] == nearest
+        ]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- by hand
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`weight_diff A B [--json]`."""
+    parser = argparse.ArgumentParser(prog="prism-launch diff", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    whole, parts = weight_change(args.before, args.after)
+    head = {"from": str(args.before), "to": str(args.after)}
+    if args.json:
+        print(json.dumps({"weights": rows(whole, head), "weights_by_module": module_rows(parts, head)}, indent=2))
+        return 0
+    _print(rows(whole, {}), module_rows(parts, {}))
+    return 0
+
+
+def _print(weights: Iterable[dict[str, Any]], modules: Iterable[dict[str, Any]]) -> None:
+    first, *_ = weights = list(weights)
+    print(f"{first['elements']} elements, relative L2 {first['relative_l2'] or 0:.3g}")
+    print(f"  changed in any bit: {first['bits_changed_fraction']:.2%}")
+    for row in weights:
+        print(f"  changed by more than {row['threshold']:.1%}: {row['changed_fraction']:.2%}")
+    print(f"by layer and module, more than {BY_MODULE:.0%}:")
+    for row in modules:
+        layer = "-" if row["layer"] is None else row["layer"]
+        print(f"  {layer:>4} {row['module']:<10} {row['changed_fraction']:8.2%}  L2 {row['relative_l2'] or 0:.3g}")
+
+
+def run_by_hand(program: Callable[[], int]) -> int:
+    """Run a program of this package from the command line; a user's mistake is text and exit code 2."""
+    try:
+        return program()
+    except PrismError as error:
+        print(f"prism-launch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run_by_hand(main))
