@@ -276,6 +276,21 @@ def _json_flag(args: argparse.Namespace) -> list[str]:
     return ["--json"] if args.json else []
 
 
+def clusters(args: argparse.Namespace) -> int:
+    """List the shipped cluster profiles."""
+    from launcher.cluster import list_profiles
+
+    profiles = list_profiles()
+    if args.json:
+        rows = [(p.name, p.scheduler, p.runtime.container, p.description) for p in profiles]
+        _print_json([dict(zip(("name", "scheduler", "container", "description"), r, strict=True)) for r in rows])
+        return 0
+    for p in profiles:
+        print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
+    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster.")
+    return 0
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the recipe's JSON schema."""
     from launcher.recipe.schema import json_schema
