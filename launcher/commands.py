@@ -167,9 +167,10 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
     from launcher.units import format_count
 
     table = Table(title=f"run {record.run} on {record.cluster}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "kind", "reads", "makes", "nodes x GPUs", "tokens", ""):
-        table.add_column(column, justify="right" if column in ("nodes x GPUs", "tokens") else "left", overflow="fold")
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    for column in ("stage", "kind", "reads", "makes", "nodes\nx GPUs", "tokens", ""):
+        table.add_column(column, justify="right" if column in ("nodes\nx GPUs", "tokens") else "left")
+    for number in (0, 1, 2, 3):
+        table.columns[number].no_wrap = True
     for stage in record.stages:
         spec, tokens = stage.spec, _tokens(stage)
         table.add_row(
@@ -385,6 +386,21 @@ def recipes(args: argparse.Namespace) -> int:
     for recipe in found:
         table.add_row(recipe["name"], str(len(recipe["stages"])), recipe["description"])
     Console().print(table)
+    return 0
+
+
+def clusters(args: argparse.Namespace) -> int:
+    """List the shipped cluster profiles."""
+    from launcher.cluster import list_profiles
+
+    profiles = list_profiles()
+    if args.json:
+        rows = [(p.name, p.scheduler, p.runtime.container, p.description) for p in profiles]
+        _print_json([dict(zip(("name", "scheduler", "container", "description"), r, strict=True)) for r in rows])
+        return 0
+    for p in profiles:
+        print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
+    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster.")
     return 0
 
 
