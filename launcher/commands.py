@@ -156,21 +156,18 @@ def _reads(record: RunRecord, stage: PlannedStage) -> str:
     return "\n".join(found) or "-"
 
 
-def _notes(root: Path, stage: PlannedStage) -> list[str]:
-    return (["inserted"] if stage.inserted else []) + (["[green]done[/]"] if _is_done(root, stage) else [])
-
-
 def _plan_table(root: Path, record: RunRecord) -> Any:
     from rich import box
     from rich.table import Table
 
     from launcher.units import format_count
 
-    table = Table(title=f"run {record.run} on {record.cluster}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "kind", "reads", "makes", "nodes\nx GPUs", "tokens", ""):
-        table.add_column(column, justify="right" if column in ("nodes\nx GPUs", "tokens") else "left")
-    for number in (0, 1, 2, 3):
-        table.columns[number].no_wrap = True
+    title = f"run {record.run} on {record.cluster}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", "tokens", ""):
+        table.add_column(column, justify="right" if column in ("nodes\n×GPUs", "tokens") else "left", no_wrap=True)
+    if any(stage.inserted for stage in record.stages):
+        table.caption, table.caption_justify = "Conversions are inserted by the plan.", "left"
     for stage in record.stages:
         spec, tokens = stage.spec, _tokens(stage)
         table.add_row(
@@ -178,9 +175,9 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
             spec.kind,
             _reads(record, stage),
             "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
-            f"{stage.resources.nodes} x {stage.resources.gpus_per_node}",
+            f"{stage.resources.nodes}×{stage.resources.gpus_per_node}",
             format_count(tokens) if tokens else "",
-            ", ".join(_notes(root, stage)),
+            "[green]done[/]" if _is_done(root, stage) else "",
         )
     return table
 

@@ -37,12 +37,13 @@ class Pace:
     at: float = 0.0
 
     def see(self, state: StageState, now: float) -> None:
-        """Take note of a heartbeat."""
-        step = state.step or 0
+        """Take note of a heartbeat; what came before the first one was start-up and says nothing of the pace."""
+        if state.step is None:
+            return
         if state.attempt != self.attempt:
-            self.attempt, self.first_step, self.first_time = state.attempt, step, now
-        if step != self.step:
-            self.step, self.at = step, now
+            self.attempt, self.first_step, self.first_time = state.attempt, state.step, now
+        if state.step != self.step:
+            self.step, self.at = state.step, now
 
     def seconds_left(self, total: int | None) -> float | None:
         """Seconds to the end at this pace; None while it cannot be told."""

@@ -1,0 +1,217 @@
+"""The local driver: order, failure, and going on after anything was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import store
+from launcher.configs import Resources
+from launcher.local import cancel_run
+from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
+from launcher.spec import Input, StageSpec, Step
+from launcher.state import attempts, run_state, stage_states
+from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from launcher.local import run_local
+from launcher.errors import PrismError
+from launcher.run_record import read_run
+root = Path(sys.argv[1])
+try:
+    sys.exit(run_local(root, read_run(root, "run"), int(sys.argv[2])))
+except PrismError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+class Driven(Store):
+    """A run of counting stages."""
+
+    def plan(self, *stages: tuple[str, tuple[str, ...], dict[str, Any]]) -> RunRecord:
+        """Write `run.json`: stages of (name, those it reads, options of the worker)."""
+        planned: dict[str, PlannedStage] = {}
+        for number, (name, depends, options) in enumerate(stages):
+            inputs = {d: self._input(planned[d].spec) for d in depends}
+            step = options if isinstance(options, Step) else counting_step(**options)
+            spec = counting_stage(step, stage=name, fingerprint=f"{number:020d}", inputs=inputs)
+            planned[name] = PlannedStage(spec, depends, Resources())
+        made = tuple(planned.values())
+        record = RunRecord("run", "recipe.yaml", (), "local", {}, made, created=0.0, versions={})
+        write_run(self.root, record)
+        return record
+
+    @staticmethod
+    def _input(spec: StageSpec) -> Input:
+        return Input(spec.outputs["checkpoint"].path, "megatron", spec.fingerprint)
+
+    def drive(self, slots: int = 2) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, str(self.root), str(slots)]
+        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.root
+        )
+
+    def driven(self, slots: int = 2) -> tuple[int, str, str]:
+        process = self.drive(slots)
+        out, err = process.communicate(timeout=90)
+        return process.returncode, out, err
+
+    def states(self) -> dict[str, str]:
+        return {s.stage: s.state for s in stage_states(self.root, read_run(self.root, "run"))}
+
+    def stage(self, name: str) -> StageSpec:
+        return read_run(self.root, "run").stage(name).spec
+
+    def count(self, name: str) -> int:
+        return len(attempts(self.root, "run", name))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Driven:
+    return Driven(tmp_path)
+
+
+LONG = {"until": 1000, "sleep": 0.05}
+
+
+def test_stages_follow_what_they_read_and_a_second_run_makes_nothing(run: Driven) -> None:
+    run.plan(("a", (), {}), ("b", ("a",), {}), ("c", ("a", "b"), {}))
+    code, out, err = run.driven()
+    assert (code, err) == (0, "")
+    assert [out.index(f"{name}: done") for name in "abc"] == sorted(out.index(f"{name}: done") for name in "abc")
+    assert run.states() == dict.fromkeys("abc", "done")
+    assert run.driven()[0] == 0
+    assert [run.count(name) for name in "abc"] == [1, 1, 1]
+
+
+def test_what_does_not_depend_on_a_failure_is_made(run: Driven) -> None:
+    run.plan(("bad", (), {"fail_at": 2, "fail": "user"}), ("after-bad", ("bad",), {}), ("good", (), {"until": 30}))
+    code, _, err = run.driven(slots=1)
+    assert code == 1
+    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run --stage bad" in err
+    assert run.states() == {"bad": "failed", "after-bad": "waiting", "good": "done"}
+    assert run.count("bad") == 1
+
+
+def test_a_killed_worker_is_tried_again_and_goes_on_from_what_it_saved(run: Driven) -> None:
+    run.plan(("a", (), {"until": 6, "fail_at": 4, "fail": "kill", "once": 1}))
+    assert run.driven()[0] == 0
+    assert run.count("a") == 2
+    assert "from step 3" in (run.attempt_dir(run.stage("a"), 2) / "count.0.log").read_text()
+
+
+def test_without_progress_it_gives_up(run: Driven) -> None:
+    run.plan(("a", (), {"until": 6, "fail_at": 1, "fail": "kill"}))
+    code, _, err = run.driven()
+    assert code == 1 and "killed by SIGKILL" in err
+    assert run.count("a") == 1 + run.stage("a").limits.max_no_progress
+
+
+def test_a_killed_driver_leaves_living_stages_that_the_next_one_rejoins(run: Driven) -> None:
+    run.plan(("a", (), {"until": 40, "sleep": 0.05}), ("b", ("a",), {}))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 2))
+    driver.kill()
+    driver.communicate()
+    assert run.states()["a"] == "running"
+    assert run.driven()[0] == 0
+    assert run.states() == {"a": "done", "b": "done"}
+    assert run.count("a") == 1
+
+
+def test_a_killed_supervisor_is_replaced(run: Driven) -> None:
+    run.plan(("a", (), {"until": 60, "sleep": 0.05}))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
+    ((attempt, _),) = attempts(run.root, "run", "a")
+    assert attempt.owner is not None
+    os.kill(attempt.owner.pid, signal.SIGKILL)
+    assert driver.wait(timeout=60) == 0
+    assert run.count("a") == 2 and run.states() == {"a": "done"}
+
+
+def test_everything_killed_at_once_and_run_again(run: Driven) -> None:
+    run.plan(("a", (), {"until": 30, "sleep": 0.05}), ("b", ("a",), {}))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
+    for pid in [driver.pid, *run.processes()]:
+        os.kill(pid, signal.SIGKILL)
+    driver.communicate()
+    run.wait_for(lambda: not run.processes())
+    assert run.states() == {"a": "interrupted", "b": "waiting"}
+    assert run.driven()[0] == 0
+    log = (run.attempt_dir(run.stage("a"), 2) / "count.0.log").read_text()
+    assert "from step 0" not in log and "from step" in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_lets_stages_save_and_says_how_to_go_on(run: Driven, number: signal.Signals) -> None:
+    run.plan(("a", (), {**LONG, "save": 10_000}))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
+    driver.send_signal(number)
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and "prism-launch resume run" in out
+    assert run.states() == {"a": "stopped"} and not run.processes()
+    saved = int((store.partial_dir(run.root, run.stage("a").artifact) / "progress" / "count").read_text())
+    assert saved >= 3
+
+
+def test_a_second_driver_of_the_same_run_is_refused(run: Driven) -> None:
+    run.plan(("a", (), LONG))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 1))
+    code, _, err = run.driven()
+    assert code == 2 and f"process {driver.pid}" in err and "prism-launch watch run" in err
+    assert run.count("a") == 1
+    driver.terminate()
+    driver.communicate(timeout=60)
+
+
+def test_a_changed_plan_waits_until_the_old_one_is_stopped(run: Driven) -> None:
+    run.plan(("first", (), {}), ("a", (), LONG))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 1))
+    driver.kill()
+    driver.communicate()
+    record = run.plan(("a", (), LONG))  # another fingerprint for the same stage
+    code, _, err = run.driven()
+    assert code == 2 and "stage a of an earlier plan still runs" in err
+    run.plan(("first", (), {}), ("a", (), LONG))
+    assert cancel_run(run.root, read_run(run.root, "run")) == ["a"]
+    assert record.stages[0].spec.fingerprint != run.stage("a").fingerprint
+    assert not run.processes()
+
+
+def test_cancel_stops_driver_and_stages(run: Driven) -> None:
+    record = run.plan(("a", (), LONG), ("b", (), LONG), ("c", ("a",), {}))
+    driver = run.drive()
+    run.wait_for(lambda: all(run.count(n) and run.step_reached(run.stage(n), 1) for n in "ab"))
+    assert cancel_run(run.root, record) == ["a", "b"]
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out
+    assert run.states() == {"a": "stopped", "b": "stopped", "c": "waiting"}
+    assert run_state(stage_states(run.root, record)) == "stopped"
+    assert cancel_run(run.root, record) == []
+
+
+def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:
+    options = {"until": 10, "sleep": 0.05}
+    run.plan(*((name, (), options) for name in "abc"))
+    driver, most = run.drive(slots=2), 0
+    while driver.poll() is None:
+        most = max(most, sum(state == "running" for state in run.states().values()))
+        time.sleep(0.02)
+    driver.communicate()
+    assert most == 2 and set(run.states().values()) == {"done"}
