@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +79,6 @@ def test_without_gpus_none_are_asked_for_in_so_many_words() -> None:
 
 
 def two_steps() -> StageSpec:
-    from dataclasses import replace
-
     return replace(SPEC, steps=(Step(name="server", argv=("x",)), Step(name="main", argv=("y",))))
 
 
@@ -102,3 +104,26 @@ def test_references_are_all_known_as_such() -> None:
     late = [place.attempt_dir, *place.hosts.values(), *place.ports.values()]
     assert not any("$" in REFERENCE.sub("", text) for text in late)
     assert all(REFERENCE.search(text) for text in late)
+
+
+@pytest.mark.parametrize(
+    ("environment", "want"),
+    [
+        ({}, "0 1 None"),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, "5 16 1"),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, "2 4 2"),
+    ],
+)
+def test_a_worker_takes_its_rank_from_srun_where_nobody_else_says(
+    environment: dict[str, str], want: str, tmp_path: Path
+) -> None:
+    program = (
+        "import os; from launcher.progress import run_worker\n"
+        "run_worker(lambda job: print(job.rank, job.world_size, os.environ.get('LOCAL_RANK')))"
+    )
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    base = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM")}
+    env = {**base, "PRISM_ROOT": str(tmp_path), "PRISM_ATTEMPT_DIR": str(tmp_path), **environment}
+    stage = str(Path(__file__).parent / "data" / "stage.json")
+    done = subprocess.run([sys.executable, "-c", program, stage], capture_output=True, text=True, env=env)
+    assert (done.stdout.strip(), done.returncode) == (want, 0), done.stderr
