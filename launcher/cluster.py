@@ -300,10 +300,19 @@ def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> St
     argv = tuple(word.replace("{python}", profile.python) for word in step.argv)
     if profile.runtime.container == "none":
         return replace(step, argv=argv, env=env)
-    outside = tuple(f"{i.path}:{i.path}:ro" for i in spec.inputs.values() if os.path.isabs(i.path))
+    outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
     own = (str(root), *([f"{code}:{code}:ro"] if code else []))
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
     return replace(step, argv=argv, env=env, image=step.image or profile.images.get(spec.kind), mounts=mounts)
+
+
+def _outside(spec: StageSpec) -> list[str]:
+    """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
+    paths: list[str | None] = [port.path for port in spec.inputs.values()]
+    if spec.kind == "prepare":
+        paths += [source["path"] for source in spec.config["sources"].values()]
+        paths.append(spec.config["tokenizer"]["path"])
+    return [path for path in paths if path and os.path.isabs(path)]
 
 
 def code_folder(spec: StageSpec, profile: Profile, root: Path) -> str | None:

@@ -80,9 +80,11 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a new folder")
-    names = sorted(p.name for p in folder.iterdir())
-    mine = (folder / "submit.sh").is_file() and _MARK in (folder / "submit.sh").read_text(errors="replace")
-    foreign = [n for n in names if not (mine and n.endswith((".sbatch", ".stage.json", "run.json", "submit.sh")))]
+    script = folder / "submit.sh"
+    mine = script.is_file() and _MARK in script.read_text(errors="replace")
+    ours = ("run.json", "submit.sh") if mine else ()
+    endings = (".sbatch", ".stage.json") if mine else ()
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.endswith(endings))
     if foreign:
         shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
         raise UserError(f"{folder}: holds what render did not make ({shown}); name a new folder, or move that away")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from launcher.containers import LEAKS
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.spec import StageSpec
-from launcher.steps import REFERENCE, SRUN_DEFAULTS, slurm_place, srun_argv
+from launcher.steps import REFERENCE, SRUN_DEFAULTS, SlurmAttempt, slurm_place, srun_argv
 from launcher.units import parse_duration, slurm_duration
 
 #: In an #SBATCH line a new line ends the directive and starts a command, and sbatch reads a backslash itself.
@@ -77,6 +77,8 @@ def _resources(resources: Resources, profile: Profile) -> dict[str, Any]:
 
 def _refuse_unquotable(values: dict[str, Any]) -> None:
     problems = [f"{k}: {v!r} cannot stand in an sbatch script" for k, v in values.items() if _REFUSED.search(str(v))]
+    if REFERENCE.search(values["output"]):
+        problems.append(f"output: {values['output']!r} looks like a variable of Slurm; choose another --root")
     if "%" in values["output"]:
         problems.append(
             f"output: {values['output']!r} holds a %, which sbatch replaces; choose another --root or --name"
@@ -114,40 +116,41 @@ def _quoted(value: str) -> str:
 def _shown_steps(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
     place = slurm_place(spec, root, profile.python)
+    example = slurm_place(spec, root, profile.python, SlurmAttempt("0", "0", "-"))
     yield ""
     yield "# The supervisor starts on the first node and runs:"
     for step in spec.steps:
+        argv = srun_argv(step, place, spec.runtime)
+        late = set(argv) - set(srun_argv(step, example, spec.runtime))
         yield "#"
-        yield from (f"# {line}" for line in readable(srun_argv(step, place, spec.runtime)))
+        yield from (f"# {line}" for line in readable(argv, late))
 
 
-def readable(argv: tuple[str, ...]) -> list[str]:
-    """A command as lines of shell, one option or variable a line; it could be pasted into the batch script."""
+def readable(argv: tuple[str, ...], late: Set[str]) -> list[str]:
+    """A command as lines of shell, one option or variable a line; it could be pasted into the batch script.
+
+    The references in the `late` words stay open; everything else is quoted.
+    """
     lines: list[str] = []
     alone = True
     for word in argv:
+        shown = _shown_late(word) if word in late else _shown(word)
         is_option = word.startswith("--") or "=" in word
         if alone or is_option:
-            lines.append(_shell_word(word))
+            lines.append(shown)
         else:
-            lines[-1] += " " + _shell_word(word)
+            lines[-1] += f" {shown}"
         alone = is_option
     return [("    " if i else "") + line + (" \\" if i < len(lines) - 1 else "") for i, line in enumerate(lines)]
 
 
-def _shell_word(word: str) -> str:
-    """A word quoted for bash on one line; references of a SlurmAttempt stay open, and nothing else does."""
-    parts: list[str] = []
-    end = 0
-    for match in REFERENCE.finditer(word):
-        parts += [_literal(word[end : match.start()]), match[0]]
-        end = match.end()
-    return "".join([*parts, _literal(word[end:])]) or "''"
+def _shown_late(word: str) -> str:
+    parts = re.split(f"({REFERENCE.pattern})", word)  # text and references by turns
+    return "".join(part if i % 2 else _shown(part) for i, part in enumerate(parts) if part)
 
 
-def _literal(text: str) -> str:
-    if not text:
-        return ""
+def _shown(text: str) -> str:
+    """Text quoted for bash on one line."""
     if re.search(r"[\x00-\x1f\x7f]", text):
         return "$'" + "".join(_escaped(c) for c in text) + "'"
     name, equals, value = text.partition("=")

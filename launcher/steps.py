@@ -85,7 +85,7 @@ class SlurmAttempt:
 
 #: The references of a SlurmAttempt, in the middle of a word.
 REFERENCE = re.compile(
-    r"\$SLURM_JOB_ID|\$\{SLURM_RESTART_COUNT:-0\}|\$SLURMD_NODENAME|\$\(\(20000 \+ SLURM_JOB_ID % 1200 \* 10 \+ \d\)\)"
+    r"\$SLURM_JOB_ID|\$\{SLURM_RESTART_COUNT:-0\}|\$SLURMD_NODENAME|\$\(\(20000 \+ SLURM_JOB_ID % 1200 \* 10 \+ \d+\)\)"
 )
 
 #: Variables of the batch step that srun takes for defaults; every step states its own.

@@ -1,0 +1,56 @@
+#!/bin/bash
+# Made by prism-launch render: run golden for cluster example-pyxis.
+# Submits every stage after those it reads; when one fails for good, those behind it are cancelled.
+run=/scratch/prism/runs/golden
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
+declare -A ids
+submitted=()
+
+stop() {
+    echo "submit.sh: stage $1: $2" >&2
+    if [ ${#submitted[@]} -eq 0 ]; then
+        echo "submit.sh: nothing has been submitted" >&2
+    else
+        echo "submit.sh: submitted before it, and still there:" >&2
+        for name in "${submitted[@]}"; do echo "    $name: job ${ids[$name]}" >&2; done
+        echo "submit.sh: to take them back: scancel ${ids[*]}" >&2
+    fi
+    exit 1
+}
+
+put() {  # FILE TARGET: readable by you alone
+    mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod 600 -- "$2.new" && mv -f -- "$2.new" "$2"
+}
+
+submit() {  # STAGE and the stages that it reads
+    local stage=$1 after="" id name
+    shift
+    for name in "$@"; do after+=":${ids[$name]}"; done
+    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
+    id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
+        stop "$stage" "sbatch refused it, as it says above"
+    id=${id%%;*}
+    [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
+    ids[$stage]=$id
+    submitted+=("$stage")
+    echo "$stage: job $id"
+}
+
+if ! command -v sbatch >/dev/null; then
+    echo "submit.sh: no sbatch here; run this on the cluster's login node" >&2
+    exit 1
+fi
+# Variables that would change what the scripts say.
+unset ${!SBATCH_@}
+umask 077
+if ! put run.json "$run/run.json"; then
+    echo "submit.sh: cannot write under $run; nothing has been submitted" >&2
+    exit 1
+fi
+
+submit prepare
+submit small-052cb9-to-megatron
+submit midtrain prepare small-052cb9-to-megatron
+submit midtrain-to-hf midtrain
+submit evaluate midtrain-to-hf prepare
