@@ -109,8 +109,6 @@ def _add_run_commands(commands: Commands) -> None:
     _command(commands, "cancel", "stop a run's stages; they save first", "run", "root", "json")
     resume = _command(commands, "resume", "go on with a run, as it was planned", "run", "root")
     resume.add_argument("--detach", action="store_true", help="do not follow")
-    clean = _command(commands, "clean", "free what no run needs", "root", "json")
-    clean.add_argument("--dry-run", action="store_true", help="only say what would be freed")
     _command(commands, "report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
 
 

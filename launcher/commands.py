@@ -255,7 +255,10 @@ def _finish(root: Path, record: RunRecord) -> None:
 def resume(args: argparse.Namespace) -> int:
     """Go on with a run, as it was planned."""
     root, record = _open_run(args)
-    return _run_here(root, record, load_profile(record.cluster), args.detach)
+    profile = load_profile(record.cluster)
+    if profile.scheduler == "slurm":
+        raise UserError(f"run {record.run} was rendered for {record.cluster}; go on with its submit.sh")
+    return _run_here(root, record, profile, args.detach)
 
 
 def status(args: argparse.Namespace) -> int:
@@ -398,6 +401,27 @@ def clusters(args: argparse.Namespace) -> int:
     for p in profiles:
         print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
     print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster.")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine has and lacks."""
+    from launcher.doctor import examine
+
+    findings = examine(_root(args))
+    if args.json:
+        from launcher.spec import encode
+
+        _print_json([encode(f) for f in findings])
+        return 0
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "for", "found", "mend", box=box.SIMPLE_HEAD)
+    for f in findings:
+        table.add_row(f"[{'green' if f.ok else 'yellow'}]{f.name}[/]", f.wanted_by, f.found, f.mend)
+    Console().print(table)
     return 0
 
 

@@ -35,7 +35,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError(f"{text!r} is no size; write a number and K, M, G, T or P")
-    return round(float(match[1]) * _POWERS[match[2].upper()])
+    return int(float(match[1]) * _POWERS[match[2].upper()])
 
 
 def format_duration(seconds: float) -> str:

@@ -15,8 +15,9 @@ def needs(config: TrainConfig) -> tuple[Need, ...]:
     tokens = [item_need(ref, f"data.{ref}", "tokens") for ref in config.data]
     makers = dict.fromkeys(split_ref(ref)[0] for ref in config.data)
     tokenizers = [Need(f"{m}.tokenizer", m, "data", "tokenizer", ("tokenizer",)) for m in makers]
-    start = [Need("checkpoint", config.checkpoint, "checkpoint", "checkpoint", ("megatron",))]
-    return (*tokens, *tokenizers, *(start if config.checkpoint else []))
+    start = config.checkpoint
+    checkpoint = [Need("checkpoint", start, "checkpoint", "checkpoint", ("megatron",))] if start else []
+    return (*tokens, *tokenizers, *checkpoint)
 
 
 def steps(config: TrainConfig, resources: Resources) -> tuple[Step, ...]:
