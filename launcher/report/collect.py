@@ -17,6 +17,7 @@ from launcher.spec import StageSpec
 
 Row = dict[str, Any]
 
+
 def collect(root: Path, record: RunRecord) -> dict[str, Any]:
     """What a run has measured so far: one list of rows a name in TABLES, facts of the run, and `missing` in words.
 

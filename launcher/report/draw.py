@@ -28,7 +28,8 @@ from launcher.report.numbers import Data, Row, interval, lineage, pairs, results
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
+#: No dots: each would be a path of its own.
+HATCHES = ("", "///", "xx", "\\\\\\", "++", "--")
 #: Stand-ins that become the page's own colours.
 INK, LINE = "#010203", "#040506"
 STYLE = {
@@ -105,6 +106,13 @@ def _pick(choices: Sequence[Any], number: int) -> Any:
     return choices[number % len(choices)]
 
 
+def _legend(axes: Any) -> None:
+    """Above the axes, where it hides nothing; in columns where the labels are short."""
+    labels = axes.get_legend_handles_labels()[1]
+    columns = max(1, min(len(labels), 66 // (8 + max(map(len, labels)))))
+    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.2)
+
+
 def _percent_axis(axis: Any) -> None:
     axis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
 
@@ -113,32 +121,30 @@ def _percent_axis(axis: Any) -> None:
 
 
 def _accuracy(data: Data) -> Iterator[Drawing]:
-    """Points with error bars: checkpoints side by side, one marker a temperature."""
+    """Points with error bars: checkpoints one below the other, one marker a temperature."""
     for number, benchmark in enumerate(unique(r["benchmark"] for r in data["results"])):
         rows = [r for r in data["results"] if r["benchmark"] == benchmark]
         names, temperatures = unique(r["checkpoint"] for r in rows), unique(r["temperature"] for r in rows)
-        figure, axes = _axes(7.2, 3.3, ylabel="accuracy", ylim=(-0.03, 1.03))
-        width = 0.6 / max(1, len(temperatures))
+        figure, axes = _axes(height=1.0 + 0.16 * len(names) * (len(temperatures) + 1), xlabel="accuracy")
         for i, t in enumerate(temperatures):
-            shift = (i - (len(temperatures) - 1) / 2) * width
-            points = [
-                (x + shift, r) for x, n in enumerate(names) if (r := results_by_temperature(data, benchmark, n).get(t))
-            ]
+            shift = (i - (len(temperatures) - 1) / 2) / (len(temperatures) + 1)
+            found = [results_by_temperature(data, benchmark, name).get(t) for name in names]
+            points = [(y + shift, r) for y, r in enumerate(found) if r is not None]
             axes.errorbar(
-                [x for x, _ in points],
                 [r["accuracy"] for _, r in points],
-                yerr=list(zip(*(interval(r) for _, r in points), strict=True)),
+                [y for y, _ in points],
+                xerr=list(zip(*(interval(r) for _, r in points), strict=True)),
                 fmt=_pick(MARKERS, i),
                 color=_pick(COLOURS, i),
-                capsize=3,
-                markersize=6,
+                capsize=4,
+                markersize=4.5,
                 label=f"T = {t:g}",
             )
-        axes.set_xticks(range(len(names)), names)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.grid(axis="x", visible=False)
-        axes.legend(ncols=len(temperatures), loc="lower left", bbox_to_anchor=(0, 1))
-        _percent_axis(axes.yaxis)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.5, -0.5))
+        axes.grid(axis="y", visible=False)
+        _legend(axes)
+        _percent_axis(axes.xaxis)
         counts = ", ".join(str(n) for n in unique(r["n"] for r in rows))
         caption = (
             f"Accuracy on {benchmark}, n = {counts} problems a point. Bars: one standard error; where none or all are "
@@ -170,7 +176,7 @@ def _kinds(data: Data) -> Iterator[Drawing]:
         axes.set_yticks(range(len(rows)), [f"{r['checkpoint']}, T {r['temperature']:g}" for r in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1)
+        _legend(axes)
         _percent_axis(axes.xaxis)
         yield Drawing(f"kinds-{number}", "kinds", f"Kinds of completion on {benchmark}, right or wrong.", figure)
 
@@ -208,10 +214,13 @@ def _training(data: Data) -> Iterator[Drawing]:
         axes.plot(tokens, smoothed(losses, max(1, len(losses) // 40)), dash, color=colour, label=name)
         rate_axes.plot(tokens, [r.get("lr") for r in rows], dash, color=colour, label=name)
     for drawn in (axes, rate_axes):
-        drawn.legend()
+        _legend(drawn)
         drawn.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    caption = "Training loss: each step (pale) and its running mean over a fortieth of the stage. The stages read different text, so their losses cannot be compared with one another."
+    rate_axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    caption = (
+        "Training loss: each step (pale) and its running mean over a fortieth of the stage. The stages read different "
+        "text, so their losses cannot be compared with one another."
+    )
     yield Drawing("loss", "training", caption, figure)
     yield Drawing("rate", "training", "Learning rate.", rates)
 
@@ -246,7 +255,7 @@ def _rl(data: Data) -> Iterator[Drawing]:
             axes.set_ylim(-0.03, 1.03)
         else:
             axes.set_ylim(bottom=0)
-        axes.legend()
+        _legend(axes)
         yield Drawing(f"rl-{_slug(column)}", "rl", caption, figure)
 
 
@@ -266,7 +275,7 @@ def _thresholds(data: Data) -> Iterator[Drawing]:
     axes.set_xticks(marks, [f"{100 * t:g} %" for t in marks])
     axes.minorticks_off()
     _percent_axis(axes.yaxis)
-    axes.legend()
+    _legend(axes)
     yield Drawing("thresholds", "weights", "Share of all weights that changed, by threshold.", figure)
 
 
@@ -286,6 +295,8 @@ def _modules(data: Data) -> Iterator[Drawing]:
         axes.set_xticks(range(len(modules)), modules)
         axes.set_yticks(range(len(layers)), ["no layer" if layer is None else f"layer {layer}" for layer in layers])
         axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
         threshold = unique(r["threshold"] for r in rows)
         caption = f"{start} → {end}: weights changed by more than {100 * threshold[0]:g} %, in % of a module's weights."
         yield Drawing(f"modules-{number}", "weights", caption, figure)
@@ -304,7 +315,7 @@ def _cka(data: Data) -> Iterator[Drawing]:
             x, y = [r["layer"] for r in mine], [r["value"] for r in mine]
             axes.plot(x, y, label=f"{start} → {end}, lowest {min(y):.4f}", **style)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes.legend()
+        _legend(axes)
         counts = ", ".join(str(n) for n in unique(r.get("n") for r in rows) if n)
         caption = f"Similarity of representations on {texts}{f', {counts} texts' if counts else ''}."
         yield Drawing(f"cka-{number}", "cka", caption, figure)
@@ -334,7 +345,7 @@ def _mix(data: Data) -> Iterator[Drawing]:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
-    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    _legend(axes)
     yield Drawing("mix", "data", "Tokens that each training stage drew from each source.", figure)
 
 

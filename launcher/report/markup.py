@@ -33,8 +33,9 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
     body = "".join(f"<tr>{_cells(row, kinds)}</tr>" for row in rows)
     if not body:
         return ""
-    inner = f"<caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0"><table>{inner}</table></div>'
+    # The caption stands outside, or it would scroll away with a wide table.
+    inner = f'<table aria-label="{text(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<p class="caption">{text(caption)}</p><div class="scroll" tabindex="0">{inner}</div>'
 
 
 def _cells(row: Sequence[object], kinds: Sequence[str]) -> str:
@@ -43,10 +44,16 @@ def _cells(row: Sequence[object], kinds: Sequence[str]) -> str:
     return f'<th scope="row">{text(first)}</th>{cells}'
 
 
-def figures(found: Sequence[Mapping[str, str]], wide: bool = False) -> str:
-    """Figures side by side, one below the other where the page is narrow. Their SVG comes from `launcher.report.draw`."""
-    drawn = "".join(
-        f'<figure role="img" aria-label="{text(f["caption"])}">{f["svg"]}<figcaption>{text(f["caption"])}</figcaption></figure>'
-        for f in found
-    )
-    return f'<div class="figures{" wide" if wide else ""}">{drawn}</div>' if drawn else ""
+def figures(found: Sequence[Mapping[str, str]]) -> str:
+    """Figures side by side where there is room. Their SVG comes from `launcher.report.draw`, escaped there."""
+    drawn = "".join(_figure(text(f["caption"]), f["svg"]) for f in found)
+    return f'<div class="figures">{drawn}</div>' if drawn else ""
+
+
+def _figure(caption: str, svg: str) -> str:
+    return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
+
+
+def folded(summary: str, inner: str) -> str:
+    """Something long that opens by a click."""
+    return f"<details><summary>{text(summary)}</summary>{inner}</details>" if inner else ""

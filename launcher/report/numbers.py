@@ -1,10 +1,13 @@
-"""What the words, the tables and the figures share: comparing results, following checkpoints back, writing numbers. Pure."""
+"""What words, tables and figures share: comparing results, tracing checkpoints, writing numbers. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+#: Keeps a number and its unit on one line.
+NBSP = "\u00a0"
 
 Row = Mapping[str, Any]
 Data = Mapping[str, Any]
@@ -76,7 +79,7 @@ def pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def percent(fraction: float | None, digits: int = 1) -> str:
     """`88.4 %`; an en dash for no figure."""
-    return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f}{NBSP}%"
 
 
 def figure(value: float | None, digits: int = 3) -> str:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launcher.report.markup import bullets, figures, paragraph, table, text
+from launcher.report.limits import limits
+from launcher.report.markup import bullets, figures, folded, paragraph, table, text
 from launcher.report.numbers import (
     Data,
     Row,
@@ -20,7 +21,7 @@ from launcher.report.numbers import (
     results_by_temperature,
     unique,
 )
-from launcher.report.words import findings, introduction, limits, lowest_cka, selection
+from launcher.report.words import findings, introduction, lowest_cka, selection
 from launcher.units import format_bytes, format_count, format_duration
 
 Figures = Sequence[Mapping[str, str]]
@@ -78,7 +79,7 @@ def _head(data: Data, trouble: str | None) -> str:
 
 def _results(data: Data, drawn: Figures) -> str:
     tables = [_result_table(data, name) for name in unique(r["benchmark"] for r in data["results"])]
-    return "".join(tables) + figures(_of(drawn, "results"), wide=True)
+    return "".join(tables) + figures(_of(drawn, "results"))
 
 
 def _result_table(data: Data, benchmark: str) -> str:
@@ -210,7 +211,7 @@ def _module_table(data: Data) -> str:
         body,
         (0, 2),
     )
-    return f"<details><summary>Every layer and module as a table</summary>{inner}</details>"
+    return folded("Every layer and module as a table", inner)
 
 
 def _cka(data: Data, drawn: Figures) -> str:
@@ -220,11 +221,21 @@ def _cka(data: Data, drawn: Figures) -> str:
         lowest = lowest_cka(data, *pair)
         body.append([" → ".join(pair), *(cka_text(lowest.get(t)) for t in texts)])
     note = (
-        "Linear CKA of hidden states averaged over tokens, layer by layer: 1 is the same up to rotation and scale. The source "
-        "text is the control. It may be blind to a change that a few large activations hide: read it with the weight change."
+        "Linear CKA of hidden states averaged over tokens, layer by layer: 1 is the same up to rotation and scale. The "
+        "source text is the control. CKA may miss a change that a few large activations hide: read it with the weight "
+        "change."
     )
     inner = table("Lowest CKA of any layer", ["pair", *texts], body) + figures(_of(drawn, "cka"))
-    return paragraph(note, "soft") + inner if inner else ""
+    return paragraph(note, "soft") + inner + _cka_table(data) if inner else ""
+
+
+def _cka_table(data: Data) -> str:
+    columns = ["pair", "texts", "layer", "CKA", "debiased"]
+    body = [
+        [f"{r['from']} → {r['to']}", r.get("texts", "–"), r["layer"], cka_text(r["value"]), cka_text(r.get("debiased"))]
+        for r in data["cka"]
+    ]
+    return folded("Every layer as a table", table("CKA by layer", columns, body, (0, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------- data, running

@@ -19,7 +19,7 @@ from launcher.report.words import lowest_cka
 
 
 def render_table(data: Data) -> Any:
-    """A rich renderable of at most 100 columns: accuracy by checkpoint and temperature, weight change, what is missing."""
+    """A rich renderable: accuracy by checkpoint and temperature, weight change and CKA, what is missing."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,15 +1,11 @@
-"""What the numbers say, in words. Every sentence is computed: it stands only where the data of the run bear it out.
-
-The paper's figures are PRISM's, arXiv 2603.17074: changed elements from Table 22 (Granite-3.3, 1 %), norms and CKA
-from section 10 and appendix I.
-"""
+"""What the numbers say, in words. Every sentence is computed, and stands only where the data of the run bear it out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from launcher.report.numbers import (
+    NBSP,
     Data,
     Row,
     at_threshold,
@@ -21,25 +17,12 @@ from launcher.report.numbers import (
     pairs,
     percent,
     results_by_temperature,
-    stage_row,
     unique,
 )
 from launcher.units import format_count, format_duration
 
 #: A difference counts from this many standard errors on.
 CLEAR = 3.0
-PAPER = "arXiv 2603.17074"
-PAPER_CHANGED = {"train": 0.965, "rl": 0.05}
-PAPER_RL_L2 = (0.0003, 0.0007)
-PAPER_RL_CKA = 0.998
-PAPER_PARAMETERS = 3e9
-
-
-class Statement(NamedTuple):
-    """A heading and what stands under it."""
-
-    heading: str
-    text: str
 
 
 # ------------------------------------------------------------------------------------------------------------ summary
@@ -62,7 +45,7 @@ def introduction(data: Data) -> str:
 
 def findings(data: Data) -> list[str]:
     """One sentence for each comparison that the run makes."""
-    return [*_comparisons(data), *_weights(data), *_representations(data), *_rewards(data)]
+    return [*_comparisons(data), *_changes(data), *_distances(data), *_rewards(data)]
 
 
 def steps(data: Data) -> list[tuple[str, str]]:
@@ -90,41 +73,55 @@ def _comparisons(data: Data) -> Iterator[str]:
 def _compare(benchmark: str, low: str, high: str, rows: list[tuple[float, Row, Row]]) -> str:
     """Says `above` or `below` only where the numbers show it by CLEAR standard errors."""
     gaps = {t: gap(a, b) for t, a, b in rows}
-    above, below = [t for t in gaps if gaps[t] >= CLEAR], [t for t in gaps if gaps[t] <= -CLEAR]
-    numbers = "; ".join(f"T = {t:g}: {percent(b['accuracy'])} against {percent(a['accuracy'])}" for t, a, b in rows)
-    head, tail = f"On {benchmark}, {high} is", f"({low}; {numbers}; n = {listed(unique(b['n'] for _, _, b in rows))})."
-    tail = f"({numbers}; n = {listed(unique(b['n'] for _, _, b in rows))})."
-    for hits, word in ((above, "above"), (below, "below")):
+    sides = {"above": [t for t in gaps if gaps[t] >= CLEAR], "below": [t for t in gaps if gaps[t] <= -CLEAR]}
+    head = f"On {benchmark}, {high} is"
+    for word, hits in sides.items():
         if len(hits) == len(gaps):
             least = min(abs(g) for g in gaps.values())
-            return f"{head} {word} {low} at every temperature tried, by at least {least:.1f} standard errors {tail}"
-    parts = [
-        f"{word} at T = {listed(f'{t:g}' for t in hits)}" for hits, word in ((above, "above"), (below, "below")) if hits
-    ]
+            return (
+                f"{head} {word} {low} at every temperature tried, by {least:.1f} standard errors or more {_tail(rows)}."
+            )
+    parts = [f"{word} it at T = {listed(f'{t:g}' for t in hits)}" for word, hits in sides.items() if hits]
     if parts:
-        return f"{head} not above or below {low} throughout: {' and '.join(parts)} by {CLEAR:g} standard errors or more, elsewhere not {tail}"
-    return f"{head} not clearly different from {low}: every difference is below {CLEAR:g} standard errors {tail}"
+        end = f"by {CLEAR:g} standard errors or more, not elsewhere {_tail(rows)}."
+        return f"{head} not on one side of {low} throughout: {' and '.join(parts)} {end}"
+    end = f"every difference is below {CLEAR:g} standard errors {_tail(rows)}."
+    return f"{head} not clearly different from {low}: {end}"
 
 
-def _weights(data: Data) -> Iterator[str]:
+def _tail(rows: list[tuple[float, Row, Row]]) -> str:
+    """`(54.4 / 57.6 % against 0.0 / 0.0 % at T = 0 / 1, n = 500)`."""
+    temperatures = " / ".join(f"{t:g}" for t, _, _ in rows)
+    first = " / ".join(f"{100 * a['accuracy']:.1f}" for _, a, _ in rows)
+    second = " / ".join(f"{100 * b['accuracy']:.1f}" for _, _, b in rows)
+    counts = listed(unique(row["n"] for _, a, b in rows for row in (a, b)))
+    return f"({second}{NBSP}% against {first}{NBSP}% at T = {temperatures}, n = {counts})"
+
+
+def _changes(data: Data) -> Iterator[str]:
+    """Of each pair: weights changed, and representations."""
     rows = {(r["from"], r["to"]): r for r in at_threshold(data["weights"])}
-    for (a, b), row in rows.items():
-        yield (
-            f"From {a} to {b}, {percent(row['changed_fraction'])} of the weights changed by more than "
-            f"{percent(row['threshold'], 0)}; relative L2 {figure(row['relative_l2'])}."
-        )
-    for (a, b), row in rows.items():
-        for (start, end), later in rows.items():
-            if b == start and later["relative_l2"] and row["relative_l2"]:
-                ratio = row["relative_l2"] / later["relative_l2"]
-                yield f"In relative L2, {a} to {b} moved the weights {figure(ratio, 2)} times as far as {start} to {end}."
+    for pair in unique([*rows, *pairs(data["cka"])]):
+        parts = []
+        if (row := rows.get(pair)) is not None:
+            share = (
+                f"{percent(row['changed_fraction'])} of the weights changed by more than {percent(row['threshold'], 0)}"
+            )
+            parts += [share, f"relative L2 {figure(row['relative_l2'])}"]
+        lowest = [f"{cka_text(value)} on {texts}" for texts, value in lowest_cka(data, *pair).items()]
+        parts += [f"lowest CKA of any layer {listed(lowest)}"] if lowest else []
+        yield f"{pair[0]} → {pair[1]}: {'; '.join(parts) or 'no figure'}."
 
 
-def _representations(data: Data) -> Iterator[str]:
-    for a, b in pairs(data["cka"]):
-        lowest = [f"{cka_text(value)} on {texts}" for texts, value in lowest_cka(data, a, b).items()]
-        if lowest:
-            yield f"Representations of {a} and {b}: lowest CKA of any layer {listed(lowest)}."
+def _distances(data: Data) -> Iterator[str]:
+    """How much further the weights moved into a checkpoint than on from it."""
+    moved = {(r["from"], r["to"]): r["relative_l2"] for r in at_threshold(data["weights"])}
+    for (a, b), before in moved.items():
+        for (start, end), after in moved.items():
+            if b == start and before and after:
+                ratio = before / after
+                times = f"{ratio:,.0f}" if ratio >= 10 else figure(ratio, 2)
+                yield f"In relative L2, {a} → {b} moved the weights {times} times as far as {start} → {end}."
 
 
 def lowest_cka(data: Data, start: str, end: str) -> dict[str, float]:
@@ -137,10 +134,8 @@ def lowest_cka(data: Data, start: str, end: str) -> dict[str, float]:
 def _rewards(data: Data) -> Iterator[str]:
     for row in data["rewards"]:
         if row["samples"]:
-            yield (
-                f"{row['stage']}: {row['zeros']} of {row['samples']} rewards were 0 ({percent(row['zeros'] / row['samples'])}); "
-                f"{row['silent_steps']} of {row['step']} steps had no reward at all."
-            )
+            zeros = f"{row['zeros']} of {row['samples']} rewards were 0 ({percent(row['zeros'] / row['samples'])})"
+            yield f"{row['stage']}: {zeros}; {row['silent_steps']} of {row['step']} steps had no reward at all."
 
 
 # ---------------------------------------------------------------------------------------- selection among taught traces
@@ -175,161 +170,16 @@ def expected_by_selection(before: Row, after: Row) -> float:
 
 
 def _explain(stage: Row, before: Row, after: Row) -> str:
-    expected, lift = expected_by_selection(before, after), after["accuracy"] - before["accuracy"]
+    start, expected = stage["start"], expected_by_selection(before, after)
     text = (
-        f"{before['benchmark']}, T = {before['temperature']:g}: from {stage['start']} to {stage['stage']} the share of worked "
-        f"traces went from {percent(before['worked_share'])} to {percent(after['worked_share'])}. {stage['start']} was right "
-        f"in {percent(before['worked_accuracy'])} of its worked and {percent(before['terse_accuracy'])} of its terse traces; "
-        f"the new shares at these accuracies would give {percent(expected)}, measured are {percent(after['accuracy'])}"
+        f"{before['benchmark']}, T = {before['temperature']:g}: from {start} to {stage['stage']} the share of worked "
+        f"traces went from {percent(before['worked_share'])} to {percent(after['worked_share'])}. {start} was right in "
+        f"{percent(before['worked_accuracy'])} of its worked and {percent(before['terse_accuracy'])} of its terse "
+        f"traces; the new shares at these accuracies would give {percent(expected)}, measured are "
+        f"{percent(after['accuracy'])}"
     )
     if gap(before, after) < CLEAR:
         return f"{text}. There is no clear lift to explain."
-    share = (expected - before["accuracy"]) / lift
-    return f"{text}: choosing accounts for {percent(share, 0)} of the lift of {100 * lift:.1f} points."
-
-
-# --------------------------------------------------------------------------------------- what this does and does not show
-
-
-def limits(data: Data) -> list[Statement]:
-    """What is design and what is found, what of the paper does not come out, and how far the numbers reach."""
-    parts = (_selects, _held_out, _not_held_out, _no_signal, _sparsity, _cka_of_rl, _size, _backend, _cpu, _seeds)
-    return [statement for part in parts for statement in part(data)]
-
-
-def _selects(data: Data) -> Iterator[Statement]:
-    found = {s["name"]: s for r in data["stages"] if r["kind"] == "rl" for s in taught_both(data, r["start"])}
-    explained = selection(data)
-    for name, source in found.items():
-        if explained:
-            text = (
-                f"The training text {name} holds two kinds of right trace: {percent(source['terse_share'], 0)} state the answer "
-                "alone, the rest work it out. That is design. RL can raise accuracy by choosing the better of two taught "
-                "kinds without learning anything new; how far it did so is computed under the results."
-            )
-            yield Statement("Design, not discovery: RL selects among taught traces", text)
-
-
-def _benchmark_sets(data: Data) -> Iterator[tuple[Row, Row, bool]]:
-    """(held-out set, other set of the same task and settings, whether the other leaves the first one's texts out)."""
-    names = {r["benchmark"] for r in data["results"]}
-    same = ("stage", "task", "settings", "totals")
-    for held in data["problem_sets"]:
-        for other in data["problem_sets"]:
-            if held["name"] in names and other["name"] not in names and all(held[k] == other[k] for k in same):
-                yield held, other, held["name"] in (other["exclude"] or ())
-
-
-def _held_out(data: Data) -> Iterator[Statement]:
-    for name in unique(held["name"] for held, _, excluded in _benchmark_sets(data) if excluded):
-        others = [o["name"] for held, o, excluded in _benchmark_sets(data) if excluded and held["name"] == name]
-        text = (
-            f"No problem of {name} stands, by its text, in {listed(others)}. But all are drawn by one rule with the same "
-            "settings, from the same closed space: the problems are new, their single steps are not."
-        )
-        yield Statement("Held out by text, not by kind", text)
-
-
-def _not_held_out(data: Data) -> Iterator[Statement]:
-    for held, other, excluded in _benchmark_sets(data):
-        if not excluded:
-            text = f"{other['name']} was drawn without leaving out the problems of {held['name']}: the two may overlap."
-            yield Statement("Not held out", text)
-
-
-def _no_signal(data: Data) -> Iterator[Statement]:
-    for row in data["rewards"]:
-        if not row["all_zero"]:
-            continue
-        text = f"All {row['samples']} rewards of {row['stage']} were 0, so it had nothing to learn from."
-        if untaught := _never_taught(data, row["start"]):
-            text += f" {row['start']} was trained on {listed(untaught)} alone, which hold no written traces: this is design too."
-        changes = [r for r in data["weights"] if (r["from"], r["to"]) == (row["start"], row["stage"])]
-        if changes and all(r.get("bits_changed_fraction") == 0 for r in changes):
-            text += (
-                " Its weights are those of its start, to the bit; that it does not change them says nothing about RL."
-            )
-        yield Statement(f"RL from {row['start']} had no signal", text)
-
-
-def _never_taught(data: Data, checkpoint: str) -> list[str]:
-    """The sources of a checkpoint made here from random weights, if all are library code; else none can be named."""
-    trained = lineage(data, checkpoint)
-    if stage_row(data, trained[-1]).get("kind") != "train":
-        return []
-    read = unique(r["source"] for r in data["data_mix"] if r["stage"] in trained)
-    kinds = {f"{s['stage']}/{s['name']}": s["kind"] for s in data["sources"]}
-    return read if read and all(kinds.get(name) == "python-stdlib" for name in read) else []
-
-
-def _rl_changes(data: Data) -> Iterator[Row]:
-    """The change at 1 % from an RL stage's start to the stage, where there was a reward to learn from."""
-    silent = {r["stage"] for r in data["rewards"] if r["all_zero"]}
-    for row in at_threshold(data["weights"]):
-        stage = stage_row(data, row["to"])
-        if stage.get("kind") == "rl" and stage["start"] == row["from"] and row["to"] not in silent:
-            yield row
-
-
-def _sparsity(data: Data) -> Iterator[Statement]:
-    for row in _rl_changes(data):
-        measured, paper = row["changed_fraction"], PAPER_CHANGED["rl"]
-        near = measured <= 2 * paper
-        text = (
-            f"The paper ({PAPER}, Table 22) finds about {percent(paper, 0)} of the weights changed by more than 1 % in RL and "
-            f"{percent(PAPER_CHANGED['train'])} in mid-training (Granite-3.3). Here, {row['from']} to {row['to']} changed "
-            f"{percent(measured)} by more than {percent(row['threshold'], 0)}, with a relative L2 of {figure(row['relative_l2'])} "
-            f"(the paper: {PAPER_RL_L2[0]:g} to {PAPER_RL_L2[1]:g} by module)."
-        )
-        head = "RL's sparsity is of the paper's order" if near else "Does not reproduce at this size: RL's sparsity"
-        yield Statement(head, text)
-
-
-def _cka_of_rl(data: Data) -> Iterator[Statement]:
-    for row in _rl_changes(data):
-        lowest = lowest_cka(data, row["from"], row["to"])
-        low = {t: v for t, v in lowest.items() if v <= PAPER_RL_CKA}
-        if not lowest:
-            continue
-        head = (
-            "Representations before and after RL: nearly the paper's"
-            if low
-            else "Representations before and after RL: as in the paper"
-        )
-        if low and min(low.values()) < 0.95:
-            head = "Does not reproduce: representations before and after RL"
-        numbers = listed(f"{cka_text(value)} on {texts}" for texts, value in lowest.items())
-        text = f"The paper's CKA before and after RL is above {PAPER_RL_CKA} at every layer. Here the lowest of {row['from']} and {row['to']} is {numbers}."
-        yield Statement(head, text)
-
-
-def _size(data: Data) -> Iterator[Statement]:
-    count = (data["model"] or {}).get("parameters")
-    if count and count < PAPER_PARAMETERS / 10:
-        text = f"The model has {format_count(count)} parameters, the paper's have 3 to 24 billion. What happens here need not happen there; the sizes of effects do not carry over."
-        yield Statement("A small model", text)
-
-
-def _backend(data: Data) -> Iterator[Statement]:
-    names = unique(s["backend"] for s in data["stages"] if s["kind"] == "rl" and s["backend"] == "trl")
-    if names:
-        yield Statement(
-            "RL engine: trl", "RL ran on TRL's GRPOTrainer with a rule for reward, not on the paper's RL code."
-        )
-
-
-def _cpu(data: Data) -> Iterator[Statement]:
-    found = [s["stage"] for s in data["stages"] if s["kind"] == "train" and s["cpu_mode"]]
-    if found:
-        text = f"{listed(found)} ran as megatron-core on a CPU with reference kernels. Times and speeds say nothing about GPUs."
-        yield Statement("On a CPU", text)
-
-
-def _seeds(data: Data) -> Iterator[Statement]:
-    if data["results"]:
-        text = (
-            "Error bars are binomial: they stand for the choice of problems and for sampling, not for training again with another "
-            "seed, which may move results by more. All checkpoints answer the same problems; comparisons treat them as "
-            "independent. Every temperature that was tried is shown."
-        )
-        yield Statement("One run, one seed", text)
+    lift = after["accuracy"] - before["accuracy"]
+    share = percent((expected - before["accuracy"]) / lift, 0)
+    return f"{text}: choosing accounts for {share} of the lift of {100 * lift:.1f} points."

@@ -40,7 +40,7 @@ def write_report(root: Path, record: RunRecord) -> Path:
 
 
 def draw_figures(data: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | None]:
-    """Figures by `launcher.report.draw` in its own process, which loads matplotlib; or none, and the reason in words."""
+    """Figures by `launcher.report.draw` in a process that loads matplotlib; or none, and why in words."""
     here = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-m", "launcher.report.draw"]

@@ -82,7 +82,7 @@ def finish(root: Path, record: RunRecord, planned: PlannedStage, number: int) ->
     store.seal(root, spec.artifact, receipt)
 
 
-# --------------------------------------------------------------------------------------------------- what a stage leaves
+# -------------------------------------------------------------------------------------------------- what a stage leaves
 
 
 def _prepare(folder: Path, spec: StageSpec) -> dict[str, Any]:
