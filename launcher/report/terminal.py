@@ -30,10 +30,13 @@ def render_table(data: Data) -> Any:
 
 
 def _table(title: str, columns: list[str]) -> Any:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", width=None)
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False
+    )
     for number, column in enumerate(columns):
         # Text, not str: names come from recipes and may hold what rich reads as markup.
         table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
@@ -60,8 +63,9 @@ def _changes(data: Data) -> Any:
 
     rows = at_threshold(data["weights"])
     texts = unique(r.get("texts", "texts") for r in data["cka"])
-    changed = f"changed > {percent(rows[0]['threshold'], 0)}"
-    table = _table("weights and representations", ["pair", changed, "relative L2", *(f"min CKA, {t}" for t in texts)])
+    mark = percent(rows[0]["threshold"], 0)
+    title = f"share of weights changed by more than {mark}, lowest CKA of any layer"
+    table = _table(title, ["pair", f"> {mark}", "relative L2", *(f"CKA, {t}" for t in texts)])
     for row in rows:
         lowest = lowest_cka(data, row["from"], row["to"])
         cells = (
