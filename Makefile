@@ -31,5 +31,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Accepts changed scripts: writes tests/golden/ anew; look at the difference before you commit it.
+golden: $(STAMP)
+	$(BIN)/python tests/test_render.py
+
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

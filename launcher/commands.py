@@ -17,7 +17,7 @@ from launcher import __version__, store
 from launcher.cluster import Profile, load_profile
 from launcher.errors import UserError
 from launcher.recipe import Recipe
-from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run, write_run
+from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
 
 # ------------------------------------------------------------------------------------------------------------ shared
 
@@ -149,24 +149,38 @@ def _tokens(stage: PlannedStage) -> int | None:
     return int(config["train_iters"] * config["global_batch_size"] * config["seq_length"])
 
 
+def _reads(record: RunRecord, stage: PlannedStage) -> str:
+    """What a stage reads, a line each: the stage that makes it, or its path."""
+    makers = {s.spec.fingerprint: s.spec.stage for s in record.stages}
+    found = dict.fromkeys(makers.get(i.fingerprint, i.path) for i in stage.spec.inputs.values())
+    return "\n".join(found) or "-"
+
+
+def _notes(root: Path, stage: PlannedStage) -> list[str]:
+    return (["inserted"] if stage.inserted else []) + (["[green]done[/]"] if _is_done(root, stage) else [])
+
+
 def _plan_table(root: Path, record: RunRecord) -> Any:
+    from rich import box
     from rich.table import Table
 
     from launcher.units import format_count
 
-    table = Table(title=f"run {record.run} on {record.cluster}", title_justify="left")
-    for column in ("stage", "kind", "reads", "makes", "nodes x GPUs", "tokens", ""):
-        table.add_column(column, justify="right" if column in ("nodes x GPUs", "tokens") else "left")
+    table = Table(title=f"run {record.run} on {record.cluster}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("stage", "kind", "reads", "makes", "nodes\nx GPUs", "tokens", ""):
+        table.add_column(column, justify="right" if column in ("nodes\nx GPUs", "tokens") else "left")
+    for number in (0, 1, 2, 3):
+        table.columns[number].no_wrap = True
     for stage in record.stages:
         spec, tokens = stage.spec, _tokens(stage)
         table.add_row(
             spec.stage,
-            spec.kind + (" (inserted)" if stage.inserted else ""),
-            ", ".join(stage.depends) or "-",
-            ", ".join(dict.fromkeys(o.format for o in spec.outputs.values())),
+            spec.kind,
+            _reads(record, stage),
+            "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
             f"{stage.resources.nodes} x {stage.resources.gpus_per_node}",
             format_count(tokens) if tokens else "",
-            "[green]done[/], skipped" if _is_done(root, stage) else "",
+            ", ".join(_notes(root, stage)),
         )
     return table
 
@@ -259,6 +273,87 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def status(args: argparse.Namespace) -> int:
+    """What each stage of a run is doing."""
+    from launcher.state import run_state, stage_states
+
+    root, record = _open_run(args)
+    states = stage_states(root, record)
+    if args.json:
+        from launcher.spec import encode
+
+        body = {"run": record.run, "root": str(root), "cluster": record.cluster, "state": run_state(states)}
+        _print_json({**body, "stages": [encode(s) for s in states]})
+        return 0
+    from rich.console import Console
+
+    from launcher.watch import states_table
+
+    Console().print(states_table(record.run, states))
+    return 0
+
+
+def watch(args: argparse.Namespace) -> int:
+    """Follow a run; leaving with Ctrl-C does not stop it."""
+    from launcher.state import run_state
+    from launcher.watch import watch_run
+
+    root, record = _open_run(args)
+    return 0 if run_state(watch_run(root, record)) in ("done", "running") else 1
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print the end of a stage's log, and go on with it where asked."""
+    from launcher.state import newest_attempt
+    from launcher.watch import follow_file
+
+    root, record = _open_run(args)
+    stage = record.stage(args.stage) if args.stage else _stage_of_interest(root, record)
+    attempt = newest_attempt(root, record.run, stage)
+    if attempt is None:
+        raise UserError(f"stage {stage.spec.stage} of run {record.run} has no log: it has not been started in this run")
+    path = _log_file(attempt.folder, args.step)
+    print(f"==> {path} <==", file=sys.stderr)
+    print("\n".join(path.read_text(errors="replace").splitlines()[-args.lines :]))
+    if args.follow:
+        follow_file(path, lambda: (now := newest_attempt(root, record.run, stage)) is not None and now.is_living)
+    return 0
+
+
+def _stage_of_interest(root: Path, record: RunRecord) -> PlannedStage:
+    """The stage that failed, else one that runs, else the last that was started."""
+    from launcher.state import stage_states
+
+    states = stage_states(root, record)
+    for wanted in ("failed", "running", "interrupted", "stopped", "done"):
+        found = [s for s in states if s.state == wanted and s.attempt]
+        if found:
+            return record.stage(max(found, key=lambda s: s.started or 0).stage)
+    raise UserError(f"run {record.run}: no stage has been started yet")
+
+
+def _log_file(folder: Path, step: str | None) -> Path:
+    """The log of a component's first rank, or of the supervisor where no component was started."""
+    found = sorted(folder.glob(f"{step or '*'}.0.log"))
+    if step and not found:
+        known = ", ".join(sorted(p.name.removesuffix(".0.log") for p in folder.glob("*.0.log"))) or "none"
+        raise UserError(f"{folder}: no log of step {step}; there is {known}")
+    return found[0] if found else folder / "supervisor.log"
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """Stop a run's stages; they save first."""
+    from launcher.local import cancel_run
+
+    root, record = _open_run(args)
+    stopped = cancel_run(root, record)
+    if args.json:
+        _print_json({"run": record.run, "stopped": stopped})
+    else:
+        print(f"run {record.run}: {'stopped ' + ', '.join(stopped) if stopped else 'nothing was running'}")
+    return 0
+
+
 # --------------------------------------------------------------------------------------------------- by hand, listings
 
 
@@ -288,12 +383,42 @@ def _json_flag(args: argparse.Namespace) -> list[str]:
     return ["--json"] if args.json else []
 
 
+def recipes(args: argparse.Namespace) -> int:
+    """List the shipped recipes."""
+    from launcher.recipe.load import list_recipes
+
+    found = list_recipes()
+    if args.json:
+        _print_json(found)
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "stages", "what it is")
+    for recipe in found:
+        table.add_row(recipe["name"], str(len(recipe["stages"])), recipe["description"])
+    Console().print(table)
+    return 0
+
+
+def clusters(args: argparse.Namespace) -> int:
+    """List the shipped cluster profiles."""
+    from launcher.cluster import list_profiles
+
+    profiles = list_profiles()
+    if args.json:
+        rows = [(p.name, p.scheduler, p.runtime.container, p.description) for p in profiles]
+        _print_json([dict(zip(("name", "scheduler", "container", "description"), r, strict=True)) for r in rows])
+        return 0
+    for p in profiles:
+        print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
+    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster.")
+    return 0
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the recipe's JSON schema."""
     from launcher.recipe.schema import json_schema
 
     _print_json(json_schema())
     return 0
-
-
-__all__ = ["write_run"]

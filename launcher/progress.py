@@ -135,9 +135,12 @@ def die_with_parent() -> None:
 def run_worker(main: Callable[[StageJob], None], needs: tuple[str, ...] = ()) -> None:
     """The one entry of every worker: read `stage.json`, run `main`, write how it ended, exit.
 
-    The environment names the rest: PRISM_ROOT, PRISM_ATTEMPT_DIR, PRISM_STEP, RANK, WORLD_SIZE. `needs` are the
-    modules of the worker's extra, named when one is absent.
+    The environment names the rest: PRISM_ROOT, PRISM_ATTEMPT_DIR, PRISM_STEP, RANK, WORLD_SIZE, LOCAL_RANK; the last
+    three are taken from srun where they are not set. `needs` are the modules of the worker's extra, named when one is absent.
     """
+    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if slurm in os.environ:
+            os.environ.setdefault(name, os.environ[slurm])
     if os.environ.get("PRISM_DIE_WITH_PARENT"):
         die_with_parent()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)

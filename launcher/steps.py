@@ -4,12 +4,15 @@ srun and for processes of this machine. Rendered scripts show the same commands.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from launcher import store
 from launcher.containers import wrap
-from launcher.spec import Runtime, Step
+from launcher.spec import Runtime, StageSpec, Step
 
 _PLACEHOLDER = re.compile(r"\{(python|stage_json|attempt_dir|(?:host|port):[A-Za-z0-9_-]+)\}")
 
@@ -57,8 +60,65 @@ def local_commands(step: Step, place: Place) -> list[tuple[tuple[str, ...], dict
     return [(argv, {**common, **rank}) for rank in ranks]
 
 
+# -------------------------------------------------------------------------------------------------------------- Slurm
+
+
+@dataclass(frozen=True)
+class SlurmAttempt:
+    """What Slurm tells an attempt in the batch step; the defaults are references, for scripts that are only read."""
+
+    job: str = "$SLURM_JOB_ID"
+    restarts: str = "${SLURM_RESTART_COUNT:-0}"
+    node: str = "$SLURMD_NODENAME"
+
+    @property
+    def name(self) -> str:
+        """The attempt's folder; the restart count alone would repeat in a chain of jobs."""
+        return f"{self.job}.{self.restarts}"
+
+    def port(self, index: int) -> str:
+        """The MASTER_PORT of a job's step: 20000 to 31999, below the range that Linux hands out by itself."""
+        if self.job.isdigit():
+            return str(20000 + int(self.job) % 1200 * 10 + index)
+        return f"$((20000 + SLURM_JOB_ID % 1200 * 10 + {index}))"
+
+
+#: The references of a SlurmAttempt, in the middle of a word.
+REFERENCE = re.compile(
+    r"\$SLURM_JOB_ID|\$\{SLURM_RESTART_COUNT:-0\}|\$SLURMD_NODENAME|\$\(\(20000 \+ SLURM_JOB_ID % 1200 \* 10 \+ \d\)\)"
+)
+
+#: Variables of the batch step that srun takes for defaults; every step states its own.
+SRUN_DEFAULTS = (
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK",
+)
+
+
+def slurm_place(spec: StageSpec, root: Path, python: str, attempt: SlurmAttempt | None = None) -> Place:
+    """Where a stage's steps run under Slurm: with references, or an attempt's own values; all on the first node."""
+    attempt = attempt or SlurmAttempt()
+    folder = store.stage_dir(root, spec.run, spec.stage)
+    return Place(
+        root=str(root),
+        stage_json=str(folder / "stage.json"),
+        attempt_dir=str(folder / attempt.name),
+        python=python,
+        hosts={step.name: attempt.node for step in spec.steps},
+        ports={step.name: attempt.port(index) for index, step in enumerate(spec.steps)},
+    )
+
+
 def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
-    """The srun command of a step inside its allocation; ranks are srun's (`SLURM_PROCID`, read by the worker)."""
+    """The srun command of a step inside its allocation; ranks are srun's (`SLURM_PROCID`, read by the worker).
+
+    Raises UserError where the runtime cannot start the step.
+    """
     options = {
         "job-name": step.name,
         "nodes": step.nodes,
@@ -67,9 +127,9 @@ def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
         "cpus-per-task": step.cpus,
         "gpus-per-node": step.gpus,
         "kill-on-bad-exit": 0,
+        **({"mpi": runtime.mpi} if runtime.mpi else {}),
     }
-    if runtime.mpi:
-        options["mpi"] = runtime.mpi
     flags = [f"--{name}={value}" for name, value in options.items()]
-    launch = wrap(step, fill(step.argv, place), environment(step, place), runtime)
+    workdir = os.path.dirname(place.stage_json)
+    launch = wrap(step, fill(step.argv, place), environment(step, place), workdir, runtime)
     return ("srun", "--overlap", "--unbuffered", *flags, *launch)

@@ -3,6 +3,7 @@
     ROOT/artifacts/KIND/FINGERPRINT/            a whole artifact: its ports' folders, `artifact.json` (the receipt)
     ROOT/artifacts/KIND/FINGERPRINT.partial/    the same while it is made; renamed when whole
     ROOT/artifacts/KIND/FINGERPRINT.claim/      who is making it
+    ROOT/artifacts/KIND/FINGERPRINT.damaged.N/  one whose files no longer match its receipt, set aside
     ROOT/runs/NAME/run.json                     the recipe as resolved and its plan; written by the login side alone
     ROOT/runs/NAME/stages/STAGE/stage.json
     ROOT/runs/NAME/stages/STAGE/ATTEMPT/        events.jsonl, heartbeats, exit files and logs of one attempt
@@ -28,6 +29,8 @@ from launcher.errors import UserError, WorldError
 
 RECEIPT = "artifact.json"
 RECEIPT_SCHEMA = 1
+#: In an unfinished artifact: what a later attempt goes on from. Never part of the whole one.
+PROGRESS = "progress"
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -51,6 +54,25 @@ def run_dir(root: Path, run: str) -> Path:
 def stage_dir(root: Path, run: str, stage: str) -> Path:
     """The folder of a stage in a run; attempts are folders inside it."""
     return run_dir(root, run) / "stages" / stage
+
+
+def new_attempt(stage: Path, name: str | None = None) -> Path:
+    """A new folder for an attempt: `name`, or the next `local.N`. Raises FileExistsError where `name` is there."""
+    stage.mkdir(parents=True, exist_ok=True)
+    if name is not None:
+        (stage / name).mkdir()
+        return stage / name
+    number = 1 + max((int(p.name[6:]) for p in stage.glob("local.*") if p.name[6:].isdigit()), default=0)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (stage / f"local.{number}").mkdir()
+            return stage / f"local.{number}"
+        number += 1
+
+
+def claim_dir(root: Path, artifact: str) -> Path:
+    """The claim of whoever makes an artifact."""
+    return root / f"{artifact}.claim"
 
 
 # ------------------------------------------------------------------------------------------------------ atomic writes
@@ -90,11 +112,7 @@ def sync_tree(folder: Path) -> None:
     """Push every file and folder under `folder` to disk, so that a rename after it cannot outrun its content."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in [*names, "."]:
-            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(Path(parent, name))
 
 
 # ----------------------------------------------------------------------------------------------------------- receipts
@@ -166,25 +184,46 @@ def sha256_of(path: Path) -> str:
 
 
 def list_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Every regular file under `folder` but the receipt: path inside it to (bytes, sha256)."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder) != Path(RECEIPT))
+    """Every regular file under `folder` but the receipt and what is in progress: path inside it to (bytes, sha256)."""
+    left_out = {RECEIPT, PROGRESS}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in left_out)
     return {str(p.relative_to(folder)): (p.stat().st_size, sha256_of(p)) for p in found}
 
 
+def read_unsealed(root: Path, artifact: str) -> Receipt | None:
+    """The receipt of an artifact that is whole but for its last rename: its maker was killed while sealing."""
+    return read_receipt(root, f"{artifact}.partial")
+
+
 def seal(root: Path, artifact: str, receipt: Receipt) -> None:
-    """Make the unfinished artifact whole: receipt, sync, rename. A whole one that is there already is kept."""
+    """Make the unfinished artifact whole: receipt, sync, rename. A whole one that is there already is kept.
+
+    The receipt comes first, so that a seal that is cut off anywhere is finished by `seal` alone.
+    """
     from launcher.spec import encode
 
-    partial = partial_dir(root, artifact)
+    partial, target = partial_dir(root, artifact), root / artifact
     write_json(partial / RECEIPT, encode(receipt))
     sync_tree(partial)
-    target = root / artifact
-    if target.exists():
-        if read_receipt(root, artifact) is not None:
-            shutil.rmtree(partial)
-            return
-        os.replace(target, f"{target}.damaged.{os.getpid()}")
-    os.replace(partial, target)
+    gone = target.with_name(f"{target.name}.gone.{os.getpid()}")
+    if (partial / PROGRESS).exists():
+        os.replace(partial / PROGRESS, gone)
+    if target.exists() and read_receipt(root, artifact) is not None:
+        shutil.rmtree(partial)
+    else:
+        if target.exists():
+            os.replace(target, f"{target}.damaged.{os.getpid()}")
+        os.replace(partial, target)
+        _sync(target.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------------------- claims

@@ -1,1 +1,4 @@
-"""The program in the batch step of a job (or started by the local driver): starts, watches and ends workers."""
+"""One attempt of one stage: start its steps, watch them, stop them when asked, say how it ended, seal the artifact.
+
+`python -m launcher.supervisor STAGE_JSON`. Standard library only.
+"""

@@ -1,0 +1,166 @@
+"""Named tensors in safetensors files, one file or shards with an index, read lazily and written in place.
+
+The format: eight bytes with the header's length, the header as JSON, the tensors' bytes
+(https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from launcher.convert.entry import Entry, raw_bytes
+from launcher.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Bytes of tensors above which a file is split, as transformers does.
+SHARD_BYTES = 5_000_000_000
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class HfReader:
+    """The tensors of a Hugging Face folder: `entries` by name, `read` one at a time. Raises UserError."""
+
+    def __init__(self, folder: Path):
+        self.where = folder
+        self._files: dict[str, Any] = {}
+        places = _places(folder)
+        for name in dict.fromkeys(places.values()):
+            self._files[name] = _open(folder / name)
+        self._places = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
+        absent = [
+            f"{folder / name}: {key} is not there, though {INDEX} says so"
+            for key, name in places.items()
+            if key and self._places.get(key) != name
+        ]
+        self.entries, strange = self._read_entries()
+        if absent or strange:
+            raise UserError(absent + strange)
+
+    def _read_entries(self) -> tuple[dict[str, Entry], list[str]]:
+        entries, problems = {}, []
+        for key, name in self._places.items():
+            piece = self._files[name].get_slice(key)
+            if piece.get_dtype() in _DTYPES:
+                entries[key] = Entry(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+            else:
+                problems.append(
+                    f"{self.where / name}: {key} is of type {piece.get_dtype()}; "
+                    f"only {', '.join(_DTYPES)} are covered: use the checkpoint that is not quantised"
+                )
+        return entries, problems
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; its bytes stay in the page cache until they are touched."""
+        return self._files[self._places[name]].get_tensor(name)
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Tensor to file, as the index says; without an index the one file, under the name ''."""
+    if (folder / INDEX).is_file():
+        return _read_index(folder)
+    if (folder / SINGLE).is_file():
+        return {"": SINGLE}
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder / pickles[0]}: a pickle, which runs whatever code it holds and is never loaded; "
+            "save the checkpoint again as safetensors"
+        )
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there; a Hugging Face checkpoint is wanted")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        wrong = [name for name in places.values() if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: no index of safetensors files; get the checkpoint again") from None
+    if wrong:
+        raise UserError(f"{path}: names files outside the folder, such as {wrong[0]}")
+    gone = sorted({name for name in places.values() if not (folder / name).is_file()})
+    if gone:
+        raise UserError(f"{folder / name}: not there, though {INDEX} names it; get the file again" for name in gone)
+    return places
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt").__enter__()  # its close only drops the map, as its end does
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); get the file again") from None
+
+
+class HfWriter:
+    """Writes safetensors: the layout is fixed by `entries`, then each tensor goes to its place, in any order."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES):
+        self._open: dict[Path, BinaryIO] = {}
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        shards = _shards(entries, shard_bytes)
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        )
+        for name, shard in zip(names, shards, strict=True):
+            self._start(folder / name, shard)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(e.nbytes for e in entries.values())},
+                "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _start(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        # Wider types first, as safetensors itself orders them, so that every tensor lies at a multiple of its width.
+        order = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key in order:
+            start, end = end, end + entries[key].nbytes
+            header[key] = {
+                "dtype": _NAMES[entries[key].dtype],
+                "shape": entries[key].shape,
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = path.open("wb")
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._open[path] = file
+        self._places |= {key: (file, 8 + len(text) + header[key]["data_offsets"][0]) for key in order}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; each once."""
+        file, offset = self._places.pop(name)
+        file.seek(offset)
+        file.write(raw_bytes(tensor))
+
+    def close(self) -> None:
+        """Finish the files. Raises RuntimeError where a tensor was never given."""
+        for file in self._open.values():
+            file.close()
+        if self._places:
+            raise RuntimeError(f"never written: {', '.join(self._places)}")
+
+
+def _shards(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for key, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = entry
+        size += entry.nbytes
+    return shards

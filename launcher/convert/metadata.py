@@ -1,0 +1,75 @@
+"""Reading `.metadata` of a torch_dist checkpoint: a pickle, so only the classes that it needs are admitted.
+
+What a pickle names it can call. Every class here is a plain record, an enumeration or a look-up by name, so the worst
+that a forged file does is to describe tensors that are not there, which the reader finds out.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.serialization import _get_layout
+
+from launcher.errors import UserError
+
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_RECORDS: dict[tuple[str, str], Any] = {
+    (module.__name__, name): getattr(module, name)
+    for module, names in (
+        (metadata, ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta")),
+        (metadata, ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
+        (planner, ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
+        (filesystem, ("_StorageInfo", "_StoragePrefix")),
+    )
+    for name in names
+    if hasattr(module, name)
+}
+#: Megatron-core's own two classes, up to 0.15, are torch's with a field more.
+_ADMITTED = _RECORDS | {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    (_MCORE, "MCoreMetadata"): Metadata,
+    (_MCORE, "MCoreSavePlan"): planner.SavePlan,
+}
+_ADMITTED |= {("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside itself")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a `.metadata` file describes. Raises UserError, before anything is run, where it names anything else."""
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file).load()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; is it a torch_dist checkpoint?") from None
+    except Exception as error:  # whatever broken bytes lead an unpickler to
+        raise UserError(f"{path}: refused: {error}; get the checkpoint from where it was written") from None
+    if not isinstance(found, Metadata) or not _described(found.state_dict_metadata, found.storage_data):
+        raise UserError(f"{path}: describes no checkpoint; get the checkpoint from where it was written")
+    return found
+
+
+def _described(tensors: Any, places: Any) -> bool:
+    kinds = (metadata.TensorStorageMetadata, metadata.BytesStorageMetadata)
+    return (
+        isinstance(tensors, dict)
+        and isinstance(places, dict)
+        and all(isinstance(key, str) and isinstance(value, kinds) for key, value in tensors.items())
+        and all(isinstance(index, metadata.MetadataIndex) for index in places)
+        and all(isinstance(info, filesystem._StorageInfo) for info in places.values())
+    )

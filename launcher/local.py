@@ -1,0 +1,325 @@
+"""The local driver: starts supervisors on this machine in the plan's order and rejoins living ones.
+
+Supervisors are sessions of their own and outlive a killed driver; the next `run` or `resume` finds them by process id
+and start time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from launcher import store
+from launcher.errors import UserError, WorldError
+from launcher.run_record import PlannedStage, RunRecord, write_run
+from launcher.spec import stage_text
+from launcher.state import Attempt, attempts, newest_attempt, run_state, stage_states
+from launcher.store import Owner, Receipt
+from launcher.supervisor.classify import ACTIONS
+from launcher.watch import Follower
+
+#: Modules of the extra `local`, looked for without importing them, and where it is named.
+_NEEDS = (
+    "torch",
+    "megatron",
+    "transformers",
+    "tokenizers",
+    "trl",
+    "datasets",
+    "reasoning_gym",
+    "safetensors",
+    "einops",
+)
+_POLL_S = 0.1
+_SHOW_S = 0.5
+
+
+def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False) -> int:
+    """Make everything of the plan that is not made yet, `slots` stages side by side; returns the exit code.
+
+    Raises UserError where another process drives this run, or drives another plan of it.
+    """
+    _check_installed()
+    if detach:
+        return _detach(root, record)
+    with _claimed(root, record.run):
+        _write(root, record)
+        return Driver(root, record, slots).run()
+
+
+def _check_installed() -> None:
+    absent = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if absent:
+        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
+
+
+def _detach(root: Path, record: RunRecord) -> int:
+    with _claimed(root, record.run):
+        _write(root, record)
+    log = store.run_dir(root, record.run) / "driver.log"
+    command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
+    with log.open("ab") as output:
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_environment()
+        )
+    print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {record.run} --root {root}")
+    return 0
+
+
+def _environment() -> dict[str, str]:
+    package = str(Path(store.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+# -------------------------------------------------------------------------------------------------------------- claim
+
+
+def driver_claim(root: Path, run: str) -> Path:
+    """The claim of the process that drives a run."""
+    return store.run_dir(root, run) / "driver.claim"
+
+
+@contextlib.contextmanager
+def _claimed(root: Path, run: str) -> Iterator[None]:
+    owner, folder = store.this_process(), driver_claim(root, run)
+    holder = store.claim(folder, owner)
+    if holder is not None:
+        raise UserError(
+            f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
+            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or give this one a --name"
+        )
+    try:
+        yield
+    finally:
+        store.release(folder, owner)
+
+
+def _write(root: Path, record: RunRecord) -> None:
+    """`run.json` and every `stage.json`. Raises UserError where a stage of an earlier plan still runs."""
+    problems = [
+        f"{a.folder}: stage {stage.spec.stage} of an earlier plan still runs; `prism-launch cancel {record.run}` first"
+        for stage in record.stages
+        for a, fingerprint in attempts(root, record.run, stage.spec.stage)
+        if fingerprint != stage.spec.fingerprint and a.is_living
+    ]
+    if problems:
+        raise UserError(problems)
+    write_run(root, record)
+    for stage in record.stages:
+        store.write_atomic(stage_json(root, stage), stage_text(stage.spec))
+
+
+def stage_json(root: Path, stage: PlannedStage) -> Path:
+    """Where a stage's `stage.json` lies."""
+    return store.stage_dir(root, stage.spec.run, stage.spec.stage) / "stage.json"
+
+
+# ------------------------------------------------------------------------------------------------------------- driver
+
+
+@dataclass
+class Driver:
+    """A run being driven from this process."""
+
+    root: Path
+    record: RunRecord
+    slots: int
+    done: dict[str, Receipt] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    running: dict[str, Owner] = field(default_factory=dict)
+    children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    without_progress: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Drive to the end; 0 when everything is made, 1 when something failed, 130 when stopped."""
+        self._look()
+        with Follower(self.record.run) as follower, _terminated_as_interrupted():
+            try:
+                self._drive(follower)
+            except KeyboardInterrupt:
+                self._stop(follower)
+                return 130
+            follower.show(stage_states(self.root, self.record))
+        for line in self._failures():
+            print(line, file=sys.stderr)
+        return 1 if self.failed else 0
+
+    def _drive(self, follower: Follower) -> None:
+        shown = 0.0
+        while self._start_ready() or self.running:
+            if time.monotonic() - shown > _SHOW_S:
+                follower.show(stage_states(self.root, self.record, self.done))
+                shown = time.monotonic()
+            time.sleep(_POLL_S)
+            for name in [n for n, owner in self.running.items() if not self._lives(n, owner)]:
+                self._ended(name)
+
+    def _look(self) -> None:
+        """What is made already, and what still runs from before."""
+        for stage in self.record.stages:
+            name = stage.spec.stage
+            attempt = newest_attempt(self.root, self.record.run, stage)
+            receipt = store.read_receipt(self.root, stage.spec.artifact)
+            if receipt is not None:
+                self.done[name] = receipt
+            elif attempt is not None and attempt.is_living and attempt.owner is not None:
+                self.running[name] = attempt.owner
+
+    def _start_ready(self) -> bool:
+        """Start what can start now; returns whether anything was started."""
+        started = False
+        for stage in self.record.stages:
+            name = stage.spec.stage
+            free = self.slots - sum(self._slots_of(s) for s in self.record.stages if s.spec.stage in self.running)
+            ready = name not in {*self.done, *self.failed, *self.running} and set(stage.depends) <= set(self.done)
+            if ready and (self._slots_of(stage) <= free or not self.running):
+                self._start(stage)
+                started = True
+        return started
+
+    @staticmethod
+    def _slots_of(stage: PlannedStage) -> int:
+        return sum(step.ntasks * step.cpus for step in stage.spec.steps)
+
+    def _start(self, stage: PlannedStage) -> None:
+        path = stage_json(self.root, stage)
+        folder = store.new_attempt(path.parent)
+        variables = {"PRISM_ROOT": str(self.root), "PRISM_ATTEMPT": str(folder)}
+        with (folder / "supervisor.log").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "launcher.supervisor", str(path)],
+                env={**_environment(), **variables},
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.children[stage.spec.stage] = child
+        self.running[stage.spec.stage] = store.this_process(child.pid)
+
+    def _lives(self, name: str, owner: Owner) -> bool:
+        child = self.children.get(name)
+        if child is not None and child.pid == owner.pid:
+            return child.poll() is None
+        return store.is_alive(owner) is not False
+
+    def _ended(self, name: str) -> None:
+        """Take note of an attempt's end: made, to be tried again, or failed."""
+        del self.running[name]
+        stage = self.record.stage(name)
+        receipt = store.read_receipt(self.root, stage.spec.artifact)
+        if receipt is not None:
+            self.done[name] = receipt
+            return
+        attempt = newest_attempt(self.root, self.record.run, stage)
+        if self._action(stage, attempt) != "again":
+            self.failed.add(name)
+
+    def _action(self, stage: PlannedStage, attempt: Attempt | None) -> str:
+        if attempt is None:
+            return "stop"  # the supervisor could not even begin; its log says why
+        end = attempt.end or {"class": "crashed", "action": ACTIONS["crashed"]}
+        if end.get("action") != "again":
+            return "stop"
+        count = 0 if self._got_further(stage, attempt) else self.without_progress.get(stage.spec.stage, 0) + 1
+        self.without_progress[stage.spec.stage] = count
+        return "again" if count <= stage.spec.limits.max_no_progress else "stop"
+
+    def _got_further(self, stage: PlannedStage, attempt: Attempt) -> bool:
+        earlier = [a for a, _ in attempts(self.root, self.record.run, stage.spec.stage) if a.name != attempt.name]
+        best = max((_step(a) for a in earlier), default=0)
+        return _step(attempt) > best
+
+    def _failures(self) -> list[str]:
+        lines = []
+        for state in stage_states(self.root, self.record, self.done):
+            if state.stage in self.failed:
+                why = f"{state.exit_class or 'crashed'}: {state.message}" if state.message else state.exit_class
+                lines.append(f"prism-launch: stage {state.stage} failed: {why or 'see its log'}")
+                lines.append(f"  log: prism-launch logs {self.record.run} --stage {state.stage} --root {self.root}")
+        return lines
+
+    def _stop(self, follower: Follower) -> None:
+        """Ask every living stage to save and stop; asked a second time, kill."""
+        follower.say(
+            f"stopping {', '.join(self.running) or 'nothing'}; stages save first, interrupt again to kill them"
+        )
+        try:
+            stop_owners(list(self.running.values()))
+        except KeyboardInterrupt:
+            for owner in self.running.values():
+                _signal(owner, signal.SIGKILL)
+        follower.say(f"stopped; go on with: prism-launch resume {self.record.run} --root {self.root}")
+
+
+def _step(attempt: Attempt) -> int:
+    return int((attempt.beat or {}).get("step", 0))
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """TERM stops a run as Ctrl-C does: `cancel` sends it, and SIGINT may be ignored in a background process."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+# ------------------------------------------------------------------------------------------------------------- cancel
+
+
+def cancel_run(root: Path, record: RunRecord) -> list[str]:
+    """Stop the driver and every living stage of a run, letting them save; returns the names of the stages stopped."""
+    living = [(s.spec.stage, a.owner) for s, a in _living(root, record) if a.owner is not None]
+    driver = store.claim_holder(driver_claim(root, record.run))
+    owners = ([driver] if driver is not None else []) + [owner for _, owner in living]
+    elsewhere = [o.host for o in owners if store.is_alive(o) is None]
+    if elsewhere:
+        raise UserError(f"run {record.run} runs on {', '.join(sorted(set(elsewhere)))}; cancel it there")
+    stop_owners([o for o in owners if store.is_alive(o)])
+    return [name for name, _ in living]
+
+
+def _living(root: Path, record: RunRecord) -> Iterator[tuple[PlannedStage, Attempt]]:
+    for stage in record.stages:
+        attempt = newest_attempt(root, record.run, stage)
+        if attempt is not None and attempt.is_living:
+            yield stage, attempt
+
+
+def stop_owners(owners: list[Owner]) -> None:
+    """Send TERM to processes of this machine and wait until they are gone."""
+    for owner in owners:
+        _signal(owner, signal.SIGTERM)
+    while any(store.is_alive(owner) for owner in owners):
+        for owner in owners:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(owner.pid, os.WNOHANG)
+        time.sleep(_POLL_S)
+
+
+def _signal(owner: Owner, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if store.is_alive(owner):
+            os.kill(owner.pid, number)
+
+
+def is_finished(root: Path, record: RunRecord) -> bool:
+    """Whether everything of a run is made."""
+    return run_state(stage_states(root, record)) == "done"

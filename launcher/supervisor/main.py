@@ -1,0 +1,219 @@
+"""The supervisor: one attempt of one stage, from the claim on its artifact to the receipt.
+
+Writes `events.jsonl` in the attempt's folder, whose last line says how the attempt ended. Exit code 0 means that the
+artifact is whole; anything unfinished is 1, the user's own mistake 2. USR2 (time limit) and TERM (cancel) make it ask
+the workers to save and stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import __version__, store
+from launcher.errors import PrismError, WorldError
+from launcher.spec import SpecError, StageSpec, read_stage
+from launcher.steps import Place
+from launcher.store import Owner
+from launcher.supervisor import processes, sealing
+from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, outcome
+from launcher.supervisor.processes import Process
+
+EVENTS = "events.jsonl"
+_POLL_S = 0.05
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m launcher.supervisor STAGE_JSON`; PRISM_ROOT names the root, PRISM_ATTEMPT the attempt's folder."""
+    stage_json = Path(argv[0]).resolve()
+    try:
+        if "SLURM_JOB_ID" in os.environ and "PRISM_ATTEMPT" not in os.environ:
+            raise WorldError("starting steps inside a Slurm job is not built yet; --cluster local runs on one machine")
+        spec = read_stage(stage_json)
+        root = Path(os.environ["PRISM_ROOT"])
+        named = os.environ.get("PRISM_ATTEMPT")
+        folder = Path(named) if named else store.new_attempt(store.stage_dir(root, spec.run, spec.stage))
+        return Supervisor(spec, root, stage_json, folder, store.this_process()).run()
+    except (PrismError, SpecError) as error:
+        print(f"prism-launch: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+@dataclass
+class Supervisor:
+    """The state of one attempt; lives for one call of `run`."""
+
+    spec: StageSpec
+    root: Path
+    stage_json: Path
+    attempt_dir: Path
+    owner: Owner
+    asked: list[signal.Signals] = field(default_factory=list)
+    started: list[Process] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    # ---- the whole attempt
+
+    def run(self) -> int:
+        """Run the attempt; returns the exit code."""
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
+        self._event("start", owner=store_owner(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
+        try:
+            result = self._make()
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            result = outcome("storage", f"{where}{error.strerror or error}")
+        except PrismError as error:
+            result = outcome("user-error" if error.exit_code == 2 else "storage", str(error))
+        finally:
+            processes.kill_all(self.started)
+            store.release(store.claim_dir(self.root, self.spec.artifact), self.owner)
+        self._end(result)
+        return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
+
+    def _make(self) -> Outcome:
+        if not self._take_claim():
+            return outcome("cancelled", "stopped while waiting for the artifact's other maker")
+        if store.read_receipt(self.root, self.spec.artifact) is not None:
+            return outcome("finished", "made by another run in the meantime")
+        if sealing.finish_interrupted(self.root, self.spec):
+            return outcome("finished", "sealed what an earlier attempt had made whole")
+        sealing.check_inputs(self.root, self.spec)
+        sealing.clear_outputs(self.root, self.spec)
+        result = classify(self._watch())
+        sealing.add_cost(self.root, self.spec, **self._cost())
+        if result.exit_class == "finished":
+            sealing.seal(self.root, self.spec, self.owner)
+        return result
+
+    def _take_claim(self) -> bool:
+        """Claim the artifact, waiting for as long as another run makes it; False when asked to stop before that."""
+        folder = store.claim_dir(self.root, self.spec.artifact)
+        told = None
+        while (holder := store.claim(folder, self.owner)) is not None:
+            if holder != told:
+                self._event("waiting", message=f"process {holder.pid} on {holder.host} makes the same artifact")
+                told = holder
+            if self.asked:
+                return False
+            time.sleep(0.5)
+        return True
+
+    def _cost(self) -> dict[str, float]:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {
+            "seconds": time.monotonic() - self.began,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "peak_memory_bytes": used.ru_maxrss * 1024,
+        }
+
+    # ---- steps
+
+    def _watch(self) -> Evidence:
+        """Start the steps, servers first, and watch them until the attempt is decided."""
+        place = processes.local_place(self.spec, self.root, self.stage_json, self.attempt_dir)
+        for step in sorted(self.spec.steps, key=lambda s: s.role == "main"):
+            self._launch(step, place)
+            if step.probe is not None and not self._wait_ready(step, place):
+                exits = self._exits()
+                self._stop()
+                failed = None if exits or self.asked else step.name
+                return Evidence(exits or self._exits(), self._asked(), ready_failed=failed)
+        return self._until_decided()
+
+    def _launch(self, step: Any, place: Place) -> None:
+        new = processes.start(step, place, self.spec.runtime.env_unset)
+        self.started += new
+        for process in new:
+            argv = list(process.popen.args)  # type: ignore[arg-type]
+            self._event("launched", step=step.name, rank=process.rank, pid=process.popen.pid, argv=argv)
+
+    def _wait_ready(self, step: Any, place: Place) -> bool:
+        end = time.monotonic() + step.probe.deadline
+        while time.monotonic() < end and not self.asked and not self._exits():
+            if processes.is_ready(step.probe, place):
+                self._event("ready", step=step.name)
+                return True
+            time.sleep(0.2)
+        return False
+
+    def _until_decided(self) -> Evidence:
+        noticed: list[RankExit] = []
+        last_beat = time.time()
+        while True:
+            noticed += [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in noticed}]
+            if self.asked or self._decided(noticed):
+                before = list(noticed)
+                self._stop()
+                late = [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in before}]
+                # A server is stopped when the work is done: how it takes that is no evidence.
+                return Evidence([*before, *(e for e in late if self._is_main(e) or self.asked)], self._asked())
+            last_beat = max(last_beat, self._newest_beat())
+            if time.time() - last_beat > self.spec.limits.hang_s:
+                return self._hang()
+            time.sleep(_POLL_S)
+
+    def _decided(self, noticed: list[RankExit]) -> bool:
+        """Whether the attempt is over: a process ended badly, a server ended at all, or every main process ended."""
+        mains = [p for p in self.started if p.step.role == "main"]
+        ended = {(e.step, e.rank) for e in noticed}
+        watched = noticed if self.spec.first_exit == "any" else [e for e in noticed if self._is_main(e)]
+        bad = any(e.code != 0 or not self._is_main(e) for e in watched)
+        return bad or all((p.step.name, p.rank) in ended for p in mains)
+
+    def _is_main(self, exit: RankExit) -> bool:
+        return next(s.role for s in self.spec.steps if s.name == exit.step) == "main"
+
+    def _exits(self) -> list[RankExit]:
+        return [e for e in (p.exit() for p in self.started) if e is not None]
+
+    def _asked(self) -> signal.Signals | None:
+        return self.asked[0] if self.asked else None
+
+    def _stop(self) -> None:
+        """Let what still runs save where a stop was asked for; otherwise end it."""
+        if self.asked:
+            self._event("stopping", signal=self.asked[0].name)
+            processes.stop_all(self.started, self.spec.limits.save_s)
+        else:
+            processes.stop_all(self.started, 2.0)
+
+    def _newest_beat(self) -> float:
+        beats = [p.stat().st_mtime for p in self.attempt_dir.glob("heartbeat.*.json")]
+        return max(beats, default=0.0)
+
+    def _hang(self) -> Evidence:
+        for process in self.started:
+            process.signal(signal.SIGUSR1)  # the worker writes the stacks of all its threads
+        time.sleep(1.0)
+        processes.kill_all(self.started)
+        return Evidence(self._exits(), hang_s=self.spec.limits.hang_s)
+
+    # ---- speaking
+
+    def _event(self, event: str, **facts: Any) -> None:
+        line = json.dumps({"time": time.time(), "event": event, **facts})
+        with (self.attempt_dir / EVENTS).open("a") as file:
+            file.write(line + "\n")
+
+    def _end(self, result: Outcome) -> None:
+        body = {"class": result.exit_class, "message": result.message, "action": result.action}
+        self._event("end", **body, **self._cost())
+        print(f"{self.spec.stage}: {result.exit_class}{': ' if result.message else ''}{result.message}", flush=True)
+
+
+def store_owner(owner: Owner) -> dict[str, Any]:
+    """An owner as plain data."""
+    from launcher.spec import encode
+
+    data: dict[str, Any] = encode(owner)
+    return data
