@@ -14,6 +14,7 @@ from launcher.errors import UserError
 from launcher.progress import METRICS
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import StageSpec
+from launcher.state import StageState, State, stage_states
 
 Row = dict[str, Any]
 
@@ -24,7 +25,7 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
     A row's `stage` is the stage it comes from. Figures that are no numbers (nan, inf) are None, so that the whole is
     JSON. Raises UserError where no stage has left anything.
     """
-    read = [_Stage.read(root, record.run, stage) for stage in record.stages]
+    read = _read_stages(root, record)
     data: dict[str, Any] = {
         "run": record.run,
         "recipe": record.recipe,
@@ -40,7 +41,7 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
         "missing": [line for stage in read if (line := stage.missing)],
     }
     if not any(stage.has_figures for stage in read):
-        reasons = "; ".join(line for stage in read if (line := stage.missing) and stage.state != "not started")
+        reasons = "; ".join(line for stage in read if (line := stage.missing) and stage.state != "waiting")
         why = f" ({reasons})" if reasons else ""
         raise UserError(
             f"run {record.run}: nothing is done yet, so there is nothing to report{why}; "
@@ -53,25 +54,16 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
 class _Stage:
     """A stage with what it left: its receipt if it is done, its metrics also where it is not."""
 
-    def __init__(self, planned: PlannedStage, receipt: store.Receipt | None, metrics: list[Row], files: Row):
-        self.planned, self.receipt, self.metrics = planned, receipt, metrics
-        self.results: list[Row] = files.get("results") or []
-        self.analysis: Row = files.get("analysis") or {}
-        self.state: str = files["state"]
-        self.message: str = files.get("message", "")
-
-    @classmethod
-    def read(cls, root: Path, run: str, planned: PlannedStage) -> _Stage:
+    def __init__(self, root: Path, planned: PlannedStage, receipt: store.Receipt | None, now: StageState):
+        self.planned, self.receipt = planned, receipt
+        self.state, self.message = now.state, now.message
         spec = planned.spec
-        receipt = store.read_receipt(root, spec.artifact)
-        if receipt is None:
-            partial = store.partial_dir(root, spec.artifact)
-            state, message = _unfinished_state(store.stage_dir(root, run, spec.stage), partial)
-            return cls(planned, None, _read_lines(partial / METRICS), {"state": state, "message": message})
-        scores = store.read_json(_port(root, spec, "scores") / "results.json") if "scores" in spec.outputs else None
-        analysis = "analysis" in spec.outputs and store.read_json(_port(root, spec, "analysis") / "analysis.json")
-        files = {"state": "done", "results": (scores or {}).get("results"), "analysis": analysis}
-        return cls(planned, receipt, _read_lines(root / spec.artifact / METRICS), files)
+        self.metrics = _read_lines(
+            (root / spec.artifact if receipt else store.partial_dir(root, spec.artifact)) / METRICS
+        )
+        scores = _read_port(root, spec, "scores", "results.json") if receipt else {}
+        self.results: list[Row] = scores.get("results", [])
+        self.analysis: Row = _read_port(root, spec, "analysis", "analysis.json") if receipt else {}
 
     @property
     def spec(self) -> StageSpec:
@@ -95,33 +87,31 @@ class _Stage:
         """What the report lacks because of this stage, in words."""
         if self.state == "done":
             return None
-        return (
-            f"{self.spec.stage} ({self.spec.kind}) {_STATES[self.state]}{f': {self.message}' if self.message else ''}"
-        )
+        message = f": {self.message.strip().splitlines()[0]}" if self.message.strip() else ""
+        return f"{self.spec.stage} ({self.spec.kind}) {_STATES[self.state]}{message}"
 
 
-_STATES = {"failed": "failed", "unfinished": "is not finished", "not started": "has not started"}
+_STATES: dict[State, str] = {
+    "running": "is running",
+    "failed": "failed",
+    "stopped": "was stopped",
+    "interrupted": "was interrupted",
+    "waiting": "has not been run",
+}
 
 
-def _port(root: Path, spec: StageSpec, port: str) -> Path:
-    return root / spec.outputs[port].path
+def _read_stages(root: Path, record: RunRecord) -> list[_Stage]:
+    receipts = {s.spec.stage: store.read_receipt(root, s.spec.artifact) for s in record.stages}
+    states = stage_states(root, record, {name: receipt for name, receipt in receipts.items() if receipt})
+    return [
+        _Stage(root, planned, receipts[planned.spec.stage], now)
+        for planned, now in zip(record.stages, states, strict=True)
+    ]
 
 
-def _unfinished_state(folder: Path, partial: Path) -> tuple[str, str]:
-    """State and message of a stage without a receipt, by the exit files of its newest attempt."""
-    attempts = [p for p in folder.glob("*") if p.is_dir()]
-    if not attempts:
-        return ("unfinished", "") if partial.exists() else ("not started", "")
-    newest = max(attempts, key=lambda p: p.stat().st_mtime)
-    exits = [e for p in sorted(newest.glob("exit.*.json")) if isinstance(e := store.read_json(p), dict)]
-    bad = next((e for e in exits if e.get("class") not in ("finished", "time-limit")), None)
-    if bad is None:
-        return "unfinished", ""
-    return "failed", f"{bad.get('class')}, {_first_line(str(bad.get('message', '')))}".strip(", ")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+def _read_port(root: Path, spec: StageSpec, port: str, name: str) -> Row:
+    """A JSON file that a finished stage left in a port; empty where the stage has no such port."""
+    return (store.read_json(root / spec.outputs[port].path / name) if port in spec.outputs else None) or {}
 
 
 def _read_lines(path: Path) -> list[Row]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import ALL, CHANGES, TRACES, fail, make_run, plan_run, rl_metrics, train_metrics, write_lines
+from report_run import ALL, CHANGES, TRACES, end, make_run, plan_run, rl_metrics, train_metrics, write_lines
 
 from launcher import store
 from launcher.errors import UserError
@@ -90,20 +90,20 @@ def test_a_part_of_a_run_is_reported_with_what_it_lacks(tmp_path: Path) -> None:
     spec = record.stage("midtrain").spec
     rows = train_metrics(spec)[:7]
     write_lines(store.partial_dir(tmp_path, spec.artifact) / "metrics.jsonl", rows, end='{"iteration": 9')
-    fail(tmp_path, record, "rl-from-base", "crashed", "RuntimeError: no such tensor\nand more")
+    end(tmp_path, record, "rl-from-base", "crashed", "step rl, rank 0: no such tensor\nand more")
     data = collect(tmp_path, record)
     assert len([r for r in data["training"] if r["stage"] == "midtrain"]) == 7
     assert data["results"] == data["weights"] == data["cka"] == []
     states = {r["stage"]: r["state"] for r in data["stages"]}
-    assert (states["base"], states["midtrain"], states["evaluate"]) == ("done", "unfinished", "not started")
-    assert "rl-from-base (rl) failed: crashed, RuntimeError: no such tensor" in data["missing"]
+    assert (states["base"], states["rl-from-base"], states["evaluate"]) == ("done", "failed", "waiting")
+    assert "rl-from-base (rl) failed: step rl, rank 0: no such tensor" in data["missing"]
     assert len(data["missing"]) == 7
 
 
 def test_a_stage_that_was_asked_to_stop_has_not_failed(tmp_path: Path) -> None:
     record = make_run(tmp_path, plan_run(), ["prepare"])
-    fail(tmp_path, record, "base", "time-limit", "saved and stopped as asked")
-    assert "base (train) is not finished" in collect(tmp_path, record)["missing"]
+    end(tmp_path, record, "base", "time-limit", "saved and stopped as asked")
+    assert "base (train) was stopped: saved and stopped as asked" in collect(tmp_path, record)["missing"]
 
 
 def test_an_artifact_without_one_of_its_files_is_not_reported(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
 def test_a_run_with_nothing_done_is_one_clear_message(tmp_path: Path, failed: bool) -> None:
     record = make_run(tmp_path, plan_run("mine"), [])
     if failed:
-        fail(tmp_path, record, "prepare", "user-error", "problems.rl.count: 9999999 wanted")
+        end(tmp_path, record, "prepare", "user-error", "problems.rl.count: 9999999 wanted")
     with pytest.raises(UserError) as caught:
         collect(tmp_path, record)
     message = str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import fail, make_run, plan_run
+from report_run import end, make_run, plan_run
 
 from launcher.report import collect
 from launcher.report.page import render_page
@@ -101,9 +101,9 @@ def test_names_from_the_data_are_text(data: dict[str, Any]) -> None:
 
 def test_what_is_missing_is_said_first(tmp_path: Path) -> None:
     record = make_run(tmp_path, plan_run(), ["prepare", "base"])
-    fail(tmp_path, record, "midtrain", "diverged", "step 12: loss nan")
+    end(tmp_path, record, "midtrain", "diverged", "step 12: loss nan")
     found = parsed(render_page(collect(tmp_path, record), []))
-    notice = found.text.index("Missing: midtrain (train) failed: diverged, step 12: loss nan")
+    notice = found.text.index("Missing: midtrain (train) failed: step 12: loss nan")
     assert notice < found.text.index("2 of 9 stages are done")
     assert "Weight change" not in found.text and "Results" not in found.text
 

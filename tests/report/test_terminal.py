@@ -52,4 +52,4 @@ def test_names_are_no_markup(data: dict[str, Any]) -> None:
 
 def test_a_partial_run_says_what_is_missing(tmp_path: Path) -> None:
     text = shown(collect(tmp_path, make_run(tmp_path, plan_run(), ["prepare"])))
-    assert "missing: evaluate (evaluate) has not started" in text and "accuracy" not in text
+    assert "missing: evaluate (evaluate) has not been run" in text and "accuracy" not in text
