@@ -94,7 +94,7 @@ def _no_signal(data: Data) -> Iterator[Statement]:
         text = f"All {row['samples']} rewards of {row['stage']} were 0, so it had nothing to learn from."
         if untaught := _never_taught(data, start):
             text += (
-                f" {start} was trained on {listed(untaught)} alone, which hold no written traces: this too is design."
+                f" {start} was trained on {listed(untaught)} alone, text without written traces: this too is design."
             )
         changes = [r for r in data["weights"] if (r["from"], r["to"]) == (start, row["stage"])]
         if changes and all(r.get("bits_changed_fraction") == 0 for r in changes):

@@ -253,6 +253,7 @@ def _data(data: Data, drawn: Figures) -> str:
             r["documents"],
             format_count(r["tokens"]),
             format_bytes(r["bytes"]),
+            _origin(r["origin"]),
             r["sha256"][:16],
         ]
         for r in data["sources"]
@@ -261,26 +262,32 @@ def _data(data: Data, drawn: Figures) -> str:
         [f"{r['stage']}/{r['name']}", r["task"], ", ".join(r["exclude"] or ()) or "–", r["count"]]
         for r in data["problem_sets"]
     ]
+    columns = ["source", "kind", "documents", "tokens", "text", "origin", "SHA-256 of the tokens"]
     return (
         table("What each training stage drew", ["stage", "source", "weight", "tokens", "epochs"], mix, (0, 1))
         + figures(_of(drawn, "data"))
-        + table(
-            "Sources", ["source", "kind", "documents", "tokens", "text", "SHA-256 of the tokens"], sources, (0, 1, 5)
-        )
+        + table("Sources", columns, sources, (0, 1, 5, 6))
         + table("Problem sets", ["set", "task", "leaves out the texts of", "problems"], sets, (0, 1, 2))
     )
+
+
+def _origin(origin: Row) -> str:
+    """Where a source's text is from: an interpreter's library with its hash, a path, a problem set."""
+    digest = f"SHA-256 {origin['sha256'][:16]}" if "sha256" in origin else None
+    places = [origin.get(key) for key in ("interpreter", "path", "problems")]
+    return ", ".join(str(part) for part in (*places, digest) if part) or "–"
 
 
 def _run(data: Data) -> str:
     stages = [_stage_cells(data, r) for r in data["stages"]]
     columns = ["stage", "kind", "state", "by", "time", "CPU time", "peak memory", "attempts", "on"]
     versions = [[s["stage"], _plain(s["versions"])] for s in data["stages"] if s["versions"]]
-    checks = [[s["stage"], _plain(s["verification"])] for s in data["stages"] if s["verification"]]
+    checks = [_verification_cells(s) for s in data["stages"] if s["verification"]]
     login = _plain({**data["versions"], **({"git": data["git"]} if data["git"] else {})})
     return (
         table("Stages in the order of the plan", columns, stages, (0, 1, 2, 3, 8))
         + table("Versions", ["stage", "versions"], [["planned with", login], *versions], (0, 1))
-        + table("Verification of conversions", ["stage", "found"], checks, (0, 1))
+        + table("Verification of conversions", ["stage", "round trip", "details"], checks, (0, 1, 2))
     )
 
 
@@ -294,10 +301,15 @@ def _stage_cells(data: Data, row: Row) -> list[object]:
     return [row["stage"], kind, state, row["engine"], *seconds, memory, row["attempts"] or "–", row["made_on"] or "–"]
 
 
+def _verification_cells(row: Row) -> list[object]:
+    found = dict(row["verification"])
+    return [row["stage"], found.pop("round_trip", "–"), _plain(found)]
+
+
 def _plain(value: object) -> str:
     """Nested facts as one line of words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
+        return ", ".join(f"{str(key).replace('_', ' ')} {_plain(v)}" for key, v in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(_plain(v) for v in value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -95,7 +95,7 @@ def _prepare(folder: Path, spec: StageSpec) -> dict[str, Any]:
             "tokens": tokens[name],
             "bytes": 2 * tokens[name] + i,
             "sha256": f"{i + 10:x}" * 64,
-            "origin": {"share": list(source["share"])},
+            "origin": {"interpreter": f"CPython 3.11.{i}", "sha256": f"{i}" * 64, "share": list(source["share"])},
         }
         for i, (name, source) in enumerate(spec.config["sources"].items())
     ]
@@ -140,7 +140,13 @@ def _train(folder: Path, spec: StageSpec) -> dict[str, Any]:
 
 
 def _convert(folder: Path, spec: StageSpec) -> dict[str, Any]:
-    return {"verification": {"round_trip": "bit-exact", "tensors": 31 if spec.stage == "base-to-hf" else 32}}
+    return {
+        "verification": {
+            "round_trip": "bit-exact",
+            "tensors_read": 31 if spec.stage == "base-to-hf" else 32,
+            "types": ["float32"],
+        }
+    }
 
 
 def rl_metrics(spec: StageSpec) -> list[dict[str, Any]]:

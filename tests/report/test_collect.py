@@ -73,7 +73,7 @@ def test_stages_carry_their_cost_engine_and_start(data: dict[str, Any]) -> None:
     assert [rows[name]["seconds"] for name in ALL] == [10.0 * i + 0.25 for i in range(1, 10)]
     assert rows["base"]["engine"] == "megatron-core on a CPU with reference kernels"
     assert rows["rl-from-base"]["engine"] == "trl (grpo) on a CPU"
-    assert rows["midtrain-to-hf"]["verification"]["tensors"] == 32
+    assert rows["midtrain-to-hf"]["verification"]["tensors_read"] == 32
     starts = {name: row["start"] for name, row in rows.items() if row["start"]}
     assert starts == {"midtrain": "base", "rl-from-base": "base", "rl-from-midtrain": "midtrain"}
 

@@ -80,7 +80,9 @@ def test_the_page_stands_alone_and_shows_every_part(data: dict[str, Any]) -> Non
         "megatron-core on a CPU with reference kernels",
         "trl (grpo) on a CPU",
         "megatron-core 0.16.1",
-        "round_trip bit-exact, tensors 32",
+        "bit-exact",
+        "tensors read 32, types float32",
+        "CPython 3.11.2, SHA-256 222222222222",
         "node05",
         "What this does and does not show",
     ):

@@ -120,7 +120,7 @@ def test_the_demo_says_what_is_design_and_what_does_not_reproduce(data: dict[str
     ):
         assert part in found
     texts = [s.text for s in limits(data)]
-    assert said(texts, "prepare/general alone, which hold no written traces", "to the bit")
+    assert said(texts, "prepare/general alone, text without written traces", "to the bit")
     assert said(texts, "arXiv 2603.17074", "5 % of the weights", "41.4 %", "midtrain, trained on text: 98.7 %")
 
 
@@ -154,7 +154,7 @@ def test_a_base_of_unknown_text_is_not_said_to_be_untaught(data: dict[str, Any])
     for row in data["sources"]:
         row["kind"] = "files"
     texts = [s.text for s in limits(data)]
-    assert said(texts, "All 6400 rewards of rl-from-base were 0") and not said(texts, "hold no written traces")
+    assert said(texts, "All 6400 rewards of rl-from-base were 0") and not said(texts, "without written traces")
 
 
 def test_a_run_without_evaluation_claims_nothing_of_it(tmp_path: Path) -> None:
