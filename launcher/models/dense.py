@@ -20,6 +20,11 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     c.must("attention_bias", False)
     c.must("mlp_bias", False)
     family = c.get("model_type")
+    window = None
+    if family == "mistral":  # what transformers takes for an absent key is Mistral 7B's, unlike elsewhere
+        c.need("num_key_value_heads")
+        c.refuse("sliding_window" not in config, "sliding_window is missing; null means none")
+        window = c.get("sliding_window")
     granite = {}
     if family == "granite":
         names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -29,7 +34,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             family=family,
             num_layers=c.need("num_hidden_layers"),
             norm_epsilon=c.need("rms_norm_eps"),
-            window_size=c.get("sliding_window") if family == "mistral" else None,
+            window_size=window,
             **common(c),
             **rope(c),
             **granite,

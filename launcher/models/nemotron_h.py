@@ -27,6 +27,8 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if pattern is None:
         layers = c.need("layers_block_type") or []
         pattern = "".join(_KINDS.get(kind, f"<{kind}>") for kind in layers)
+    c.need("num_key_value_heads")
+    c.need("head_dim")
     strange = set(pattern) - set("M*-")
     c.refuse(bool(strange), f"layers of kind {', '.join(sorted(strange))} are not covered (no experts)")
     return c.done(

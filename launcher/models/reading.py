@@ -64,7 +64,7 @@ def common(c: Config) -> dict[str, Any]:
         "num_query_groups": c.get("num_key_value_heads", heads),
         "kv_channels": c.get("head_dim") or width // heads,
         "vocab_size": c.need("vocab_size"),
-        "max_position_embeddings": c.get("max_position_embeddings", 2048),
+        "max_position_embeddings": c.need("max_position_embeddings"),
         "share_embeddings_and_output_weights": bool(c.get("tie_word_embeddings", False)),
     }
 
@@ -76,6 +76,7 @@ def rope(c: Config) -> dict[str, Any]:
     values = dict(new) if new else {"rope_theta": c.get("rope_theta", 10000.0), **old}
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta", c.get("rope_theta", 10000.0)))
+    c.refuse(values.get("partial_rotary_factor", 1.0) != 1.0, "RoPE over a part of each head is not covered")
     if kind == "default":
         return {"rotary_base": base}
     c.refuse(kind != "llama3", f"RoPE of type {kind} is not covered; only default and llama3 are")
