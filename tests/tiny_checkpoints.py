@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, config: dict[str, Any], dtype: str) -> None:
         if name.endswith(("A_log", ".D")):  # exponents, which trainers keep in full precision
             parameter.data = parameter.data.float()
     model.save_pretrained(folder)
-    _tokenizer(config["vocab_size"]).save_pretrained(folder)
+    word_tokenizer(config["vocab_size"]).save_pretrained(folder)
 
 
 def _random_weight(name: str, size: Any) -> Any:
@@ -91,7 +91,8 @@ def _random_weight(name: str, size: Any) -> Any:
     return 0.2 * torch.randn(size)
 
 
-def _tokenizer(vocab_size: int) -> Any:
+def word_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer of the words t2, t3 … beside <pad> and <eos>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
