@@ -88,6 +88,8 @@ def _check_source(reader: Reader, table: tuple[Link, ...]) -> None:
         types = {str(there[name].dtype) for name in link.sources if name in there}
         if len(types) > 1:
             problems.append(f"{reader.where}: {', '.join(link.sources)} differ in type: {', '.join(sorted(types))}")
+    if len(shapes) != sum(len(link.sources) for link in table):
+        raise RuntimeError("the family's table uses a tensor twice")
     if problems:
         shown = problems[:20]
         raise UserError(shown + [f"{reader.where}: {len(problems) - 20} more"] * (len(problems) > 20))

@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 #: What megatron-core's RotaryEmbedding has built in for llama3 scaling; other values would be ignored without a word.
 LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+#: What megatron-core's MambaMixer gives the norm inside it, whatever the model's epsilon is.
+MAMBA_NORM_EPSILON = 1e-5
 
 
 class Config:
@@ -67,6 +69,15 @@ def common(c: Config) -> dict[str, Any]:
         "max_position_embeddings": c.need("max_position_embeddings"),
         "share_embeddings_and_output_weights": bool(c.get("tie_word_embeddings", False)),
     }
+
+
+def mamba_norm(c: Config, name: str) -> None:
+    """Refuse an epsilon that the norm inside a Mamba layer would not have in Megatron."""
+    value = c.need(name)
+    c.refuse(
+        value not in (None, MAMBA_NORM_EPSILON),
+        f"{name} is {value}; megatron-core has {MAMBA_NORM_EPSILON} built in for the norm inside Mamba layers",
+    )
 
 
 def rope(c: Config) -> dict[str, Any]:

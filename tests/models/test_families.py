@@ -119,6 +119,9 @@ def _changed(name: str, **changes: Any) -> dict[str, Any]:
         (_changed("nemotron-h-tiny", hybrid_override_pattern="M-E*M-"), "layers of kind E are not covered"),
         (_changed("nemotron-h-tiny", mlp_hidden_act="silu"), "mlp_hidden_act is silu"),
         (_changed("nemotron-h-tiny", head_dim=...), "head_dim is missing"),
+        (_changed("nemotron-h-tiny", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06; megatron-core has 1e-05"),
+        (_changed("granite4-hybrid", rms_norm_eps=1e-6), "rms_norm_eps is 1e-06; megatron-core has 1e-05 built in"),
+        (_changed("granite4-hybrid", time_step_limit=[0.001, 1.0]), "time_step_limit above 0 is not covered"),
     ],
 )  # fmt: skip
 def test_what_is_not_covered_is_refused_by_name(config: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ def tokens(name: str) -> Tensor:
 
 
 def megatron_logits(folder: Path, ids: Tensor, **changes: Any) -> Tensor:
-    """Logits of the trainer's model with the weights of a folder of format megatron, padding rows cut."""
+    """Logits of the trainer's model with the weights of a folder of format megatron; `changes` are of its shape."""
     from launcher.workers.megatron import checkpoint
     from launcher.workers.megatron.model import build_model
 
-    shape = shape_of(json.loads((folder / "hf" / "config.json").read_text()) | changes)
+    shape = replace(shape_of(json.loads((folder / "hf" / "config.json").read_text())), **changes)
     model = build_model(shape).eval()
     checkpoint.load_weights(folder, model)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -118,14 +119,14 @@ def test_transformers_gives_the_logits_of_what_megatron_core_saved(name: str, tm
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama-rope3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-        ("llama-tiny", {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
-        ("llama-tiny", {"rms_norm_eps": 1e-3}),
+        ("llama-rope3", {"rope_scaling": None}),
+        ("llama-tiny", {"rotary_base": 20000.0}),
+        ("llama-tiny", {"norm_epsilon": 1e-3}),
         ("granite-tiny", {"embedding_multiplier": 11.0}),
         ("granite-tiny", {"residual_multiplier": 0.51}),
         ("granite-tiny", {"attention_multiplier": 0.21}),
         ("granite-tiny", {"logits_scaling": 4.01}),
-        ("nemotron-h-tiny", {"layer_norm_epsilon": 1e-3}),
+        ("nemotron-h-tiny", {"norm_epsilon": 1e-3}),
     ],
 )
 def test_a_lost_setting_would_be_seen(
