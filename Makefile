@@ -31,9 +31,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Accepts changed scripts: writes tests/golden/ anew; look at the difference before you commit it.
+# Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
+	$(BIN)/python tests/test_docs.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
