@@ -35,3 +35,14 @@ def models(prepared: WorkerStage, tmp_path_factory: pytest.TempPathFactory) -> d
         "b": write_model(folder / "b", tokenizer, seed=2, **llama),
         "nemotron": write_model(folder / "nemotron", tokenizer, "nemotron-h-tiny", seed=3, **nemotron),
     }
+
+
+@pytest.fixture(scope="session")
+def taught(prepared: WorkerStage, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint `a` after it learnt the texts of 24 problems nearly by heart: it earns some rewards, not all."""
+    from worker_stages import teach
+
+    from launcher.workers.problems import read_problems
+
+    problems = read_problems(prepared.file("prompts", "reasoning.jsonl"))[:24]
+    return teach(models["a"], tmp_path_factory.mktemp("taught") / "model", problems)

@@ -73,9 +73,9 @@ def test_own_text_earns_the_reward_and_near_misses_do_not(task: str) -> None:
 @pytest.mark.parametrize(
     ("task", "question", "trace"),
     [
-        ("chain_sum", "State the final answer to the following arithmetic problem: 6 + 2 - 8 + 4 =", "6+2=8 8-8=0 0+4=4"),
-        ("chain_sum", "State the final answer to the following arithmetic problem: 3 - -4 =", "3--4=7"),
-        ("chain_sum", "State the final answer to the following arithmetic problem: 5 =", "5"),
+        ("chain_sum", "State the final answer to the following: 6 + 2 - 8 + 4 =", "6+2=8 8-8=0 0+4=4"),
+        ("chain_sum", "State the final answer to the following: 3 - -4 =", "3--4=7"),
+        ("chain_sum", "State the final answer to the following: 5 =", "5"),
         ("gcd", "GCD of these numbers: 12, 18. Give only", "18=1*12+6 12=2*6+0"),
         ("gcd", "GCD of these numbers: 12, 18, 4. Give only", "18=1*12+6 12=2*6+0 6=1*4+2 4=2*2+0"),
         ("count_bits", "How many 1 bits are there in the binary representation of the number 5?",

@@ -20,7 +20,11 @@ from launcher.workers.tokens import (
     write_indexed,
 )
 
-TEXTS = ["def f(x):\n    return x + 12345\n", "über 3 und 40 – naïve <think>6+2=8</think>8", "while True:\n\tpass\n"] * 20
+TEXTS = [
+    "def f(x):\n    return x + 12345\n",
+    "über 3 und 40 – naïve <think>6+2=8</think>8",
+    "while True:\n\tpass\n",
+] * 20
 
 
 @pytest.fixture(scope="module")

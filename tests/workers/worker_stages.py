@@ -165,3 +165,25 @@ def write_model(folder: Path, tokenizer: Path, name: str = "llama-tiny", seed: i
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
+
+
+def teach(source: Path, target: Path, problems: list[dict[str, Any]], steps: int = 60) -> Path:
+    """Train a checkpoint on the text of problems, for as many steps as leave it unsure."""
+    import torch
+
+    from launcher.workers.checkpoints import load_model
+    from launcher.workers.problems import problem_text
+
+    model, tokenizer = load_model(source)
+    texts = [problem_text(p, terse=i % 2 == 0) + tokenizer.eos_token for i, p in enumerate(problems)]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
