@@ -45,8 +45,12 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 
 
 def quiet() -> None:
-    """Keep progress bars and warnings of the libraries out of the logs."""
+    """Keep progress bars and notes to programmers of the libraries out of the logs."""
+    import warnings
+
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -12,6 +12,8 @@ from typing import Any
 from launcher.configs import RLConfig
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.store import sync_tree, write_json
+from launcher.workers.problems import reward
+from launcher.workers.sampling import completion
 
 #: The mark of a trainer checkpoint that is whole; written last.
 WHOLE = "whole.json"
@@ -132,8 +134,6 @@ def _trainer(
 
 def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) -> Callable[..., list[float]]:
     """The rule reward as TRL calls it. TRL keeps the end token in `completion_ids`; one without it was cut off."""
-    from launcher.workers.problems import reward
-    from launcher.workers.sampling import completion
 
     def answer_and_format(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = []
