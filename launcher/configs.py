@@ -263,7 +263,7 @@ class EvaluateConfig:
     benchmarks: tuple[str, ...] = option(..., "STAGE/SET of held-out problems.")
     temperatures: tuple[float, ...] = option((0.0, 0.6, 1.0), "Sampling temperatures; 0 is greedy.")
     max_new_tokens: int = option(32, "Longest completion in tokens.")
-    batch_size: int = option(128, "Prompts generated together.", identity=False)
+    batch_size: int = option(128, "Prompts generated together; decides which random numbers each one gets.")
 
     def __post_init__(self) -> None:
         _refuse(
@@ -287,7 +287,7 @@ class AnalyzeConfig:
     num_texts: int = option(200, "Texts for CKA, of each distribution.")
 
     def __post_init__(self) -> None:
-        _refuse((not self.pairs, "pairs", "names no pair"), (self.num_texts < 2, "num_texts", "must be at least 2"))
+        _refuse((not self.pairs, "pairs", "names no pair"), (self.num_texts < 4, "num_texts", "must be at least 4"))
 
 
 CONFIGS: dict[str, type] = {
