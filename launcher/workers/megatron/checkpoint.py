@@ -10,6 +10,7 @@ A folder without a suffix is whole, whenever a run was killed; the tracker file,
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import nn
 
@@ -28,6 +30,10 @@ from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _KEEP = 2
+# megatron-core hands results through a process of its own, for asynchronous saves: a second or more to start, and a
+# signal to the process group ends it. Here the writer is waited for, so a queue of this process will do.
+filesystem_async._results_queue = queue.Queue()
+
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -164,8 +170,10 @@ def _check_tensors(path: Path, model: nn.Module) -> None:
 def _weights_dir(folder: Path) -> Path:
     try:
         text = (folder / TRACKER).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"{folder}: no {TRACKER}; is it a checkpoint of format megatron?") from None
+    if text != "release" and not text.isdecimal():
+        raise UserError(f"{folder / TRACKER}: says {text[:40]!r}; a number of steps or `release` is expected")
     path = folder / (text if text == "release" else f"iter_{int(text):07d}")
     if not (path / ".metadata").is_file():
         raise UserError(f"{path}: named by {TRACKER}, but no torch_dist checkpoint is there")

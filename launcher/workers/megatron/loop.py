@@ -113,9 +113,9 @@ def run(job: StageJob, trainer: Trainer) -> float:
         step = train_step(trainer, iteration, job.stop_requested)
         loss = step.loss
         seconds = time.monotonic() - step_began
-        report(job, config, iteration, step, seconds)
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
             raise diverged(job, trainer, iteration, step)
+        report(job, config, iteration, step, seconds)
         last = iteration == config.train_iters
         if not last and (step.stop or iteration % config.save_interval == 0):
             save(iteration)

@@ -26,6 +26,7 @@ from launcher.configs import Parallelism
 from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import layers
+from launcher.workers.megatron.parallel import ALONE
 
 Precision = Literal["bf16", "fp32"]
 
@@ -40,7 +41,7 @@ _FP32_PARAMETERS = ("A_log", ".D")
 
 
 def transformer_config(
-    shape: ModelShape, parallelism: Parallelism = Parallelism(), precision: Precision = "fp32"
+    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Precision = "fp32"
 ) -> TransformerConfig:
     """The shape and layout in megatron-core's terms.
 
@@ -94,7 +95,7 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 def build_model(
     shape: ModelShape,
-    parallelism: Parallelism = Parallelism(),
+    parallelism: Parallelism = ALONE,
     precision: Precision = "fp32",
     *,
     parallel_output: bool = True,
