@@ -79,7 +79,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        perform_initialization=False,  # `initialize` does it, the same for every layout
+        # `initialize` sets every weight anew, the same for every layout; megatron-core's own initialization stays on
+        # because it is what marks tensor-parallel parameters, which the norm of the gradient goes by
+        perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from launcher.configs import Parallelism
 from launcher.workers.megatron import cpu_mode
 
-
 #: One process.
 ALONE = Parallelism()
 
