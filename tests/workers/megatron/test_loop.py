@@ -25,7 +25,9 @@ TIMES = ("seconds", "tokens_per_s")
 
 def same_run(stage: ts.TrainStage, reference: ts.TrainStage) -> None:
     """Assert that two finished stages are bit by bit the same, times apart."""
-    rows, wanted = ([{k: v for k, v in row.items() if k not in TIMES} for row in s.metrics()] for s in (stage, reference))
+    rows, wanted = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in s.metrics()] for s in (stage, reference)
+    )
     assert rows == wanted
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
     with process_groups():
