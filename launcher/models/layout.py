@@ -16,6 +16,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
         *_tensor_problems(shape, config),
         *_pipeline_problems(shape, config),
         *_data_problems(config, world_size),
+        *_validation_problems(config),
         *(_cpu_problems(shape, config) if cpu else []),
     ]
 
@@ -62,6 +63,10 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"{config.micro_batch_size} x {replicas} data-parallel replicas"
         ]
     return []
+
+
+def _validation_problems(config: TrainConfig) -> list[str]:
+    return ["eval_interval: the trainer does not validate yet; set 0"] if config.eval_interval else []
 
 
 def _cpu_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
