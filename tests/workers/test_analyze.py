@@ -106,5 +106,5 @@ def test_pieces_are_spread_and_hold_no_end_token() -> None:
     assert all(len(p) == 10 and -1 not in p for p in pieces)
     assert [p[0] for p in text_pieces(documents, 2, length=10)] == [0, 200]
     assert [p[0] for p in text_pieces(documents, 4, length=10)] == [0, 10, 200, 210]
-    assert [p[0] for p in text_pieces(documents, 3, length=5)] == [0, 100, 215]
+    assert [p[0] for p in text_pieces(documents, 3, length=5)] == [0, 20, 210]
     assert text_pieces(documents, 2, length=31) == []

@@ -14,6 +14,7 @@ import torch
 from launcher.errors import UserError
 from launcher.workers.checkpoints import load_model
 from launcher.workers.cka import MAX_TOKENS, cka_rows, debiased_cka, linear_cka, main, pooled_states, read_texts
+from launcher.workers.weight_diff import run_by_hand
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -106,12 +107,11 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
 
 
-def test_by_hand(models: dict[str, Path], tmp_path: Path) -> None:
+def test_by_hand(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"line {i} has {i * i} in it\n\n" for i in range(12)))
-    done = run(str(models["a"]), str(models["b"]), "--texts", str(texts), "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = json.loads(done.stdout)["cka"]
+    assert run_by_hand(lambda: main([str(models["a"]), str(models["b"]), "--texts", str(texts), "--json"])) == 0
+    rows = json.loads(capsys.readouterr().out)["cka"]
     assert [r["layer"] for r in rows] == [0, 1, 2]
     assert all(r["n"] == 12 and 0 < r["value"] < 1 for r in rows)
     assert {(r["from"], r["to"], r["texts"]) for r in rows} == {(str(models["a"]), str(models["b"]), str(texts))}

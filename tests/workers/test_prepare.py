@@ -9,7 +9,10 @@ import pytest
 from worker_stages import CHAIN_SUM, WorkerStage, demo_stage, make_stage, small_prepare
 
 from launcher.configs import PrepareConfig
+from launcher.errors import UserError
+from launcher.progress import Stopped
 from launcher.spec import decode
+from launcher.workers import prepare
 from launcher.workers.problems import normalised, read_problems
 from launcher.workers.tokens import read_indexed
 
@@ -39,6 +42,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, WorkerStage]:
     made = {}
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         made[name] = make_stage(folder / name, "prepare", config, seed=seed)
+        if name == "other":
+            prepare.main(made[name].job())
+            continue
         assert made[name].run() == (0, "")
         assert made[name].exit_class() == "finished"
     return made
@@ -110,7 +116,7 @@ def test_facts_are_those_of_the_files(stages: dict[str, WorkerStage]) -> None:
 def test_tokenizer_that_exists(stages: dict[str, WorkerStage], tmp_path: Path) -> None:
     trained = stages["first"].partial / "tokenizer"
     stage = make_stage(tmp_path, "prepare", small_prepare(tokenizer={"path": str(trained)}), seed=3)
-    assert stage.run() == (0, "")
+    prepare.main(stage.job())
     assert stage.file("tokenizer", "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     ours, theirs = stage.file("tokens", "reasoning.bin"), stages["first"].file("tokens", "reasoning.bin")
     assert ours.read_bytes() == theirs.read_bytes()
@@ -148,9 +154,6 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_tokenizers_that_cannot_be_used(
     stages: dict[str, WorkerStage], tmp_path: Path, tokenizer_config: str | None, message: str
 ) -> None:
-    from launcher.errors import UserError
-    from launcher.workers import prepare
-
     trained = stages["first"].file("tokenizer", "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text(trained.read_text())
     if tokenizer_config is not None:
@@ -161,9 +164,6 @@ def test_tokenizers_that_cannot_be_used(
 
 
 def test_sets_that_cannot_be_filled_are_all_named(tmp_path: Path) -> None:
-    from launcher.errors import UserError
-    from launcher.workers import prepare
-
     few = {"task": "count_bits", "settings": {"min_n": 1, "max_n": 7}}
     config = small_prepare()
     config["problems"] |= {"few": {**few, "count": 8}, "fewer": {**few, "count": 9}}
@@ -173,9 +173,6 @@ def test_sets_that_cannot_be_filled_are_all_named(tmp_path: Path) -> None:
 
 
 def test_stop_request_ends_it_unfinished(tmp_path: Path) -> None:
-    from launcher.progress import Stopped
-    from launcher.workers import prepare
-
     job = make_stage(tmp_path, "prepare", small_prepare()).job()
     job._asked.append(0.0)
     with pytest.raises(Stopped):
@@ -183,6 +180,4 @@ def test_stop_request_ends_it_unfinished(tmp_path: Path) -> None:
 
 
 def test_the_demos_stage_is_a_good_config() -> None:
-    from launcher.workers.prepare import check
-
-    check(decode(PrepareConfig, demo_stage("prepare")))
+    prepare.check(decode(PrepareConfig, demo_stage("prepare")))

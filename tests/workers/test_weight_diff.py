@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.workers import weight_diff
-from launcher.workers.weight_diff import THRESHOLDS, compare, describe, module_rows, rows, tensor_files, weight_change
+from launcher.workers.weight_diff import (
+    THRESHOLDS,
+    compare,
+    describe,
+    module_rows,
+    rows,
+    run_by_hand,
+    tensor_files,
+    weight_change,
+)
 
 
 def naive(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
@@ -171,18 +180,22 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
-def test_by_hand(models: dict[str, Path], tmp_path: Path) -> None:
+def test_by_hand(models: dict[str, Path]) -> None:
     done = run(str(models["a"]), str(models["b"]), "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     whole, parts = weight_change(models["a"], models["b"])
     head = {"from": str(models["a"]), "to": str(models["b"])}
     assert found == {"weights": rows(whole, head), "weights_by_module": module_rows(parts, head)}
-    wrong = run(str(models["a"]), str(tmp_path))
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.splitlines() == [
-        f"prism-launch: {tmp_path}: holds no .safetensors file; a Hugging Face checkpoint is wanted"
-    ]
+
+
+def test_mistakes_by_hand_are_text_and_exit_code_2(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_by_hand(lambda: weight_diff.main([str(models["a"]), str(tmp_path), "--json"])) == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors == f"prism-launch: {tmp_path}: holds no .safetensors file; a Hugging Face checkpoint is wanted\n"
 
 
 def test_text_by_hand(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
