@@ -142,3 +142,18 @@ def test_a_start_that_does_not_fit_is_refused(root: Path, reference: Reference, 
     message = refused(lying)
     assert "mlp.linear_fc1.weight is [3, 576, 96], the model wants [3, 1152, 96]" in message
     assert "mlp.linear_fc2.weight" in message
+
+
+def test_a_start_in_another_precision_has_the_weights_as_near_as_it_can(root: Path, reference: Reference) -> None:
+    model, first = ts.model("nemotron-h-tiny"), {}
+    for source in ("fp32", "bf16"):
+        for target in ("fp32", "bf16"):
+            name = f"from-{source}-to-{target}"
+            start = reference("nemotron-h-tiny", source)
+            stage = ts.make_stage(root, name, start=start, model=model, precision=target, train_iters=1)
+            assert ts.run(stage) == [0], ts.log(stage)
+            first[source, target] = stage.losses()[0]
+            dtype = {"fp32": "float32", "bf16": "bfloat16"}[target]
+            assert json.loads((stage.checkpoint / "hf" / "config.json").read_text())["dtype"] == dtype
+    assert list(first.values()) == pytest.approx([first["fp32", "fp32"]] * 4, rel=2e-3)
+    assert first["fp32", "bf16"] != first["fp32", "fp32"]
