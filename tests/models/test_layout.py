@@ -83,6 +83,9 @@ def test_a_cpu_has_no_context_parallelism_and_no_sliding_window() -> None:
     assert problems("llama-tiny", 2, cp=2, cpu=True) == [
         "parallelism.context_parallel_size: needs GPUs; on a CPU set 1"
     ]
+    recompute = {"parallelism": {"recompute_activations": True}}
+    assert problems("llama-tiny", 1, **recompute) == []
+    assert "recompute_activations: needs GPUs" in problems("llama-tiny", 1, cpu=True, **recompute)[0]
     assert "sliding window of 64" in problems("llama-tiny", 1, model=mistral, cpu=True)[0]
     assert problems("llama-tiny", 1, model=mistral, seq_length=64, cpu=True) == []
     assert problems("llama-tiny", 1, model=mistral) == []
