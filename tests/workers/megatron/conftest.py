@@ -24,9 +24,9 @@ def reference(root: Path) -> Callable[..., ts.TrainStage]:
     """Of a model, the finished stage that one process trained without a break, in 8 steps."""
 
     @functools.cache
-    def finished(name: str, precision: str = "fp32") -> ts.TrainStage:
+    def train(name: str, precision: str) -> ts.TrainStage:
         stage = ts.make_stage(root, f"reference-{name}-{precision}", model=ts.model(name), precision=precision)
         assert ts.run(stage) == [0], ts.log(stage)
         return stage
 
-    return finished
+    return lambda name, precision="fp32": train(name, precision)
