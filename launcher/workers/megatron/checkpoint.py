@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
+from launcher.convert.metadata import read_metadata
 from launcher.errors import UserError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
@@ -179,4 +180,5 @@ def _weights_dir(folder: Path) -> Path:
     path = folder / (text if text == "release" else f"iter_{int(text):07d}")
     if not (path / ".metadata").is_file():
         raise UserError(f"{path}: named by {TRACKER}, but no torch_dist checkpoint is there")
+    read_metadata(path / ".metadata")  # refuses what torch would unpickle without a look
     return path
