@@ -1,0 +1,142 @@
+"""The training loop against the bare megatron-core step: same model, same weights, same batches, one process.
+
+The bare step is forward and backward by megatron-core's schedule, the optimizer and the learning-rate schedule, on
+batches that lie in memory. What ours does besides is reading samples, heartbeat, metrics, checks and log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.bench.measure import CHECKOUT, Row
+
+STEPS, ROUNDS = 12, 9
+
+
+def measure(scratch: Path) -> list[Row]:
+    """CPU seconds of our loop over those of the bare step. Raises RuntimeError where the losses are not the same."""
+    import launcher.workers.megatron  # noqa: F401  must come before megatron.core
+
+    # isort: split
+    from launcher.models.families import shape_of
+    from launcher.progress import StageJob
+    from launcher.spec import Input, StageSpec, decode
+    from launcher.workers.megatron import loop
+    from launcher.workers.megatron.data import Blend, read_sources
+    from launcher.workers.megatron.parallel import process_groups
+
+    config = _config()
+    _write_tokens(scratch / "tokens" / "text", tokens=200_000)
+    spec = decode(StageSpec, json.loads((CHECKOUT / "tests" / "data" / "stage.json").read_text()))
+    spec = dataclasses.replace(spec, inputs={"prepare.tokens": Input("tokens", "tokens", "0" * 20)})
+    (scratch / "attempt").mkdir()
+    job = StageJob(spec, scratch, scratch / "attempt", "train")
+    shape = shape_of(config.model.config)
+    with process_groups():
+        sources = read_sources({"prepare": scratch / "tokens"}, config.seq_length, config.data)
+        samples = config.train_iters * config.global_batch_size
+        blend = Blend(sources, samples, config.seq_length, 0, shape.vocab_size, scratch / "index")
+        ours, bare = (_trainer(config, shape, blend) for _ in range(2))
+        batches = [
+            list(blend.micro_batches(i * config.global_batch_size, (i + 1) * config.global_batch_size, 8, 0, 1))
+            for i in range(STEPS)
+        ]
+        said, seconds = io.StringIO(), {"ours": [], "bare": []}
+        for _ in range(ROUNDS + 1):
+            began = time.process_time()
+            with contextlib.redirect_stdout(said):
+                loop.run(job, ours)
+            seconds["ours"].append(time.process_time() - began)
+            theirs, used = _bare(bare, batches)
+            seconds["bare"].append(used)
+            _compare(job, theirs)
+    return _rows(seconds["ours"][1:], seconds["bare"][1:], config)  # the first round warms up
+
+
+def _rows(ours: list[float], bare: list[float], config: Any) -> list[Row]:
+    what = f"llama-tiny, {config.global_batch_size} x {config.seq_length} tokens a step, one thread, same losses"
+    extra = tuple((a / b - 1) * 100 for a, b in zip(ours, bare, strict=True))
+    cost = tuple((a - b) / STEPS * 1000 for a, b in zip(ours, bare, strict=True))
+    return [
+        Row("bare megatron-core step", tuple(b / STEPS * 1000 for b in bare), "ms CPU", what),
+        Row("our loop over it", cost, "ms CPU", f"a step, {what}"),
+        Row("our loop over it", extra, "%", f"{what}; rounds of {STEPS} steps in turn", 2.0),
+    ]
+
+
+def _config() -> Any:
+    from launcher.configs import TrainConfig
+    from launcher.spec import decode
+
+    data = json.loads((CHECKOUT / "tests" / "data" / "stage.json").read_text())["config"]
+    data |= {"checkpoint": None, "data": {"prepare/text": 1.0}, "train_iters": STEPS, "save_interval": 10**6}
+    return decode(TrainConfig, data)
+
+
+def _write_tokens(prefix: Path, tokens: int) -> None:
+    import numpy
+
+    from launcher.workers.tokens import write_indexed
+
+    prefix.parent.mkdir()
+    random = numpy.random.default_rng(0)
+    documents = [random.integers(2, 512, 200) for _ in range(tokens // 200)]
+    write_indexed(prefix, documents, numpy.dtype(numpy.uint16))
+
+
+def _trainer(config: Any, shape: Any, blend: Any) -> Any:
+    from launcher.workers.megatron.loop import build_trainer
+    from launcher.workers.megatron.model import build_model, initialize
+
+    module = build_model(shape, config.parallelism, config.precision)
+    initialize(module, shape, config.model.init_method_std, 0)
+    return build_trainer(config, module, blend)
+
+
+def _bare(trainer: Any, batches: list[list[Any]]) -> tuple[list[float], float]:
+    """The losses of a step a batch, and CPU seconds."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config, positions, losses = trainer.config, trainer.positions, []
+
+    def forward(iterator: Any, model: Any) -> Any:
+        tokens, labels = next(iterator)
+        return model(tokens, positions, None, labels=labels), _mean
+
+    step = get_forward_backward_func()
+    began = time.process_time()
+    for batch in batches:
+        trainer.model.zero_grad_buffer()
+        trainer.optimizer.zero_grad()
+        found = step(
+            forward_step_func=forward,
+            data_iterator=iter(batch),
+            model=[trainer.model],
+            num_microbatches=len(batch),
+            seq_length=config.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            forward_only=False,
+        )
+        trainer.optimizer.step()
+        trainer.scheduler.step(config.global_batch_size)
+        losses.append(found)
+    used = time.process_time() - began
+    return [float(sum(found) / len(found)) for found in losses], used
+
+
+def _mean(losses: Any) -> Any:
+    mean = losses.float().mean()
+    return mean, mean.detach().clone()
+
+
+def _compare(job: Any, theirs: list[float]) -> None:
+    lines = (job.workdir / "metrics.jsonl").read_text().splitlines()
+    ours = [json.loads(line)["loss"] for line in lines]
+    if ours != theirs:
+        raise RuntimeError(f"the two loops do not train the same: losses {ours} and {theirs}")
