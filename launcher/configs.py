@@ -185,7 +185,14 @@ class TrainConfig:
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
 
     def __post_init__(self) -> None:
-        positive = ("seq_length", "global_batch_size", "train_iters", "micro_batch_size", "save_interval", "log_interval")
+        positive = (
+            "seq_length",
+            "global_batch_size",
+            "train_iters",
+            "micro_batch_size",
+            "save_interval",
+            "log_interval",
+        )
         _refuse(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (not self.data, "data", "names no source"),
