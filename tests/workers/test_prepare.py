@@ -24,9 +24,11 @@ def contents(stage: WorkerStage) -> dict[str, bytes]:
 def config_with_files(folder: Path) -> dict:
     for i in range(40):
         (folder / f"{i}.txt").write_text(f"Text number {i}: " + "the quick brown fox. " * (i % 7 + 1))
-    rl = {**CHAIN_SUM, "count": 20, "seed_offset": 2000, "exclude": ["held-out"]}
     config = small_prepare()
-    config["problems"]["rl"] = rl
+    config["problems"]["rl"] = {"count": 20, "seed_offset": 2000, "exclude": ["held-out"]}
+    # Two terms: 110 problems in all, so that sets which exclude nothing do meet.
+    two_terms = {**CHAIN_SUM, "settings": {**CHAIN_SUM["settings"], "min_terms": 2, "max_terms": 2}}
+    config["problems"] = {name: {**settings, **two_terms} for name, settings in config["problems"].items()}
     config["sources"]["early"] = {"kind": "files", "path": str(folder), "share": [0.0, 0.5]}
     config["sources"]["late"] = {"kind": "files", "path": str(folder), "share": [0.5, 1.0]}
     config["sources"]["library"] = {"kind": "python-stdlib", "max_bytes": 30000}
@@ -115,7 +117,8 @@ def test_facts_are_those_of_the_files(stages: dict[str, WorkerStage]) -> None:
 
 def test_tokenizer_that_exists(stages: dict[str, WorkerStage], tmp_path: Path) -> None:
     trained = stages["first"].partial / "tokenizer"
-    stage = make_stage(tmp_path, "prepare", small_prepare(tokenizer={"path": str(trained)}), seed=3)
+    config = {**stages["first"].spec.config, "tokenizer": {"path": str(trained)}}
+    stage = make_stage(tmp_path, "prepare", config, seed=3)
     prepare.main(stage.job())
     assert stage.file("tokenizer", "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     ours, theirs = stage.file("tokens", "reasoning.bin"), stages["first"].file("tokens", "reasoning.bin")
