@@ -229,7 +229,13 @@ def run(args: argparse.Namespace) -> int:
             "`prism-launch render` writes the scripts and a submit.sh, --cluster local runs here"
         )
     root = store.open_root(_root(args))
-    return max(_run_here(root, record, profile, args.detach) for record in records)
+    worst = 0
+    for record in records:
+        code = _run_here(root, record, profile, args.detach)
+        if code == 130:  # interrupted: what the matrix has left is not begun
+            return code
+        worst = max(worst, code)
+    return worst
 
 
 def _run_here(root: Path, record: RunRecord, profile: Profile, detach: bool) -> int:

@@ -70,16 +70,19 @@ def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
     if not isinstance(stage.config, PrepareConfig):
         return {}
-    facts = {}
-    for name, source in stage.config.sources.items():
-        if source.kind == "python-stdlib":
-            facts[f"sources.{name}"] = f"python {platform.python_version()}"
-        if source.kind == "files" and source.path:
-            where = f"stages.{stage.name}.sources.{name}.path"
+    facts = {
+        f"sources.{name}": f"python {platform.python_version()}"
+        for name, source in stage.config.sources.items()
+        if source.kind == "python-stdlib"
+    }
+    paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind == "files"}
+    for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
+        if path and not path.startswith("hf:"):  # which the worker refuses
+            where = f"stages.{stage.name}.{key}.path"
             try:
-                facts[f"sources.{name}"] = tree_fingerprint(Path(source.path))
+                facts[key] = tree_fingerprint(Path(path))
             except OSError as error:
-                problems.append(f"{recipe.where(where)}: {where}: {source.path}: {error.strerror}")
+                problems.append(f"{recipe.where(where)}: {where}: {path}: {error.strerror}")
     return facts
 
 

@@ -216,13 +216,15 @@ class Driver:
 
     def _ended(self, name: str) -> None:
         """Take note of an attempt's end: made, to be tried again, or failed."""
-        del self.running[name]
+        owner = self.running.pop(name)
         stage = self.record.stage(name)
         receipt = store.read_receipt(self.root, stage.spec.artifact)
         if receipt is not None:
             self.done[name] = receipt
             return
         attempt = newest_attempt(self.root, self.record.run, stage)
+        if attempt is not None and (attempt.owner is None or attempt.owner.pid != owner.pid):
+            attempt = None  # an earlier one: this supervisor ended before it could say anything
         if self._action(stage, attempt) != "again":
             self.failed.add(name)
 

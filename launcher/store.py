@@ -270,7 +270,8 @@ def is_alive(owner: Owner) -> bool | None:
 def claim(folder: Path, owner: Owner) -> Owner | None:
     """Take the claim `folder` for `owner`; returns the living owner where another holds it, None when it is ours.
 
-    A claim whose owner is dead is taken over. One whose owner cannot be judged from here counts as living.
+    A claim whose owner is dead is taken over. One whose owner cannot be judged from here counts as living. Raises
+    WorldError where the folder can be neither taken nor judged.
     """
     from launcher.spec import encode
 
@@ -288,13 +289,21 @@ def claim(folder: Path, owner: Owner) -> Owner | None:
                     return None
                 if holder is not None and is_alive(holder) is not False:
                     return holder
-                stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-                with contextlib.suppress(OSError):
-                    os.rename(folder, stale)
-                shutil.rmtree(stale, ignore_errors=True)
-        return claim_holder(folder)
+                _set_aside(folder, holder)
+        raise WorldError(f"{folder}: cannot be claimed; remove it if nothing of prism-launch runs here")
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _set_aside(folder: Path, dead: Owner | None) -> None:
+    """Remove the claim of the dead, unless another process took it over since it was looked at."""
+    stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with contextlib.suppress(OSError):
+        os.rename(folder, stale)
+        if claim_holder(stale) != dead:
+            os.rename(stale, folder)
+            return
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def claim_holder(folder: Path) -> Owner | None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher import cli
+from launcher.run_record import RunRecord
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -124,3 +127,18 @@ def test_listings_speak_json(command: str, tmp_path: Path) -> None:
     arguments = ("--root", str(tmp_path)) if command == "doctor" else ()
     done = prism(command, "--json", *arguments)
     assert json.loads(done.stdout), done.stderr
+
+
+def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher import local
+
+    recipe, begun = tmp_path / "m.yaml", []
+    recipe.write_text("base: demo\nmatrix: {seed: [0, 1, 2]}\n")
+
+    def interrupted(root: Path, record: RunRecord, slots: int, *, detach: bool = False) -> int:
+        begun.append(record.run)
+        return 130 if len(begun) == 2 else 1
+
+    monkeypatch.setattr(local, "run_local", interrupted)
+    assert cli.main(["run", str(recipe), "--root", str(tmp_path / "root")]) == 130
+    assert begun == ["demo-seed=0", "demo-seed=1"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher import store
+from launcher import local, store
 from launcher.configs import Resources
 from launcher.local import cancel_run
 from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
@@ -116,6 +116,32 @@ def test_without_progress_it_gives_up(run: Driven) -> None:
     code, _, err = run.driven()
     assert code == 1 and "killed by SIGKILL" in err
     assert run.count("a") == 1 + run.stage("a").limits.max_no_progress
+
+
+def test_a_supervisor_that_cannot_begin_is_not_judged_by_an_earlier_attempt(
+    run: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one had been stopped and had got further than any before it, which speaks for trying again."""
+    run.plan(("a", (), {**LONG, "save": 10_000}))
+    driver = run.drive()
+    run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
+    ((attempt, _),) = attempts(run.root, "run", "a")
+    assert attempt.owner is not None
+    driver.kill()
+    driver.communicate()
+    os.kill(attempt.owner.pid, signal.SIGUSR2)
+    run.wait_for(lambda: run.states() == {"a": "stopped"} and not run.processes())
+    begun = []
+
+    def broken(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        begun.append(command)
+        assert len(begun) < 10
+        return Popen(["false"], **options)
+
+    Popen = subprocess.Popen
+    monkeypatch.setattr(local.subprocess, "Popen", broken)
+    assert local.run_local(run.root, read_run(run.root, "run"), 2) == 1
+    assert len(begun) == 1
 
 
 def test_a_killed_driver_leaves_living_stages_that_the_next_one_rejoins(run: Driven) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import store
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.store import Owner, Receipt
 
 ARTIFACT = "artifacts/train/abc"
@@ -110,6 +110,35 @@ def test_a_claim_from_another_machine_counts_as_living(tmp_path: Path) -> None:
     assert store.claim(folder, far) is None
     assert store.is_alive(far) is None
     assert store.claim(folder, store.this_process()) == far
+
+
+def test_a_claim_taken_over_by_another_meanwhile_is_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both see the claim of the dead; the other is quicker."""
+    folder, me, other = tmp_path / "x.claim", store.this_process(), store.this_process(os.getppid())
+    dead = replace(me, pid=2**22 + 1)
+    assert store.claim(folder, dead) is None
+    is_alive, looked = store.is_alive, []
+
+    def quicker(owner: Owner) -> bool | None:
+        answer = is_alive(owner)
+        if owner == dead and not looked:
+            looked.append(owner)
+            assert store.claim(folder, other) is None
+        return answer
+
+    monkeypatch.setattr(store, "is_alive", quicker)
+    assert store.claim(folder, me) == other
+    assert store.claim_holder(folder) == other
+    assert [p.name for p in tmp_path.iterdir()] == ["x.claim"]
+
+
+def test_what_cannot_be_claimed_is_not_taken_for_claimed(tmp_path: Path) -> None:
+    (tmp_path / "x.claim").write_text("a file")
+    with pytest.raises(WorldError, match="cannot be claimed"):
+        store.claim(tmp_path / "x.claim", store.this_process())
+    assert (tmp_path / "x.claim").read_text() == "a file"
 
 
 CLAIMER = """

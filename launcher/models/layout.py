@@ -17,7 +17,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
         *_tensor_problems(shape, config),
         *_pipeline_problems(shape, config),
         *_data_problems(config, world_size),
-        *_validation_problems(config),
+        *_unbuilt_problems(config),
         *(_cpu_problems(shape, config) if cpu else []),
     ]
 
@@ -66,14 +66,17 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
     return []
 
 
-def _validation_problems(config: TrainConfig) -> list[str]:
-    return ["eval_interval: the trainer does not validate yet; set 0"] if config.eval_interval else []
+def _unbuilt_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.eval_interval:
+        problems.append("eval_interval: the trainer does not validate yet; set 0")
+    if config.parallelism.context_parallel_size > 1:
+        problems.append("parallelism.context_parallel_size: the trainer does not split sequences over ranks yet; set 1")
+    return problems
 
 
 def _cpu_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
     problems = []
-    if config.parallelism.context_parallel_size > 1:
-        problems.append("parallelism.context_parallel_size: needs GPUs; on a CPU set 1")
     if config.parallelism.recompute_activations:
         problems.append("parallelism.recompute_activations: needs GPUs; on a CPU set false")
     if shape.window_size is not None and shape.window_size < config.seq_length:

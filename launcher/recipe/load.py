@@ -301,14 +301,17 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 
 
 def _with_absolute_paths(config: Any, folder: Path) -> Any:
-    """Text sources are found from the recipe's folder, wherever the command is typed."""
+    """Text and a tokenizer are found from the recipe's folder, wherever the command is typed and the worker runs."""
     if not isinstance(config, PrepareConfig):
         return config
-    sources = {
-        name: replace(s, path=os.path.abspath(folder / Path(s.path).expanduser())) if s.path else s
-        for name, s in config.sources.items()
-    }
-    return replace(config, sources=sources)
+
+    def absolute(part: Any) -> Any:
+        if not part.path or part.path.startswith("hf:"):
+            return part
+        return replace(part, path=os.path.abspath(folder / Path(part.path).expanduser()))
+
+    sources = {name: absolute(source) for name, source in config.sources.items()}
+    return replace(config, sources=sources, tokenizer=absolute(config.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------ models

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
@@ -150,9 +151,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     sharded = model.sharded_state_dict(metadata=sharding_metadata())
-    names = set(sharded)
-    state, _, _ = dist_checkpointing.load(sharded, str(path), strict="return_all")
-    model.load_state_dict({k: v for k, v in state.items() if k in names})
+    # Objects are pickles, which torch would load without a look. What is there are `_extra_state`s, empty but for fp8.
+    objects = {name for name, value in sharded.items() if isinstance(value, ShardedObject)}
+    tensors = {name: value for name, value in sharded.items() if name not in objects}
+    names = set(tensors)
+    state, _, _ = dist_checkpointing.load(tensors, str(path), strict="return_all")
+    model.load_state_dict({k: v for k, v in state.items() if k in names} | dict.fromkeys(objects))
 
 
 def _check_tensors(path: Path, model: nn.Module) -> None:
