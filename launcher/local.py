@@ -68,9 +68,11 @@ def _detach(root: Path, record: RunRecord) -> int:
     log = store.run_dir(root, record.run) / "driver.log"
     command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
     with log.open("ab") as output:
-        subprocess.Popen(
+        child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_environment()
         )
+    # In its name, so that who watches or runs at once finds the run driven.
+    store.claim(store.driver_claim(root, record.run), store.this_process(child.pid))
     print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {record.run} --root {root}")
     return 0
 
@@ -84,14 +86,9 @@ def _environment() -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- claim
 
 
-def driver_claim(root: Path, run: str) -> Path:
-    """The claim of the process that drives a run."""
-    return store.run_dir(root, run) / "driver.claim"
-
-
 @contextlib.contextmanager
 def _claimed(root: Path, run: str) -> Iterator[None]:
-    owner, folder = store.this_process(), driver_claim(root, run)
+    owner, folder = store.this_process(), store.driver_claim(root, run)
     holder = store.claim(folder, owner)
     if holder is not None:
         raise UserError(
@@ -289,7 +286,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def cancel_run(root: Path, record: RunRecord) -> list[str]:
     """Stop the driver and every living stage of a run, letting them save; returns the names of the stages stopped."""
     living = [(s.spec.stage, a.owner) for s, a in _living(root, record) if a.owner is not None]
-    driver = store.claim_holder(driver_claim(root, record.run))
+    driver = store.claim_holder(store.driver_claim(root, record.run))
     owners = ([driver] if driver is not None else []) + [owner for _, owner in living]
     elsewhere = [o.host for o in owners if store.is_alive(o) is None]
     if elsewhere:

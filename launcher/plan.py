@@ -103,7 +103,11 @@ def _names(words: Iterable[str]) -> str:
 
 def _outputs(stage: Stage) -> Mapping[str, Format]:
     outputs: Mapping[str, Format] = kinds()[stage.kind].OUTPUTS
-    return outputs
+    if not isinstance(stage.config, PrepareConfig):
+        return outputs
+    # A port that nothing fills is none: an empty one is taken for a fault of the worker.
+    filled = {"tokens": stage.config.sources, "prompts": stage.config.problems}
+    return {port: form for port, form in outputs.items() if filled.get(port, True)}
 
 
 # ------------------------------------------------------------------------------------------------------------ order

@@ -75,6 +75,11 @@ def claim_dir(root: Path, artifact: str) -> Path:
     return root / f"{artifact}.claim"
 
 
+def driver_claim(root: Path, run: str) -> Path:
+    """The claim of the process that drives a run."""
+    return run_dir(root, run) / "driver.claim"
+
+
 # ------------------------------------------------------------------------------------------------------ atomic writes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from launcher import store
 from launcher.run_record import RunRecord
 from launcher.state import StageState, State, run_state, stage_states
 from launcher.units import format_count, format_duration
@@ -175,12 +176,14 @@ def _progress_of(state: StageState, pace: Pace) -> str:
 
 
 def watch_run(root: Path, record: RunRecord, poll_s: float = 0.5) -> list[StageState]:
-    """Follow a run until nothing of it runs any more; returns the last states."""
+    """Follow a run until neither a stage nor its driver runs any more; returns the last states."""
     with Follower(record.run) as follower:
         while True:
+            driver = store.claim_holder(store.driver_claim(root, record.run))
+            driven = driver is not None and store.is_alive(driver) is not False
             states = stage_states(root, record)
             follower.show(states)
-            if not any(s.state == "running" for s in states):
+            if not driven and not any(s.state == "running" for s in states):
                 return states
             time.sleep(poll_s)
 

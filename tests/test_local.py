@@ -14,10 +14,11 @@ import pytest
 
 from launcher import local, store
 from launcher.configs import Resources
-from launcher.local import cancel_run
+from launcher.local import cancel_run, run_local
 from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
 from launcher.spec import Input, StageSpec, Step
 from launcher.state import attempts, run_state, stage_states
+from launcher.watch import watch_run
 from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
 
 PROGRAM = """
@@ -230,6 +231,14 @@ def test_cancel_stops_driver_and_stages(run: Driven) -> None:
     assert run.states() == {"a": "stopped", "b": "stopped", "c": "waiting"}
     assert run_state(stage_states(run.root, record)) == "stopped"
     assert cancel_run(run.root, record) == []
+
+
+def test_watching_lasts_from_detaching_to_the_end(run: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before the first stage has begun and between two."""
+    record = run.plan(("a", (), {}), ("b", ("a",), {}))
+    monkeypatch.chdir(run.root)
+    assert run_local(run.root, record, 2, detach=True) == 0
+    assert {s.state for s in watch_run(run.root, record, poll_s=0.01)} == {"done"}
 
 
 def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:

@@ -70,6 +70,17 @@ def test_every_input_is_an_output_of_a_stage_planned_before() -> None:
         made.update({output.path: name for output in planned.spec.outputs.values()})
 
 
+@pytest.mark.parametrize("absent", ["sources", "problems"])
+def test_a_prepare_stage_has_the_ports_that_it_fills(absent: str) -> None:
+    """The supervisor seals no artifact with an empty port."""
+    (planned,) = plan(stage("prepare", "prepare", **{**PREPARE, absent: {}})).values()
+    port = {"sources": "tokens", "problems": "prompts"}[absent]
+    assert set(planned.spec.outputs) == {"tokenizer", "tokens", "prompts"} - {port}
+    reader = stage("mid", "train", **TRAIN) if port == "tokens" else stage("rl", "rl", **RL, checkpoint="/m")
+    with pytest.raises(UserError, match=f"not {port}"):
+        plan(stage("prepare", "prepare", **{**PREPARE, absent: {}}), reader)
+
+
 @given(st.permutations(demo_like()))
 def test_the_order_of_writing_changes_no_fingerprint(stages: list[Stage]) -> None:
     want = {n: s.spec.fingerprint for n, s in plan(*demo_like()).items()}

@@ -104,7 +104,6 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
     """Every problem set, written to SET.jsonl."""
     from launcher.workers.problems import draw_problems, normalised
 
-    folder = job.output("prompts")
     drawn: dict[str, list[dict[str, Any]]] = {}
 
     def draw(name: str) -> None:
@@ -114,7 +113,7 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
         excluded = {normalised(row["prompt"]) for other in wanted.exclude for row in drawn[other]}
         drawn[name] = draw_problems(name, wanted, job.spec.seed, excluded)
         lines = (json.dumps(row, sort_keys=True) for row in drawn[name])
-        write_atomic(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+        write_atomic(job.output("prompts") / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
         job.beat(len(drawn), total, problems=len(drawn[name]))
         _stop_if_asked(job)
 
