@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench soak golden clean
+.PHONY: demo test check bench golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -30,6 +30,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# About five minutes; docs/bench.md says what is measured. BENCH="diff --json out.json" measures one section.
+bench: $(STAMP)
+	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
 # Accepts changed scripts: writes tests/golden/ anew; look at the difference before you commit it.
 golden: $(STAMP)

@@ -98,4 +98,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_id: int) -> list[list[int]]:
     """Ids of every text, the end token after each."""
-    return [[*e.ids, end_id] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return [[*e.ids, end_id] for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
