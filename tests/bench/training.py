@@ -70,7 +70,7 @@ def _rows(rounds: list[tuple[float, float, float, float]], config: Any) -> list[
         Row("our loop: a step's own work", cost, "ms CPU", "samples, heartbeat, metrics, checks, log"),
         Row("  of it, reading samples", reading, "ms CPU", "megatron-core's datasets, and the check of token ids"),
         Row("our loop: own work / megatron-core's", beside, "%", "inside our loop, by where the time is spent", 2.0),
-        Row("our loop over the bare loop", over, "%", f"the two loops in turn, {STEPS} steps each; {what}", 2.0),
+        Row("our loop over the bare loop", over, "%", f"the two loops in turn, {STEPS} steps each; {what}"),
     ]
 
 
