@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# About five minutes; docs/bench.md says what is measured. BENCH="diff --json out.json" measures one section.
+# Five minutes, seven on busy cores; docs/bench.md says what is measured. BENCH="diff --json out.json" measures one section.
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
