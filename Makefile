@@ -31,13 +31,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Five minutes, seven on busy cores; docs/bench.md says what is measured. BENCH="diff --json out.json" measures one section.
+# Five minutes, seven on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
-# Accepts changed scripts: writes tests/golden/ anew; look at the difference before you commit it.
+# Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
+	$(BIN)/python tests/test_docs.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -42,8 +42,9 @@ def _train_problems(stage: Stage, config: TrainConfig) -> Iterator[tuple[str, st
         yield "model", f"{config.model.name}: {error}"
         return
     world_size = stage.resources.nodes * stage.resources.ntasks_per_node
-    for message in check_layout(shape, config, world_size):
-        yield "parallelism", message
+    for problem in check_layout(shape, config, world_size):
+        key, _, message = problem.partition(": ")
+        yield key, message
     if config.seq_length > shape.max_position_embeddings:
         limit = shape.max_position_embeddings
         yield "seq_length", f"{config.seq_length} is beyond the {limit} positions of {config.model.name}"

@@ -263,6 +263,18 @@ def resume(args: argparse.Namespace) -> int:
     return _run_here(root, record, profile, args.detach)
 
 
+def report(args: argparse.Namespace) -> int:
+    """Every number of a run as JSON; or the page, with the result table."""
+    from launcher.report import collect
+
+    root, record = _open_run(args)
+    if args.json:
+        _print_json(collect(root, record))
+    else:
+        _finish(root, record)
+    return 0
+
+
 def status(args: argparse.Namespace) -> int:
     """What each stage of a run is doing."""
     from launcher.state import run_state, stage_states

@@ -185,7 +185,14 @@ class TrainConfig:
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
 
     def __post_init__(self) -> None:
-        positive = ("seq_length", "global_batch_size", "train_iters", "micro_batch_size", "save_interval")
+        positive = (
+            "seq_length",
+            "global_batch_size",
+            "train_iters",
+            "micro_batch_size",
+            "save_interval",
+            "log_interval",
+        )
         _refuse(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (not self.data, "data", "names no source"),
@@ -263,7 +270,7 @@ class EvaluateConfig:
     benchmarks: tuple[str, ...] = option(..., "STAGE/SET of held-out problems.")
     temperatures: tuple[float, ...] = option((0.0, 0.6, 1.0), "Sampling temperatures; 0 is greedy.")
     max_new_tokens: int = option(32, "Longest completion in tokens.")
-    batch_size: int = option(128, "Prompts generated together.", identity=False)
+    batch_size: int = option(128, "Prompts generated together; decides which random numbers each one gets.")
 
     def __post_init__(self) -> None:
         _refuse(
@@ -287,7 +294,7 @@ class AnalyzeConfig:
     num_texts: int = option(200, "Texts for CKA, of each distribution.")
 
     def __post_init__(self) -> None:
-        _refuse((not self.pairs, "pairs", "names no pair"), (self.num_texts < 2, "num_texts", "must be at least 2"))
+        _refuse((not self.pairs, "pairs", "names no pair"), (self.num_texts < 4, "num_texts", "must be at least 4"))
 
 
 CONFIGS: dict[str, type] = {

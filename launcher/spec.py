@@ -248,12 +248,12 @@ def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, 
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
-    for key in data:
-        if key not in fields:
-            problems.append((_join(path, str(key)), "unknown key" + did_you_mean(str(key), fields)))
+    hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
+    problems += [(_join(path, str(key)), f"unknown key{hint}") for key, hint in hints_given.items()]
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in data:
+        # A misspelt key is one problem and not two.
+        if required and name not in data and f", did you mean {name}?" not in hints_given.values():
             problems.append((_join(path, name), "is required"))
     values = {k: _decode(hints[k], v, _join(path, k), problems) for k, v in data.items() if k in fields}
     if len(problems) > before:

@@ -198,16 +198,15 @@ def read_unsealed(root: Path, artifact: str) -> Receipt | None:
 def seal(root: Path, artifact: str, receipt: Receipt) -> None:
     """Make the unfinished artifact whole: receipt, sync, rename. A whole one that is there already is kept.
 
-    The receipt comes first, so that a seal that is cut off anywhere is finished by `seal` alone.
+    The receipt comes first, so that a seal that is cut off anywhere is finished by `seal` alone, without what was in
+    progress.
     """
     from launcher.spec import encode
 
     partial, target = partial_dir(root, artifact), root / artifact
     write_json(partial / RECEIPT, encode(receipt))
+    shutil.rmtree(partial / PROGRESS, ignore_errors=True)
     sync_tree(partial)
-    gone = target.with_name(f"{target.name}.gone.{os.getpid()}")
-    if (partial / PROGRESS).exists():
-        os.replace(partial / PROGRESS, gone)
     if target.exists() and read_receipt(root, artifact) is not None:
         shutil.rmtree(partial)
     else:
@@ -215,7 +214,6 @@ def seal(root: Path, artifact: str, receipt: Receipt) -> None:
             os.replace(target, f"{target}.damaged.{os.getpid()}")
         os.replace(partial, target)
         _sync(target.parent)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -53,7 +53,7 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
         (
             "train_iters: 976",
             "train_iter: 976",
-            [":64: stages.midtrain.train_iter: unknown key, did you mean train_iters?"],
+            ["{line}: stages.midtrain.train_iter: unknown key, did you mean train_iters?"],
         ),
         ("lr: 5.0e-3", "lr: fast", ['stages.base.lr: expected a number, got "fast"']),
         ("checkpoint: base", "checkpoint: bsae", ["no stage bsae, did you mean base?"]),
@@ -67,11 +67,13 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
 def test_a_wrong_recipe_is_one_clear_message_and_exit_2(
     tmp_path: Path, old: str, new: str, messages: list[str]
 ) -> None:
-    done = prism("check", str(recipe_file(tmp_path, new, old)))
+    path = recipe_file(tmp_path, new, old)
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if new in text)
+    done = prism("check", str(path))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "mine.yaml:" in done.stderr and "Traceback" not in done.stderr
     for message in messages:
-        assert message in done.stderr
+        assert message.format(line=f"mine.yaml:{line}") in done.stderr
 
 
 def test_all_problems_of_a_recipe_at_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Link, Target, links
 from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
 from launcher.errors import UserError, WorldError
+from launcher.models.shape import ModelShape
 
 #: Called with the tensors that are done and all that there are, those to verify included.
 Progress = Callable[[int, int], None]
@@ -49,11 +50,7 @@ def convert(
     _check_source(reader, table)
     wanted = _target_entries(reader, table)
     check_room(target, sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD)
-    writer = (
-        TorchDistWriter(target, wanted, shape.hybrid_override_pattern is None)
-        if to == "megatron"
-        else HfWriter(target, wanted)
-    )
+    writer = _writer(target, to, wanted, shape, reader.where)
     total = len(table) * (2 if verify else 1)
     sums: dict[str, str] = {}
     for number, link in enumerate(table):
@@ -91,6 +88,8 @@ def _check_source(reader: Reader, table: tuple[Link, ...]) -> None:
         types = {str(there[name].dtype) for name in link.sources if name in there}
         if len(types) > 1:
             problems.append(f"{reader.where}: {', '.join(link.sources)} differ in type: {', '.join(sorted(types))}")
+    if len(shapes) != sum(len(link.sources) for link in table):
+        raise RuntimeError("the family's table uses a tensor twice")
     if problems:
         shown = problems[:20]
         raise UserError(shown + [f"{reader.where}: {len(problems) - 20} more"] * (len(problems) > 20))
@@ -103,6 +102,15 @@ def _target_entries(reader: Reader, table: tuple[Link, ...]) -> dict[str, Entry]
         for link in table
         for name, shape in zip(link.targets, link.target_shapes, strict=True)
     }
+
+
+def _writer(target: Path, to: Target, wanted: Mapping[str, Entry], shape: ModelShape, source: Path) -> Any:
+    if to == "hf":
+        return HfWriter(target, wanted)
+    try:
+        return TorchDistWriter(target, wanted, stacked=shape.hybrid_override_pattern is None)
+    except UserError as error:
+        raise UserError(f"{source}: {problem}" for problem in error.problems) from None
 
 
 def _move(link: Link, reader: Reader, writer: Any, verify: bool) -> dict[str, str]:

@@ -36,10 +36,10 @@ def side_folder(folder: Path, to: Target) -> Path:
     """The folder with config.json of a checkpoint that becomes `to`. Raises UserError where it is none of the kind."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if (folder / TRACKER).is_file() == (to == "megatron"):
-        is_now = "megatron" if to == "megatron" else "not of format megatron"
-        mend = "convert it to hf" if to == "megatron" else f"no {TRACKER} is there"
-        raise UserError(f"{folder}: {is_now}; {mend}")
+    if to == "megatron" and (folder / TRACKER).is_file():
+        raise UserError(f"{folder}: is in format megatron already; convert it to hf")
+    if to == "hf" and not (folder / TRACKER).is_file():
+        raise UserError(f"{folder}: not of format megatron; no {TRACKER} is there")
     return folder if to == "megatron" else folder / CARRIED
 
 

@@ -32,14 +32,14 @@ class HfReader:
     def __init__(self, folder: Path):
         self.where = folder
         self._files: dict[str, Any] = {}
-        places = _places(folder)
-        for name in dict.fromkeys(places.values()):
+        index = _read_index(folder) if (folder / INDEX).is_file() else {}
+        for name in dict.fromkeys(index.values()) if index else [_single(folder)]:
             self._files[name] = _open(folder / name)
         self._places = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
         absent = [
             f"{folder / name}: {key} is not there, though {INDEX} says so"
-            for key, name in places.items()
-            if key and self._places.get(key) != name
+            for key, name in index.items()
+            if self._places.get(key) != name
         ]
         self.entries, strange = self._read_entries()
         if absent or strange:
@@ -63,12 +63,10 @@ class HfReader:
         return self._files[self._places[name]].get_tensor(name)
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """Tensor to file, as the index says; without an index the one file, under the name ''."""
-    if (folder / INDEX).is_file():
-        return _read_index(folder)
+def _single(folder: Path) -> str:
+    """The name of the one file of a checkpoint without an index."""
     if (folder / SINGLE).is_file():
-        return {"": SINGLE}
+        return SINGLE
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise UserError(

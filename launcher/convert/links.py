@@ -1,4 +1,4 @@
-"""A family's table of tensors in the direction of a conversion: names to read, names to write, the way there and back."""
+"""A family's table of tensors in the direction of a conversion: what to read, what to write, the way there and back."""
 
 from __future__ import annotations
 

@@ -20,7 +20,12 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     c.must("attention_bias", False)
     c.must("mlp_bias", False)
     family = c.get("model_type")
-    granite = {}
+    window = None
+    if family == "mistral":  # what transformers takes for an absent key is Mistral 7B's, unlike elsewhere
+        c.need("num_key_value_heads")
+        c.refuse("sliding_window" not in config, "sliding_window is missing; null means none")
+        window = c.get("sliding_window")
+    granite: dict[str, Any] = {}
     if family == "granite":
         names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
         granite = {name: float(c.get(name, 1.0)) for name in names}
@@ -29,7 +34,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             family=family,
             num_layers=c.need("num_hidden_layers"),
             norm_epsilon=c.need("rms_norm_eps"),
-            window_size=c.get("sliding_window") if family == "mistral" else None,
+            window_size=window,
             **common(c),
             **rope(c),
             **granite,
@@ -46,7 +51,7 @@ def tensor_map(shape: ModelShape) -> tuple[TensorMap, ...]:
             norm(f"{hf}.input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight", shape, i),
             *attention(f"{hf}.self_attn", shape, i),
             norm(f"{hf}.post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", shape, i),
-            *gated_mlp(*(f"{hf}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")), shape, i),
+            *gated_mlp(f"{hf}.mlp", shape, i),
         ]
     rows.append(norm("model.norm.weight", "decoder.final_layernorm.weight", shape))
     if not shape.share_embeddings_and_output_weights:

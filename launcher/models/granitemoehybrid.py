@@ -6,10 +6,10 @@ Names: transformers' modeling_granitemoehybrid.py; megatron/core/models/mamba.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher.models.reading import Config, common, rope
+from launcher.models.reading import Config, common, mamba_norm, rope
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import NORM_BEFORE, TensorMap, attention, copy, mamba, norm, vocab
 
@@ -23,28 +23,35 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     c.must("attention_bias", False)
     c.must("mamba_proj_bias", False)
     c.must("mamba_conv_bias", True)
-    c.refuse(bool(c.get("num_local_experts", 0)), f"{c.get('num_local_experts')} experts: experts are not covered")
-    layers = c.get("layer_types") or c.get("layers_block_type") or ["attention"] * (c.need("num_hidden_layers") or 0)
+    c.refuse(bool(c.need("num_local_experts")), f"{c.get('num_local_experts')} experts: experts are not covered")
+    c.refuse((c.get("time_step_limit") or [0.0])[0] != 0.0, "time_step_limit above 0 is not covered")
+    layers = c.get("layer_types") or c.get("layers_block_type") or []
+    c.refuse(len(layers) != c.need("num_hidden_layers"), "layer_types is missing, or not one for each hidden layer")
     c.refuse(not set(layers) <= set(_KINDS), f"layer types {sorted(set(layers) - set(_KINDS))} are not covered")
-    positions = c.get("position_embedding_type", "rope")
+    positions = c.get("position_embedding_type")  # absent: none
     names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
     def build() -> ModelShape:
         pattern = "".join(_KINDS[kind] for kind in layers)
         values = {**common(c), **(rope(c) if positions == "rope" else {"position_embedding_type": "none"})}
+        multipliers: dict[str, Any] = {name: float(c.get(name, 1.0)) for name in names}
+        size: Callable[[str], Any] = c.get
+        if "M" in pattern:
+            size = c.need
+            mamba_norm(c, "rms_norm_eps")
         return ModelShape(
             **{**values, "ffn_hidden_size": c.need("shared_intermediate_size")},
             family="granitemoehybrid",
             num_layers=len(pattern),
             hybrid_override_pattern=pattern,
             norm_epsilon=c.need("rms_norm_eps"),
-            mamba_state_dim=c.get("mamba_d_state", 0),
+            mamba_state_dim=size("mamba_d_state") or 0,
             mamba_head_dim=_head_dim(c),
-            mamba_num_heads=c.get("mamba_n_heads", 0),
-            mamba_num_groups=c.get("mamba_n_groups", 0),
+            mamba_num_heads=size("mamba_n_heads") or 0,
+            mamba_num_groups=size("mamba_n_groups") or 0,
             mamba_conv_kernel=c.get("mamba_d_conv", 4),
             mamba_chunk_size=c.get("mamba_chunk_size", 256),
-            **{name: float(c.get(name, 1.0)) for name in names},
+            **multipliers,
         )
 
     return c.done(build)

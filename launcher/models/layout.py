@@ -10,12 +10,14 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     """Everything that keeps `config` from training a model of `shape` on `world_size` processes.
 
     Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what
-    megatron-core's local attention, the one there is without a GPU, cannot do.
+    megatron-core without a GPU cannot do: `cpu_mode` does not reach what runs inside a backward pass, and local
+    attention has no window.
     """
     return [
         *_tensor_problems(shape, config),
         *_pipeline_problems(shape, config),
         *_data_problems(config, world_size),
+        *_validation_problems(config),
         *(_cpu_problems(shape, config) if cpu else []),
     ]
 
@@ -64,10 +66,16 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
     return []
 
 
+def _validation_problems(config: TrainConfig) -> list[str]:
+    return ["eval_interval: the trainer does not validate yet; set 0"] if config.eval_interval else []
+
+
 def _cpu_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
     problems = []
     if config.parallelism.context_parallel_size > 1:
         problems.append("parallelism.context_parallel_size: needs GPUs; on a CPU set 1")
+    if config.parallelism.recompute_activations:
+        problems.append("parallelism.recompute_activations: needs GPUs; on a CPU set false")
     if shape.window_size is not None and shape.window_size < config.seq_length:
         problems.append(
             f"seq_length: {config.seq_length} is above the model's sliding window of {shape.window_size}, "

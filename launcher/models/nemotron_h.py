@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.models.reading import Config, common
+from launcher.models.reading import Config, common, mamba_norm
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import NORM_BEFORE, TensorMap, attention, copy, mamba, norm, vocab
 
@@ -27,6 +27,10 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if pattern is None:
         layers = c.need("layers_block_type") or []
         pattern = "".join(_KINDS.get(kind, f"<{kind}>") for kind in layers)
+    c.need("num_key_value_heads")
+    c.need("head_dim")
+    if "M" in pattern:
+        mamba_norm(c, "layer_norm_epsilon")
     strange = set(pattern) - set("M*-")
     c.refuse(bool(strange), f"layers of kind {', '.join(sorted(strange))} are not covered (no experts)")
     return c.done(

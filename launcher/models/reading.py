@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 #: What megatron-core's RotaryEmbedding has built in for llama3 scaling; other values would be ignored without a word.
 LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+#: What megatron-core's MambaMixer gives the norm inside it, whatever the model's epsilon is.
+MAMBA_NORM_EPSILON = 1e-5
 
 
 class Config:
@@ -64,9 +66,18 @@ def common(c: Config) -> dict[str, Any]:
         "num_query_groups": c.get("num_key_value_heads", heads),
         "kv_channels": c.get("head_dim") or width // heads,
         "vocab_size": c.need("vocab_size"),
-        "max_position_embeddings": c.get("max_position_embeddings", 2048),
+        "max_position_embeddings": c.need("max_position_embeddings"),
         "share_embeddings_and_output_weights": bool(c.get("tie_word_embeddings", False)),
     }
+
+
+def mamba_norm(c: Config, name: str) -> None:
+    """Refuse an epsilon that the norm inside a Mamba layer would not have in Megatron."""
+    value = c.need(name)
+    c.refuse(
+        value not in (None, MAMBA_NORM_EPSILON),
+        f"{name} is {value}; megatron-core has {MAMBA_NORM_EPSILON} built in for the norm inside Mamba layers",
+    )
 
 
 def rope(c: Config) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def rope(c: Config) -> dict[str, Any]:
     values = dict(new) if new else {"rope_theta": c.get("rope_theta", 10000.0), **old}
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta", c.get("rope_theta", 10000.0)))
+    c.refuse(values.get("partial_rotary_factor", 1.0) != 1.0, "RoPE over a part of each head is not covered")
     if kind == "default":
         return {"rotary_base": base}
     c.refuse(kind != "llama3", f"RoPE of type {kind} is not covered; only default and llama3 are")

@@ -69,13 +69,19 @@ def attention(prefix: str, shape: ModelShape, layer: int) -> tuple[TensorMap, ..
     return qkv, output
 
 
-def gated_mlp(gate: str, up: str, down: str, shape: ModelShape, layer: int) -> tuple[TensorMap, ...]:
-    """Gate, up and down projections."""
+def gated_mlp(prefix: str, shape: ModelShape, layer: int) -> tuple[TensorMap, ...]:
+    """Gate, up and down projections under `prefix`, such as `model.layers.0.mlp`."""
     inner, width = shape.ffn_hidden_size, shape.hidden_size
     both = TensorMap(
-        (gate, up), ((inner, width),) * 2, ("mlp.linear_fc1.weight",), ((2 * inner, width),), "gate_up", "mlp", layer
+        (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
+        ((inner, width),) * 2,
+        ("mlp.linear_fc1.weight",),
+        ((2 * inner, width),),
+        "gate_up",
+        "mlp",
+        layer,
     )
-    return both, copy(down, "mlp.linear_fc2.weight", (width, inner), "mlp", layer)
+    return both, copy(f"{prefix}.down_proj.weight", "mlp.linear_fc2.weight", (width, inner), "mlp", layer)
 
 
 def mamba(prefix: str, shape: ModelShape, layer: int) -> tuple[TensorMap, ...]:

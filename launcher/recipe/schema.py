@@ -128,16 +128,15 @@ def recipe_reference() -> str:
     parts = [_INTRODUCTION]
     parts += [f"| `{key}` | {_TOP.get(key, {}).get('description', _LATER.get(key, ''))} |" for key in TOP_KEYS]
     for kind in STAGE_KINDS:
-        parts += ["", f"## Stages of kind `{kind}`", "", *_table(CONFIGS[kind])]
+        parts += ["", f"## Stages of kind `{kind}`", "", *markdown_table(CONFIGS[kind])]
     for cls in [Resources, *(c for c in _dataclasses() if c is not Resources)]:
-        parts += ["", f"## {cls.__name__}", "", *_table(cls)]
+        parts += ["", f"## {cls.__name__}", "", *markdown_table(cls)]
     return "\n".join(parts) + "\n"
 
 
 _INTRODUCTION = """# Recipe reference
 
-Made from `launcher/configs.py` by `python -m launcher.recipe.schema`; `prism-launch schema` prints the same as JSON
-schema, for editors.
+Made from `launcher/configs.py` by `make golden`; `prism-launch schema` prints the same as JSON schema, for editors.
 
 A recipe is YAML whose plain words mean what YAML 1.2 says: only `true` and `false` are booleans, `1e-5` is a number and
 `4:00:00` is a time. `--set KEY=VALUE` changes one value by its dotted path; `midtrain.lr` is short for
@@ -148,7 +147,8 @@ A recipe is YAML whose plain words mean what YAML 1.2 says: only `true` and `fal
 _LATER = {"resources": "What every stage asks for, unless it says otherwise.", "stages": "The stages by name."}
 
 
-def _table(cls: Any) -> list[str]:
+def markdown_table(cls: Any) -> list[str]:
+    """The fields of a config dataclass, with its docstring above."""
     hints = typing.get_type_hints(cls)
     lines = [" ".join((cls.__doc__ or "").split()), "", "| key | type | default | meaning |", "|---|---|---|---|"]
     for f in dataclasses.fields(cls):
@@ -180,7 +180,3 @@ def _type_name(hint: Any) -> str:
         return f"mapping to {_type_name(args[1])}"
     names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null", Any: "anything"}
     return names[hint]
-
-
-if __name__ == "__main__":
-    print(recipe_reference(), end="")

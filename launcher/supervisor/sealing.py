@@ -91,6 +91,7 @@ def seal(root: Path, spec: StageSpec, owner: Owner) -> None:
         image=next((step.image for step in spec.steps if step.image), None),
         **cost,
     )
+    store.sync_tree(partial)  # before the receipt: it must not outlive a power cut that its files do not
     store.write_json(partial / store.RECEIPT, encode(receipt))
     for name in (RECORD, COST):  # once their content stands in the receipt
         (partial / name).unlink(missing_ok=True)

@@ -101,8 +101,8 @@ def text_pieces(documents: Sequence[Any], count: int, length: int = 128) -> list
     pieces = [
         doc[i : i + length] for doc in (d[:-1] for d in documents) for i in range(0, len(doc) - length + 1, length)
     ]
-    step = max(1, len(pieces) // count)
-    return pieces[::step][:count]
+    chosen = min(count, len(pieces))
+    return [pieces[i * len(pieces) // chosen] for i in range(chosen)]
 
 
 if __name__ == "__main__":

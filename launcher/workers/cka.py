@@ -30,25 +30,29 @@ def pooled_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     found = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
-        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        found.append(torch.stack([state[0].double().mean(0) for state in states]))
+        states = model(input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
+        found.append(torch.stack([state[0].double().mean(0).cpu() for state in states]))
     return torch.stack(found, dim=1)
 
 
-def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Biased linear CKA of [texts, width] matrices; nan where one of them is constant."""
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Biased linear CKA of [texts, width] matrices; None where one of them is constant or not finite."""
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     cross, own, other = (y.T @ x).norm() ** 2, (x.T @ x).norm(), (y.T @ y).norm()
-    return float(cross / (own * other))
+    return _finite(cross / (own * other))
 
 
-def debiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """CKA with the unbiased estimator of HSIC; may be slightly negative, needs at least four texts."""
+def _finite(value: torch.Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None
+
+
+def debiased_cka(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """CKA with the unbiased estimator of HSIC; may be slightly negative, needs at least four texts. None as above."""
     grams = [m.double() @ m.double().T for m in (x - x.mean(0), y - y.mean(0))]
     for gram in grams:
         gram.fill_diagonal_(0)
     k, m = grams
-    return float(_hsic(k, m) / (_hsic(k, k) * _hsic(m, m)).sqrt())
+    return _finite(_hsic(k, m) / (_hsic(k, k) * _hsic(m, m)).sqrt())
 
 
 def _hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -91,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"linear CKA on {len(texts)} texts (debiased in brackets)")
     for row in found:
-        print(f"  layer {row['layer']:>3}: {row['value']:.4f} ({row['debiased']:.4f})")
+        value, debiased = ("undefined" if row[k] is None else f"{row[k]:.4f}" for k in ("value", "debiased"))
+        print(f"  layer {row['layer']:>3}: {value} ({debiased})")
     return 0
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import reasoning_gym
 
 from launcher.configs import ProblemSetConfig
 from launcher.errors import UserError
@@ -37,21 +35,24 @@ def _trace_chain_sum(entry: Problem) -> str:
         new = total + int(term) if sign == "+" else total - int(term)
         steps.append(f"{total}{sign}{term}={new}")
         total = new
-    return " ".join(steps)
+    return " ".join(steps) or parts[0]
 
 
 def _trace_gcd(entry: Problem) -> str:
-    a, b = sorted(map(int, re.findall(r"\d+", entry["question"])), reverse=True)
+    found, *others = map(int, re.findall(r"\d+", entry["question"]))
     steps = []
-    while b:
-        steps.append(f"{a}={a // b}*{b}+{a % b}")
-        a, b = b, a % b
+    for number in others:
+        a, b = max(found, number), min(found, number)
+        while b:
+            steps.append(f"{a}={a // b}*{b}+{a % b}")
+            a, b = b, a % b
+        found = a
     return " ".join(steps)
 
 
 def _trace_count_bits(entry: Problem) -> str:
     number, ones, steps = int(re.findall(r"\d+", entry["question"])[-1]), 0, []
-    while number:
+    while number or not steps:
         ones += number % 2
         steps.append(f"{number}=2*{number // 2}+{number % 2},{ones}")
         number //= 2
@@ -79,24 +80,44 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def open_task(name: str, config: ProblemSetConfig, seed: int) -> Iterator[dict[str, Any]]:
+    """The draws of a problem set, an entry of the task each. Raises UserError for an unknown task or setting."""
+    import reasoning_gym
+
+    if config.task not in TRACES:
+        raise UserError(f"problems.{name}.task: no traces for task {config.task}; there is {', '.join(TRACES)}")
+    if config.count < 1:
+        raise UserError(f"problems.{name}.count: must be at least 1, got {config.count}")
+    if config.totals and config.task != "chain_sum":
+        raise UserError(f"problems.{name}.totals: only chain_sum has running totals, {config.task} has none")
+    size = config.count * DRAWS
+    # reasoning-gym seeds item i by seed + i, so neighbouring seeds would give the same problems.
+    start = seed * 10**9 + config.seed_offset
+    try:
+        dataset = reasoning_gym.create_dataset(config.task, size=size, seed=start, **config.settings)
+        first = dataset[0]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"problems.{name}.settings: task {config.task} refuses them: {error}") from None
+    return itertools.chain([first], (dataset[i] for i in range(1, size)))
+
+
 def draw_problems(name: str, config: ProblemSetConfig, seed: int, excluded: Iterable[str] = ()) -> list[dict[str, Any]]:
     """`config.count` different problems, none whose normalised prompt is in `excluded`.
 
     Raises UserError for an unknown task or setting, or where the task has fewer problems than wanted.
     """
-    trace = TRACES.get(config.task)
-    if trace is None:
-        raise UserError(f"problems.{name}.task: no traces for task {config.task}; there is {', '.join(TRACES)}")
+    trace = TRACES.get(config.task, str)
     found: list[dict[str, Any]] = []
     seen = set(excluded)
-    for entry in _entries(name, config, seed):
+    for entry in open_task(name, config, seed):
         prompt = entry["question"] + "\n"
-        if normalised(prompt) in seen:
+        text = normalised(prompt)
+        if text in seen:
             continue
         working = trace(entry)
         if config.totals and not all(config.totals[0] <= t <= config.totals[1] for t in totals_of(working)):
             continue
-        seen.add(normalised(prompt))
+        seen.add(text)
         answer = str(entry["answer"])
         row = {"id": f"{name}-{len(found)}", "task": config.task, "prompt": prompt, "answer": answer, "trace": working}
         found.append({**row, "entry": json.loads(json.dumps(entry, default=str))})
@@ -108,17 +129,6 @@ def draw_problems(name: str, config: ProblemSetConfig, seed: int, excluded: Iter
     )
 
 
-def _entries(name: str, config: ProblemSetConfig, seed: int) -> Iterable[dict[str, Any]]:
-    # reasoning-gym seeds item i by seed + i, so neighbouring seeds would give the same problems.
-    start = seed * 10**9 + config.seed_offset
-    try:
-        size = config.count * DRAWS
-        dataset = reasoning_gym.create_dataset(config.task, size=size, seed=start, **config.settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"problems.{name}.settings: task {config.task} refuses them: {error}") from None
-    return itertools.islice(dataset, size)
-
-
 def problem_text(problem: Problem, terse: bool = False) -> str:
     """A problem as training text: question, trace, answer; a terse trace states the answer without working."""
     working = f"={problem['answer']}" if terse else problem["trace"]
@@ -126,21 +136,31 @@ def problem_text(problem: Problem, terse: bool = False) -> str:
 
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
-    """The problems of a SET.jsonl. Raises UserError naming the line that is none."""
-    rows = []
+    """The problems of a SET.jsonl. Raises UserError naming every line that is none."""
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    rows: list[dict[str, Any]] = []
+    wrong = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "prompt": row["prompt"], "answer": row["answer"], "task": row["task"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a problem: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: holds no problem")
+        if line.strip():
+            try:
+                rows.append(_problem(json.loads(line)))
+            except ValueError as error:
+                wrong.append(f"{path}:{number}: not a problem: {error}")
+    if wrong or not rows:
+        raise UserError(wrong or f"{path}: holds no problem")
     return rows
+
+
+def _problem(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    missing = [key for key in ("id", "task", "prompt", "answer", "trace", "entry") if key not in row]
+    if missing:
+        raise ValueError(f"without {', '.join(missing)}")
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------- judging
@@ -148,6 +168,8 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
 
 @lru_cache
 def _scorer(task: str) -> Callable[..., float]:
+    import reasoning_gym  # late: it takes two seconds, and who only reads problems does not need it
+
     scorer: Callable[..., float] = reasoning_gym.get_score_answer_fn(task)
     return scorer
 

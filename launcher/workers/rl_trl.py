@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.configs import RLConfig
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.store import sync_tree, write_json
+from launcher.workers.problems import reward
+from launcher.workers.sampling import completion
 
 #: The mark of a trainer checkpoint that is whole; written last.
 WHOLE = "whole.json"
@@ -88,8 +90,10 @@ class Tally:
         self.samples += len(rewards)
         self.zeros += sum(r == 0 for r in rewards)
         self.total += sum(rewards)
+        if not rewards:
+            return {}  # a further pass over samples that were counted before
         self.silent_steps += not any(rewards)
-        return {"zero_reward_share": sum(r == 0 for r in rewards) / len(rewards)} if rewards else {}
+        return {"zero_reward_share": sum(r == 0 for r in rewards) / len(rewards)}
 
     def facts(self) -> dict[str, Any]:
         """What the receipt says."""
@@ -117,7 +121,7 @@ def _trainer(
     by_prompt = {p["prompt"]: p for p in problems}
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=_reward_function(by_prompt, tokenizer, tally, config.max_completion_length),
+        reward_funcs=reward_function(by_prompt, tokenizer, tally),
         args=_arguments(job, config),
         train_dataset=Dataset.from_list([{"prompt": p} for p in by_prompt]),
         processing_class=tokenizer,
@@ -128,19 +132,14 @@ def _trainer(
     return trainer
 
 
-def _reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally, longest: int) -> Any:
-    from launcher.workers.problems import reward
-    from launcher.workers.sampling import completion
-
-    end = tokenizer.eos_token_id
+def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) -> Callable[..., list[float]]:
+    """The rule reward as TRL calls it. TRL keeps the end token in `completion_ids`; one without it was cut off."""
 
     def answer_and_format(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
             done = completion(tokenizer, ids)
-            # Some versions of TRL take the end token off; a completion shorter than the limit did end.
-            ended = done.ended or (end not in ids and len(ids) < longest)
-            rewards.append(reward(done.text, by_prompt[prompt], ended))
+            rewards.append(reward(done.text, by_prompt[prompt], done.ended))
         tally.batch += rewards
         return rewards
 
@@ -214,8 +213,8 @@ def _callback(job: StageJob, config: RLConfig, tally: Tally) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            os.sync()
-            (folder / WHOLE).write_text(json.dumps(tally.values()))
+            sync_tree(folder)
+            write_json(folder / WHOLE, tally.values())
 
     return Reporter()
 

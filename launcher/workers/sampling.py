@@ -47,7 +47,7 @@ def sample(
     found: list[Completion | None] = [None] * len(prompts)
     done = 0
     for batch in _batches([len(i) for i in ids], batch_size):
-        start = torch.tensor([ids[i] for i in batch])
+        start = torch.tensor([ids[i] for i in batch], device=model.device)
         output = model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import random
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +32,61 @@ class Source:
 
 
 def read_source(name: str, config: SourceConfig, problems: Mapping[str, Sequence[Any]], seed: int) -> Source:
-    """The documents of `config`, shuffled by the seed and cut by `share` and `max_bytes`.
+    """The documents of `config`, shuffled by the seed and cut by `share` and `max_bytes`; repeated ones count once.
 
-    Sources of one kind and path with disjoint shares have no document in common. Raises UserError.
+    Sources of one kind and path (or problem set) with disjoint shares have no document (or problem) in common.
+    Raises UserError.
     """
     if config.kind == "problems":
-        # The order of the recipe's sources must not matter, so every source has its own generator.
-        pick = random.Random(f"{seed}/{name}")
-        rows = problems[config.problems or ""]
-        documents = [problem_text(row, pick.random() < config.terse_share) for row in rows]
         origin: dict[str, Any] = {"problems": config.problems, "terse_share": config.terse_share}
-    elif config.kind == "python-stdlib":
-        documents, origin = _python_stdlib()
+        rows = {row["prompt"]: row for row in problems[config.problems or ""]}
+        chosen = _share(list(rows), config.share, seed)
+        # Every source has its own generator, so that the order of the recipe's sources does not matter.
+        pick = random.Random(f"{seed}/{name}")
+        documents = [problem_text(rows[prompt], pick.random() < config.terse_share) for prompt in chosen]
+        different = len(rows)
     else:
-        documents = _read_files(Path(config.path or ""))
-        origin = {"path": config.path}
-    kept = _cut(documents, config, seed)
+        everything = read_documents(config)
+        origin = {**everything.origin, "repeated": len(everything.documents) - len(set(everything.documents))}
+        documents = _share(everything.documents, config.share, seed)
+        different = len(set(everything.documents))
+    kept = _up_to(documents, config.max_bytes)
     if not kept:
         raise UserError(f"sources.{name}: no text is left; widen `share` or `max_bytes`")
-    return Source(tuple(kept), {**origin, "share": list(config.share), "documents_before_share": len(documents)})
+    return Source(kept, {**origin, "share": list(config.share), "documents_before_share": different})
 
 
-def _cut(documents: list[str], config: SourceConfig, seed: int) -> list[str]:
-    order = sorted(documents)
+def _share(documents: Sequence[str], share: tuple[float, float], seed: int) -> list[str]:
+    """The part of the different documents between the two bounds, in an order that the seed decides."""
+    order = sorted(set(documents))
     random.Random(seed).shuffle(order)
-    low, high = (round(part * len(order)) for part in config.share)
+    low, high = (round(bound * len(order)) for bound in share)
+    return order[low:high]
+
+
+def _up_to(documents: Sequence[str], max_bytes: int | None) -> tuple[str, ...]:
+    """The first documents, until they have `max_bytes`; the last one whole."""
+    if max_bytes is None:
+        return tuple(documents)
     kept, size = [], 0
-    for document in order[low:high]:
-        size += len(document.encode())
-        kept.append(document)
-        if config.max_bytes is not None and size >= config.max_bytes:
+    for document in documents:
+        if size >= max_bytes:
             break
-    return kept
+        kept.append(document)
+        size += len(document.encode())
+    return tuple(kept)
 
 
-def _python_stdlib() -> tuple[list[str], dict[str, Any]]:
+def read_documents(config: SourceConfig) -> Source:
+    """All documents of a source of kind `python-stdlib` or `files`; read once a process. Raises UserError."""
+    return _python_stdlib() if config.kind == "python-stdlib" else _read_files(config.path or "")
+
+
+@lru_cache
+def _python_stdlib() -> Source:
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(p.relative_to(root).parts)]
     documents, digest = [], hashlib.sha256()
+    paths = _python_files(root)
     for path in paths:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
@@ -75,21 +94,31 @@ def _python_stdlib() -> tuple[list[str], dict[str, Any]]:
         if text.strip():
             documents.append(text)
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
-    return documents, {"interpreter": interpreter, "files": len(paths), "sha256": digest.hexdigest()}
+    return Source(tuple(documents), {"interpreter": interpreter, "files": len(paths), "sha256": digest.hexdigest()})
 
 
-def _read_files(path: Path) -> list[str]:
+def _python_files(root: Path) -> list[Path]:
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _LEFT_OUT]
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return sorted(found)
+
+
+@lru_cache
+def _read_files(name: str) -> Source:
+    path = Path(name)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     wanted = [p for p in files if p.suffix in _SUFFIXES]
     if not wanted:
-        raise UserError(f"{path}: holds no {', '.join(sorted(_SUFFIXES))} file")
+        raise UserError(f"{path}: {'holds' if path.is_dir() else 'is'} no {', '.join(sorted(_SUFFIXES))} file")
     problems: list[str] = []
     documents = [document for file in wanted for document in _read_file(file, problems)]
     if problems:
         raise UserError(problems)
-    return documents
+    return Source(tuple(documents), {"path": name, "files": len(wanted)})
 
 
 def _read_file(path: Path, problems: list[str]) -> list[str]:
@@ -112,14 +141,18 @@ def _read_file(path: Path, problems: list[str]) -> list[str]:
 
 def _read_jsonl(path: Path, text: str, problems: list[str]) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line)["text"]
-            if not isinstance(document, str) or not document.strip():
-                raise TypeError("`text` is no text")
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not JSON: {error}")
+            continue
+        document = row.get("text") if isinstance(row, dict) else None
+        if isinstance(document, str) and document.strip():
             documents.append(document)
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path}:{number}: expected a JSON object with key `text`: {error}")
+        else:
+            problems.append(f"{path}:{number}: expected an object whose key `text` holds text")
     return documents

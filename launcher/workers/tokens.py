@@ -55,22 +55,32 @@ def read_indexed(prefix: Path) -> list[numpy.ndarray[Any, Any]]:
         content = index.read_bytes()
     except OSError as error:
         raise UserError(f"{index}: {error.strerror}") from None
-    if content[:9] != _MAGIC:
-        raise UserError(f"{index}: not an index of Megatron's indexed dataset")
-    _, code, sequences, _ = struct.unpack("<QBQQ", content[9:34])
-    dtype = next(d for d, c in _CODES.items() if c == code)
+    dtypes = {code: dtype for dtype, code in _CODES.items()}
+    if content[:9] != _MAGIC or len(content) < 34 or content[17] not in dtypes:
+        raise UserError(f"{index}: not an index of Megatron's indexed dataset with 16 or 32 bit ids")
+    sequences = struct.unpack("<Q", content[18:26])[0]
     lengths = numpy.frombuffer(content, dtype=numpy.int32, count=sequences, offset=34)
-    tokens = numpy.fromfile(prefix.with_name(prefix.name + ".bin"), dtype=dtype)
-    return numpy.split(tokens, numpy.cumsum(lengths)[:-1])
+    tokens = numpy.fromfile(prefix.with_name(prefix.name + ".bin"), dtype=dtypes[content[17]])
+    if lengths.sum(dtype=numpy.int64) != len(tokens):
+        raise UserError(f"{index}: counts other tokens than {prefix.name}.bin holds")
+    return numpy.split(tokens, numpy.cumsum(lengths, dtype=numpy.int64)[:-1])
 
 
-def train_tokenizer(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` ids, digits one by one, special tokens of the config last."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    room = config.vocab_size - len(config.special_tokens)
-    if room < len(alphabet) + 2:
-        least = len(alphabet) + 2 + len(config.special_tokens)
+def check_vocab_size(config: TokenizerConfig) -> None:
+    """Raises UserError where the vocabulary has no room for all bytes and the special tokens."""
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + len({PAD, END, *config.special_tokens})
+    if config.vocab_size < least:
         raise UserError(f"tokenizer.vocab_size: {config.vocab_size} is below the {least} that bytes and specials take")
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """A byte-level BPE, digits one by one, special tokens of the config last.
+
+    It has `vocab_size` ids, or fewer where the texts are too short to merge so many pairs.
+    """
+    check_vocab_size(config)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    room = config.vocab_size - len(set(config.special_tokens) - {PAD, END})
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -54,11 +54,15 @@ class Change:
 
 
 def compare(before: Any, after: Any, thresholds: Sequence[float]) -> Change:
-    """The change of one tensor."""
+    """The change of one tensor. Raises UserError where it holds nan or infinity."""
     total = Change(thresholds, changed=[0] * len(thresholds))
+    if not before.numel():
+        return total
     for old, new in zip(before.reshape(-1).split(_PIECE), after.reshape(-1).split(_PIECE), strict=True):
         old, new = old.float(), new.float()
         step, size = (new - old).abs(), old.abs()
+        if not (step.isfinite().all() and size.isfinite().all()):
+            raise UserError("holds nan or infinity: training diverged, or the file is damaged")
         total.add(
             Change(
                 thresholds,
@@ -80,7 +84,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to safetensors file. Raises UserError where the folder is no checkpoint of that kind."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise UserError(f"{folder}: holds no .safetensors file; a Hugging Face checkpoint is wanted")
     found = {}
@@ -91,6 +95,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not readable as safetensors: {error}") from None
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of model.safetensors.index.json, or of model.safetensors; some folders hold the weights twice."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        whole = folder / "model.safetensors"
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{index}: not an index of safetensors files: {error}") from None
 
 
 def read_pairs(before: Path, after: Path) -> Iterator[tuple[str, Any, Any]]:
@@ -108,7 +124,7 @@ def read_pairs(before: Path, after: Path) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(ours):
         old, new = opened[ours[name]].get_tensor(name), opened[theirs[name]].get_tensor(name)
         if old.shape != new.shape:
-            raise UserError(f"{name}: {tuple(old.shape)} in {before}, {tuple(new.shape)} in {after}")
+            raise UserError(f"{name}: {[*old.shape]} in {before}, {[*new.shape]} in {after}; not one model")
         yield name, old, new
 
 
@@ -137,7 +153,10 @@ def weight_change(
     whole = Change(thresholds, changed=[0] * len(thresholds))
     parts: dict[tuple[int | None, str], Change] = {}
     for name, old, new in read_pairs(before, after):
-        change = compare(old, new, thresholds)
+        try:
+            change = compare(old, new, thresholds)
+        except UserError as error:
+            raise UserError(f"{name} in {before} or {after}: {error}") from None
         whole.add(change)
         parts.setdefault(describe(name), Change(thresholds, changed=[0] * len(thresholds))).add(change)
     return whole, parts

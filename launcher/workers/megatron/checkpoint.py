@@ -1,15 +1,18 @@
 """Checkpoints in megatron-core's torch_dist format: to resume from, to start from, and the finished artifact.
 
-    progress/checkpoints/iter_NNNNNNN/            model, optimizer, schedule, random state, samples consumed
+    progress/checkpoints/iter_NNNNNNN/            model, optimizer, schedule with the samples consumed
     progress/checkpoints/iter_NNNNNNN.partial/    one that is being written; renamed when whole and on disk
     progress/checkpoints/latest_checkpointed_iteration.txt
 
 A folder without a suffix is whole, whenever a run was killed; the tracker file, written last, is for other tools.
+There is no random state: training draws no random numbers (no dropout, and the order of data depends on the seed
+alone), so a run goes on with the same losses, on another parallel layout too.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -17,17 +20,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
+from launcher.convert.metadata import read_metadata
 from launcher.errors import UserError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _KEEP = 2
+# megatron-core hands results through a process of its own, for asynchronous saves: a second or more to start, and a
+# signal to the process group ends it. Here the writer is waited for, so a queue of this process will do.
+filesystem_async._results_queue = queue.Queue()
+
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -57,14 +65,35 @@ def save_progress(folder: Path, iteration: int, model: nn.Module, optimizer: Any
 
 def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
     """Put everything back as it was when the checkpoint was written; returns its iteration."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):
+            _ready_to_load(part)
     state = dist_checkpointing.load(_progress_state(model, optimizer, scheduler, loading=True), str(path))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["random"]["torch"])
-    torch.cuda.set_rng_state(state["random"]["cuda"])
-    get_cuda_rng_tracker().set_states(state["random"]["tracker"])
     return _iteration(path)
+
+
+def _ready_to_load(part: DistributedOptimizer) -> None:
+    """Let megatron-core load into torch's Adam, which stands in where Transformer Engine and Apex are not.
+
+    In 0.16.1 it takes Adam's state to be there already, misses `step` among what it loads for each parameter, and
+    gives all parameters one tensor `step`, which each of them would then count up.
+    """
+    adam, put = part.optimizer, part._set_main_param_and_optimizer_states
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter]["step"] = torch.tensor(0.0)
+
+    def put_with_step(parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = part.model_param_group_index_map[parameter]
+        state = adam.state[adam.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        put(parameter, {**tensors, "step": state["step"]})
+
+    part._set_main_param_and_optimizer_states = put_with_step
 
 
 def _progress_state(model: nn.Module, optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
@@ -74,27 +103,7 @@ def _progress_state(model: nn.Module, optimizer: Any, scheduler: Any, loading: b
         "model": sharded,
         "optimizer": optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata),
         "scheduler": scheduler.state_dict(),
-        "random": _random_state(),
     }
-
-
-def _random_state() -> ShardedObject:
-    """The state of every generator: one of each pipeline and tensor-parallel rank, the same over data-parallel ones."""
-    state = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    pipeline, tensor = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    sizes = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("random", state, sizes, (pipeline, tensor), replica_id=replica)
 
 
 def _write(sharded: dict[str, Any], path: Path) -> None:
@@ -164,9 +173,12 @@ def _check_tensors(path: Path, model: nn.Module) -> None:
 def _weights_dir(folder: Path) -> Path:
     try:
         text = (folder / TRACKER).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"{folder}: no {TRACKER}; is it a checkpoint of format megatron?") from None
+    if text != "release" and not text.isdecimal():
+        raise UserError(f"{folder / TRACKER}: says {text[:40]!r}; a number of steps or `release` is expected")
     path = folder / (text if text == "release" else f"iter_{int(text):07d}")
     if not (path / ".metadata").is_file():
         raise UserError(f"{path}: named by {TRACKER}, but no torch_dist checkpoint is there")
+    read_metadata(path / ".metadata")  # refuses what torch would unpickle without a look
     return path

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -36,6 +37,15 @@ _TRITON_NAMES = ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge
 _mode: CudaMeansCpu | None = None
 
 
+# What megatron-core and torch say of themselves here at every start, and no user can mend.
+_KNOWN_WARNINGS = (
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "`torch.distributed.[a-z_]+` is deprecated",
+)
+
+
 def active() -> bool:
     """Whether megatron-core runs on the CPU in this process."""
     return _mode is not None
@@ -48,6 +58,8 @@ def install() -> bool:
         return active()
     if "megatron.core" in sys.modules:
         raise RuntimeError("cpu_mode.install must run before megatron.core is imported")
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     _import_with_stand_ins()
     import megatron.core.tensor_parallel.random as rng
 

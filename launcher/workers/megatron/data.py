@@ -26,6 +26,7 @@ from torch import Tensor
 
 from launcher.errors import UserError
 from launcher.store import sync_tree
+from launcher.workers.megatron.parallel import sum_over_ranks
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -81,14 +82,33 @@ def count_tokens(prefix: Path) -> int:
     _, _, code, sequences, documents = _INDEX_HEADER.unpack(head)
     if index.stat().st_size != len(head) + sequences * (4 + 8) + documents * 8:
         raise UserError(f"{index}: cut off or damaged; make the prepare stage anew")
-    lengths = np.fromfile(index, np.int32, sequences, offset=len(head))
+    if code not in {kind.value for kind in DType}:
+        raise UserError(f"{index}: token type {code} is unknown; make the prepare stage anew")
+    width = DType.size(code)
+    lengths, starts, bounds = _read_index(index, sequences, documents)
+    ends = np.cumsum(lengths, dtype=np.int64) * width
+    fits = (lengths > 0).all() and np.array_equal(starts[1:], ends[:-1]) and (starts[:1] == 0).all()
+    fits = fits and (np.diff(bounds) >= 0).all() and bounds[:1].tolist() == [0] and bounds[-1] == sequences
+    if not fits:
+        raise UserError(f"{index}: damaged: lengths and places do not follow each other; make the prepare stage anew")
     tokens = int(lengths.sum(dtype=np.int64))
-    wanted = tokens * DType.size(DType.dtype_from_code(code))
+    wanted = tokens * width
     if content.stat().st_size != wanted:
         raise UserError(
             f"{content}: {content.stat().st_size} bytes, its index wants {wanted}; make the prepare stage anew"
         )
     return tokens
+
+
+def _read_index(index: Path, sequences: int, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of each sequence, the byte each starts at, and the first sequence of each document."""
+    with index.open("rb") as file:
+        file.seek(_INDEX_HEADER.size)
+        return (
+            np.fromfile(file, np.int32, sequences),
+            np.fromfile(file, np.int64, sequences),
+            np.fromfile(file, np.int64, documents),
+        )
 
 
 class _Tokenizer:
@@ -112,7 +132,8 @@ class Blend:
         key = json.dumps([[str(s.prefix), s.tokens, s.weight] for s in sources] + [samples, seq_length, seed])
         cache = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         building = cache.with_name(f"{cache.name}.partial")
-        whole = cache.exists()
+        # Rank 0's word: on a network file system others may not see yet what it sees.
+        whole = sum_over_ranks([float(dist.get_rank() == 0 and cache.exists())]) == [1.0]
         if not whole and dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
 
 TOKENIZER_FILES = (
@@ -30,21 +31,21 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 def vocabulary(folder: Path) -> dict[str, int]:
     """Token to id, of a tokenizer.json; empty where there is none."""
-    try:
-        data = json.loads((folder / "tokenizer.json").read_text())
-    except FileNotFoundError:
+    data = _read(folder / "tokenizer.json")
+    if data is None:
         return {}
-    vocab = data["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-    return ids | {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    try:
+        vocab = data["model"]["vocab"]
+        ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+        return ids | {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError):
+        problem = "no vocabulary in it; is it a tokenizer of Hugging Face?"
+        raise UserError(f"{folder / 'tokenizer.json'}: {problem}") from None
 
 
 def special_ids(folder: Path) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as the tokenizer names them."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-    except FileNotFoundError:
-        return {}
+    config = _read(folder / "tokenizer_config.json") or {}
     ids, found = vocabulary(folder), {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)
@@ -74,8 +75,15 @@ def check_tokenizers(folders: Mapping[str, Path], vocab_size: int) -> None:
         raise UserError(problems)
 
 
-def check_same_shape(folder: Path, found: ModelShape, wanted: ModelShape) -> None:
+def check_start(folder: Path, wanted: ModelShape) -> None:
     """Refuse a checkpoint whose config.json describes another model. Raises UserError naming every difference."""
+    config = _read(folder / "config.json")
+    if config is None:
+        raise UserError(f"{folder / 'config.json'}: not there; is it a checkpoint of format megatron?")
+    try:
+        found = shape_of(config)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {problem}" for problem in error.problems) from None
     names = [f.name for f in fields(ModelShape) if getattr(found, f.name) != getattr(wanted, f.name)]
     if names:
         raise UserError(
@@ -86,7 +94,8 @@ def check_same_shape(folder: Path, found: ModelShape, wanted: ModelShape) -> Non
 
 def write(target: Path, source: Path | None, tokenizer: Path | None, config: Mapping[str, Any], precision: str) -> None:
     """Fill `target`: copied from the initial checkpoint's folder `source`, or from the model's config and tokenizer."""
-    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # an attempt killed here may have left half a file
+    target.mkdir(parents=True)
     if source is not None:
         for path in source.iterdir():
             if path.is_file():
@@ -104,7 +113,15 @@ def write(target: Path, source: Path | None, tokenizer: Path | None, config: Map
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:  # of JSON or of UTF-8
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; damaged?")
+    return value
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -57,11 +57,25 @@ def build_trainer(config: TrainConfig, module: torch.nn.Module, blend: Blend) ->
         ),
         [model],
     )
+    _mend_order(optimizer)
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.grad_scale_func = optimizer.scale_loss
     positions = torch.arange(config.seq_length, device=torch.cuda.current_device())
     positions = positions.expand(config.micro_batch_size, -1)
     return Trainer(config, model, optimizer, build_scheduler(config, optimizer), blend, positions)
+
+
+def _mend_order(optimizer: Any) -> None:
+    """Say where in its group each parameter is: fp32 ones first.
+
+    megatron-core 0.16.1 puts them first, but notes them in the order of its buffers, and so would save the state of
+    one parameter as another's in a bf16 model that has some in fp32.
+    """
+    for part in optimizer.chained_optimizers:
+        groups = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
+        for index, (fp32, float16) in enumerate(groups):
+            places = {parameter: (index, place) for place, parameter in enumerate([*fp32, *float16])}
+            part.model_param_group_index_map.update(places)
 
 
 def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
@@ -113,9 +127,9 @@ def run(job: StageJob, trainer: Trainer) -> float:
         step = train_step(trainer, iteration, job.stop_requested)
         loss = step.loss
         seconds = time.monotonic() - step_began
-        report(job, config, iteration, step, seconds)
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
             raise diverged(job, trainer, iteration, step)
+        report(job, config, iteration, step, seconds)
         last = iteration == config.train_iters
         if not last and (step.stop or iteration % config.save_interval == 0):
             save(iteration)

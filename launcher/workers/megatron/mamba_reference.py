@@ -61,9 +61,9 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = False,
     seq_idx: None = None,
 ) -> Tensor:
-    """Split the projection, convolve x, B and C, scan, add D * x, gate by z. zxbcdt: b l (2hp + 2gn + h); returns b l hp.
+    """Split the projection, convolve x, B and C, scan, add D * x, gate by z.
 
-    A: h, negative; D and dt_bias: h.
+    zxbcdt: b l (2hp + 2gn + h); A: h, negative; D and dt_bias: h; returns b l hp.
     """
     if seq_idx is not None or headdim is None:
         raise NotImplementedError("packed sequences and a D for each feature are not there in the reference kernel")

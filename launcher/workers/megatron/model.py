@@ -26,6 +26,7 @@ from launcher.configs import Parallelism
 from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import layers
+from launcher.workers.megatron.parallel import ALONE
 
 Precision = Literal["bf16", "fp32"]
 
@@ -40,7 +41,7 @@ _FP32_PARAMETERS = ("A_log", ".D")
 
 
 def transformer_config(
-    shape: ModelShape, parallelism: Parallelism = Parallelism(), precision: Precision = "fp32"
+    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Precision = "fp32"
 ) -> TransformerConfig:
     """The shape and layout in megatron-core's terms.
 
@@ -78,7 +79,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        perform_initialization=False,  # `initialize` does it, the same for every layout
+        # `initialize` sets every weight anew, the same for every layout; megatron-core's own initialization stays on
+        # because it is what marks tensor-parallel parameters, which the norm of the gradient goes by
+        perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -94,7 +97,7 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 def build_model(
     shape: ModelShape,
-    parallelism: Parallelism = Parallelism(),
+    parallelism: Parallelism = ALONE,
     precision: Precision = "fp32",
     *,
     parallel_output: bool = True,

@@ -14,10 +14,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from launcher.configs import Parallelism
 from launcher.workers.megatron import cpu_mode
 
+#: One process.
+ALONE = Parallelism()
+
 
 @contextlib.contextmanager
 def process_groups(
-    parallelism: Parallelism = Parallelism(), rank: int = 0, world_size: int = 1, seed: int = 0
+    parallelism: Parallelism = ALONE, rank: int = 0, world_size: int = 1, seed: int = 0
 ) -> Iterator[None]:
     """Join the other ranks, at MASTER_ADDR and MASTER_PORT where there are any, and seed megatron-core's generators."""
     if cpu_mode.active():

@@ -11,19 +11,14 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from launcher.configs import TrainConfig
 from launcher.errors import UserError
+from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import StageJob
-from launcher.store import read_json
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
 from launcher.workers.megatron.data import Blend, read_sources
 from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
-
-try:
-    from launcher.models.families import shape_of
-except ImportError:
-    from launcher.workers.megatron._shape_tmp import shape_of
 
 
 def train(job: StageJob) -> None:
@@ -39,7 +34,7 @@ def train(job: StageJob) -> None:
     tokenizers = _tokenizers(job, start)
     hf_files.check_tokenizers(tokenizers, shape.vocab_size)
     if start is not None:
-        _check_start(start, shape)
+        hf_files.check_start(start / "hf", shape)
     if cpu_mode.active() and job.rank == 0:
         print(cpu_mode.NOTICE, flush=True)
     with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
@@ -66,13 +61,6 @@ def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
     """Every tokenizer that the stage is given, by what it belongs to."""
     prepared = {port: job.input(port) for port in job.spec.inputs if port.endswith(".tokenizer")}
     return ({"checkpoint": start / "hf"} if start is not None else {}) | prepared
-
-
-def _check_start(start: Path, shape: ModelShape) -> None:
-    config = read_json(start / "hf" / "config.json")
-    if config is None:
-        raise UserError(f"{start / 'hf' / 'config.json'}: not there; is it a checkpoint of format megatron?")
-    hf_files.check_same_shape(start / "hf", shape_of(config), shape)
 
 
 def _set_weights(module: Any, shape: ModelShape, config: TrainConfig, start: Path | None, seed: int) -> None:

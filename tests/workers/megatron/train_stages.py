@@ -1,17 +1,29 @@
-"""Makes `train` stages under a root of their own: token files, tokenizer, stage.json."""
+"""Makes `train` stages under a root (token files, tokenizer, stage.json) and runs them, a process a rank."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
-from launcher import spec
+import launcher.workers.megatron  # noqa: F401  must come before megatron.core
+from launcher import spec, steps
+
+# isort: split
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.dist_checkpointing import load_plain_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EXAMPLE = REPOSITORY / "tests" / "data" / "stage.json"
@@ -26,8 +38,6 @@ def model(name: str, **changes: Any) -> dict[str, Any]:
 
 def write_tokens(folder: Path, sources: Mapping[str, int], vocab: int = 512, seed: int = 0) -> None:
     """Token files of about so many tokens each: documents of a language with some order, ids 2 .. vocab - 1."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, tokens) in enumerate(sources.items()):
         rng = np.random.default_rng([seed, number])
@@ -71,6 +81,19 @@ class TrainStage:
     def checkpoint(self) -> Path:
         return self.workdir / "checkpoint"
 
+    @property
+    def progress(self) -> Path:
+        return self.workdir / "progress" / "checkpoints"
+
+    def saved(self) -> list[str]:
+        return sorted(p.name for p in self.progress.glob("iter_*"))
+
+    def attempt(self, number: int = 0) -> Path:
+        return self.path.parent / f"attempt-{number}"
+
+    def ending(self, number: int = 0, rank: int = 0) -> dict[str, Any]:
+        return json.loads((self.attempt(number) / f"exit.train.{rank}.json").read_text())
+
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -84,13 +107,15 @@ class TrainStage:
 def make_stage(root: Path, name: str = "base", *, start: TrainStage | None = None, **changes: Any) -> TrainStage:
     """Write `stage.json` of a train stage; `start` is the finished stage whose checkpoint it goes on from.
 
-    `changes` are of the config; `data` maps sources of the one prepare stage to weights.
+    `changes` are of the config, besides `seed` and `ranks`, the number of processes; `data` maps sources of the one
+    prepare stage to weights.
     """
     example = json.loads(EXAMPLE.read_text())
     config = {**example["config"], "checkpoint": None, "train_iters": 8, "save_interval": 100, "seq_length": 32}
+    config |= {"global_batch_size": 4, "micro_batch_size": 2, "lr": 1e-2}
     config |= {"data": {"prepare/one": 1.0}, "lr_warmup_fraction": 0.1, **changes}
     config["checkpoint"] = start.spec.stage if start else None
-    seed = config.pop("seed", 0)
+    seed, ranks = config.pop("seed", 0), config.pop("ranks", 1)
     inputs = {k: v for k, v in example["inputs"].items() if k != "checkpoint"}
     if start:
         relative = str(start.checkpoint.relative_to(root))
@@ -98,6 +123,7 @@ def make_stage(root: Path, name: str = "base", *, start: TrainStage | None = Non
     fingerprint = name.ljust(20, "0")
     data = {**example, "stage": name, "fingerprint": fingerprint, "seed": seed, "config": config, "inputs": inputs}
     data["outputs"] = {"checkpoint": {"path": f"artifacts/train/{fingerprint}/checkpoint", "format": "megatron"}}
+    data["steps"] = [{**example["steps"][0], "ntasks": ranks}]
     stage = TrainStage(root, spec.decode(spec.StageSpec, data))
     stage.path.parent.mkdir(parents=True, exist_ok=True)
     stage.path.write_text(spec.stage_text(stage.spec))
@@ -112,3 +138,150 @@ def tokens_dir(root: Path) -> Path:
 def tokenizer_dir(root: Path) -> Path:
     """Where the port `prepare.tokenizer` of every stage here lies."""
     return root / json.loads(EXAMPLE.read_text())["inputs"]["prepare.tokenizer"]["path"]
+
+
+# ------------------------------------------------------------------------------------------------- running a stage
+
+_DEADLINE_S = 120.0
+#: Every rank is a process of its own, forked from one that has imported the trainer: an import takes seconds.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["launcher.workers.megatron.stage", "torch._dynamo"])
+
+#: What a test does to a rank before it starts, by patching: `signal_at`, `signal_in`, `poison_at`.
+Fault = Callable[[], None]
+
+
+def run(stage: TrainStage, fault: Fault | None = None, attempt: int = 0) -> list[int | None]:
+    """Run an attempt of a stage with the processes of its step; returns their exit codes, -9 for one that was killed.
+
+    Where a rank fails, the others are ended, as a supervisor would.
+    """
+    stage.attempt(attempt).mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    step = stage.spec.steps[0]
+    place = steps.Place(
+        root=str(stage.root),
+        stage_json=str(stage.path),
+        attempt_dir=str(stage.attempt(attempt)),
+        python=sys.executable,
+        hosts={step.name: "127.0.0.1"},
+        ports={step.name: port},
+    )
+    commands = steps.local_commands(step, place)
+    ranks = [_PROCESSES.Process(target=_worker, args=(argv, env, fault)) for argv, env in commands]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(_DEADLINE_S)
+        if rank.exitcode != 0:
+            _end(ranks)
+    return [rank.exitcode for rank in ranks]
+
+
+def _end(ranks: list[Any]) -> None:
+    for rank in ranks:
+        rank.join(1.0)
+        if rank.exitcode is None:
+            rank.kill()
+            rank.join()
+
+
+def _worker(argv: tuple[str, ...], env: Mapping[str, str], fault: Fault | None) -> None:
+    """What `python -m launcher.workers.train stage.json` does, in this process."""
+    os.environ.update(env)
+    log = os.open(Path(env["PRISM_ATTEMPT_DIR"]) / f"log.{env['RANK']}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = list(argv[2:])  # python -m apart
+    from launcher.progress import run_worker
+    from launcher.workers.train import main
+
+    if fault:
+        fault()
+    run_worker(main)
+
+
+def log(stage: TrainStage, attempt: int = 0, rank: int = 0) -> str:
+    """What a rank wrote to stdout and stderr."""
+    return (stage.attempt(attempt) / f"log.{rank}").read_text()
+
+
+def signal_at(step: int, number: int = signal.SIGUSR2, times: int = 1) -> Fault:
+    """The rank gets a signal when it reports step `step`."""
+    return partial(_signal_at, step, number, times)
+
+
+def _signal_at(step: int, number: int, times: int) -> None:
+    from launcher.progress import StageJob
+
+    beat = StageJob.beat
+
+    def beat_and_signal(job: StageJob, now: int, *args: Any, **figures: Any) -> None:
+        beat(job, now, *args, **figures)
+        for _ in range(times if now == step else 0):
+            os.kill(os.getpid(), number)
+
+    StageJob.beat = beat_and_signal  # type: ignore[method-assign]
+
+
+def kill_in_save(count: int) -> Fault:
+    """The rank is killed inside its `count`th checkpoint: files are written, but not yet by their final name."""
+    return partial(_kill_in_save, count)
+
+
+def _kill_in_save(count: int) -> None:
+    from launcher.workers.megatron import checkpoint
+
+    saves = []
+
+    def killed(path: Path) -> None:
+        saves.append(path)
+        if len(saves) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.sync_tree = killed
+
+
+def signal_in_save(number: int = signal.SIGUSR2) -> Fault:
+    """The rank and the processes that write for it get a signal while a checkpoint is written."""
+    return partial(_signal_in_save, number)
+
+
+def _signal_in_save(number: int) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    os.setpgid(0, 0)
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def signalled(*args: Any, **kwargs: Any) -> None:
+        os.killpg(0, number)
+        write(*args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
+
+
+def poison_at(step: int) -> Fault:
+    """A weight is NaN when step `step` begins."""
+    return partial(_poison_at, step)
+
+
+def _poison_at(step: int) -> None:
+    from launcher.workers.megatron import loop
+
+    train_step = loop.train_step
+
+    def poisoned(trainer: Any, iteration: int, *args: Any) -> Any:
+        if iteration == step:
+            next(trainer.model.parameters()).data.fill_(float("nan"))
+        return train_step(trainer, iteration, *args)
+
+    loop.train_step = poisoned
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint in format `megatron`; needs process groups."""
+    number = int((checkpoint / "latest_checkpointed_iteration.txt").read_text())
+    state = load_plain_tensors(str(checkpoint / f"iter_{number:07d}"))
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

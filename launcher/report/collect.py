@@ -1,0 +1,244 @@
+"""Every number of a run, as plain JSON data, from receipts and from what the stages left. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher import store
+from launcher.errors import UserError
+from launcher.progress import METRICS
+from launcher.run_record import PlannedStage, RunRecord
+from launcher.spec import StageSpec
+from launcher.state import StageState, State, stage_states
+
+Row = dict[str, Any]
+
+
+def collect(root: Path, record: RunRecord) -> dict[str, Any]:
+    """What a run has measured so far: one list of rows a name in TABLES, facts of the run, and `missing` in words.
+
+    A row's `stage` is the stage it comes from. Figures that are no numbers (nan, inf) are None, so that the whole is
+    JSON. Raises UserError where no stage has left anything.
+    """
+    read = _read_stages(root, record)
+    data: dict[str, Any] = {
+        "run": record.run,
+        "recipe": record.recipe,
+        "overrides": list(record.overrides),
+        "seed": record.resolved.get("seed"),
+        "cluster": record.cluster,
+        "created": record.created,
+        "git": record.git,
+        "versions": dict(record.versions),
+        "model": _model(read),
+        **{name: [row for stage in read for row in _rows(name, stage)] for name in TABLES},
+        "dtypes": {name: kinds for s in read for name, kinds in s.analysis.get("dtypes", {}).items()},
+        "missing": [line for stage in read if (line := stage.missing)],
+    }
+    if not any(stage.has_figures for stage in read):
+        reasons = "; ".join(line for stage in read if (line := stage.missing) and stage.state != "waiting")
+        why = f" ({reasons})" if reasons else ""
+        raise UserError(
+            f"run {record.run}: nothing is done yet, so there is nothing to report{why}; "
+            f"see `prism-launch status {record.run}`, go on with `prism-launch resume {record.run}`"
+        )
+    finite: dict[str, Any] = _finite(data)
+    return finite
+
+
+class _Stage:
+    """A stage with what it left: its receipt if it is done, its metrics also where it is not."""
+
+    def __init__(self, root: Path, planned: PlannedStage, receipt: store.Receipt | None, now: StageState):
+        self.planned, self.receipt = planned, receipt
+        self.state, self.message = now.state, now.message
+        spec = planned.spec
+        self.metrics = _read_lines(
+            (root / spec.artifact if receipt else store.partial_dir(root, spec.artifact)) / METRICS
+        )
+        scores = _read_port(root, spec, "scores", "results.json") if receipt else {}
+        self.results: list[Row] = scores.get("results", [])
+        self.analysis: Row = _read_port(root, spec, "analysis", "analysis.json") if receipt else {}
+
+    @property
+    def spec(self) -> StageSpec:
+        return self.planned.spec
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.spec.config
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the workers recorded; empty where the stage is not done."""
+        return self.receipt.record if self.receipt else {}
+
+    @property
+    def has_figures(self) -> bool:
+        return self.receipt is not None or bool(self.metrics)
+
+    @property
+    def missing(self) -> str | None:
+        """What the report lacks because of this stage, in words."""
+        if self.state == "done":
+            return None
+        message = f": {self.message.strip().splitlines()[0]}" if self.message.strip() else ""
+        return f"{self.spec.stage} ({self.spec.kind}) {_STATES[self.state]}{message}"
+
+
+_STATES: dict[State, str] = {
+    "running": "is running",
+    "failed": "failed",
+    "stopped": "was stopped",
+    "interrupted": "was interrupted",
+    "waiting": "has not been run",
+}
+
+
+def _read_stages(root: Path, record: RunRecord) -> list[_Stage]:
+    receipts = {s.spec.stage: store.read_receipt(root, s.spec.artifact) for s in record.stages}
+    states = stage_states(root, record, {name: receipt for name, receipt in receipts.items() if receipt})
+    return [
+        _Stage(root, planned, receipts[planned.spec.stage], now)
+        for planned, now in zip(record.stages, states, strict=True)
+    ]
+
+
+def _read_port(root: Path, spec: StageSpec, port: str, name: str) -> Row:
+    """A JSON file that a finished stage left in a port; empty where the stage has no such port."""
+    return (store.read_json(root / spec.outputs[port].path / name) if port in spec.outputs else None) or {}
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file; a half-written last line, or no file, is no error."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _model(stages: Iterable[_Stage]) -> Row | None:
+    """Name, family and number of parameters of the model that is trained, where one is."""
+    for stage in stages:
+        if stage.spec.kind == "train":
+            model = stage.config["model"]
+            counted = stage.facts.get("parameters")
+            return {"name": model["name"], "family": model["family"], "parameters": counted}
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- rows of a stage
+
+
+def _rewards(stage: _Stage) -> list[Row]:
+    rewards = stage.facts.get("rewards")
+    facts = {"backend": stage.config.get("backend"), "start": stage.config.get("checkpoint")}
+    return [{**facts, **rewards}] if rewards else []
+
+
+def _rl(stage: _Stage) -> list[Row]:
+    """Metrics of each step, with the number of samples that a mean of the step is over."""
+    samples = stage.config.get("prompts_per_step", 0) * stage.config.get("num_generations", 0)
+    return [{**row, "samples": samples} for row in stage.metrics]
+
+
+def _sources(stage: _Stage) -> list[Row]:
+    """Sources of a prepare stage; `terse_share` is None but for problems."""
+    configs = stage.config.get("sources", {})
+    keys = ("problems", "terse_share")
+    return [
+        {**row, **{k: configs.get(row["name"], {}).get(k) if row["kind"] == "problems" else None for k in keys}}
+        for row in stage.facts.get("sources", ())
+    ]
+
+
+def _problem_sets(stage: _Stage) -> list[Row]:
+    counts = stage.facts.get("problems", {})
+    keys = ("task", "exclude", "settings", "totals")
+    return [
+        {"name": name, "count": counts[name], **{k: config.get(k) for k in keys}}
+        for name, config in stage.config.get("problems", {}).items()
+        if name in counts
+    ]
+
+
+def _engine(stage: _Stage) -> str:
+    """What did the work of a stage, in words; `cpu_mode` is named plainly."""
+    config, cpu = stage.config, stage.facts.get("cpu_mode")
+    where = {True: " on a CPU", False: " on GPUs"}.get(cpu, "") if isinstance(cpu, bool) else ""
+    if stage.spec.kind == "train":
+        return f"megatron-core{where}{' with reference kernels' if cpu else ''}"
+    if stage.spec.kind == "rl":
+        return f"{config['backend']} ({config.get('algorithm', 'grpo')}){where}"
+    if stage.spec.kind == "convert":
+        return f"{config['source']} to {config['target']}"
+    return str(stage.facts.get("engine", ""))
+
+
+def _stages(stage: _Stage) -> list[Row]:
+    """One row: what ran, on what, with which versions and at what cost."""
+    spec, made = stage.spec, stage.receipt
+    row = {
+        "kind": spec.kind,
+        "state": stage.state,
+        "message": stage.message,
+        "inserted": stage.planned.inserted,
+        "depends": list(stage.planned.depends),
+        "start": stage.config.get("checkpoint") if spec.kind in ("train", "rl") else None,
+        "engine": _engine(stage),
+        "backend": stage.config.get("backend"),
+        "cpu_mode": stage.facts.get("cpu_mode"),
+        "seed": spec.seed,
+        "parameters": stage.facts.get("parameters"),
+        "tokens": stage.facts.get("tokens"),
+        "seconds": made and made.seconds,
+        "cpu_seconds": made and made.cpu_seconds,
+        "peak_memory_bytes": made and made.peak_memory_bytes,
+        "attempts": made and made.attempts,
+        "made_on": made and made.made_on,
+        "made_by_run": made and made.run,
+        "git": made and made.git,
+        "image": made and made.image,
+        "versions": dict(stage.facts.get("versions", {})),
+        "verification": stage.facts.get("verification"),
+        "fingerprint": spec.fingerprint,
+    }
+    return [row]
+
+
+#: Table to the kind of stage that fills it ("": every kind) and what it gives.
+_TABLES: dict[str, tuple[str, Callable[[_Stage], Iterable[Mapping[str, Any]]]]] = {
+    "results": ("evaluate", lambda s: s.results),
+    "weights": ("analyze", lambda s: s.analysis.get("weights", ())),
+    "weights_by_module": ("analyze", lambda s: s.analysis.get("weights_by_module", ())),
+    "cka": ("analyze", lambda s: s.analysis.get("cka", ())),
+    "training": ("train", lambda s: s.metrics),
+    "rl": ("rl", _rl),
+    "rewards": ("rl", _rewards),
+    "data_mix": ("train", lambda s: s.facts.get("data", ())),
+    "sources": ("prepare", _sources),
+    "problem_sets": ("prepare", _problem_sets),
+    "stages": ("", _stages),
+}
+#: The tables of the report: each a list of rows under this key of the JSON, and a CSV file of this name.
+TABLES = tuple(_TABLES)
+
+
+def _rows(table: str, stage: _Stage) -> list[Row]:
+    kind, read = _TABLES[table]
+    return [{"stage": stage.spec.stage, **row} for row in read(stage)] if kind in ("", stage.spec.kind) else []

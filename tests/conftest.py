@@ -1,0 +1,32 @@
+"""Fixtures of several folders; this file's place also lets tests import the modules that stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import CONFIGS, save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`hf_checkpoint(name, dtype="float32")`: the folder of a checkpoint of `CONFIGS`; not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, dtype: str = "float32") -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp("hf") / name
+            save_checkpoint(made[name, dtype], CONFIGS[name], dtype)
+        return made[name, dtype]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[None]:
+    """megatron-core in this process, alone in its process groups."""
+    from launcher.workers.megatron import parallel
+
+    with parallel.process_groups():
+        yield

@@ -1,0 +1,274 @@
+"""Conversions, both ways, bit by bit; what is written is what megatron-core writes and reads."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import CONFIGS
+from torch import Tensor
+
+from launcher.convert import conversion, torch_dist
+from launcher.convert.conversion import convert
+from launcher.convert.entry import Entry, checksum
+from launcher.convert.hf import INDEX, HfReader, HfWriter
+from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
+from launcher.errors import WorldError
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def to_megatron(tmp_path: Path, hf_checkpoint: Checkpoints) -> Callable[..., Path]:
+    def make(name: str, dtype: str = "float32") -> Path:
+        target = new(tmp_path / f"{name}-megatron")
+        convert(hf_checkpoint(name, dtype), target, "megatron")
+        return target
+
+    return make
+
+
+def new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    """Whether two checkpoints have the same tensors, types and bits."""
+    assert found.keys() == wanted.keys()
+    return all(checksum(t) == checksum(wanted[n]) and t.dtype == wanted[n].dtype for n, t in found.items())
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    reader = TorchDistReader(folder)
+    return {name: reader.read(name).clone() for name in reader.entries}
+
+
+# ------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hf_to_megatron_and_back_gives_every_bit(
+    name: str, dtype: str, tmp_path: Path, hf_checkpoint: Checkpoints
+) -> None:
+    source = hf_checkpoint(name, dtype)
+    there = convert(source, new(tmp_path / "there"), "megatron")
+    back = convert(tmp_path / "there", new(tmp_path / "back"), "hf")
+    wanted = load_file(source / "model.safetensors")
+    assert same(load_file(tmp_path / "back" / "model.safetensors"), wanted)
+    assert there["round_trip"] == back["round_trip"] == "bit-exact"
+    assert there["tensors_read"] == there["tensors_in_source"] == back["tensors_written"] == len(wanted)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_types_are_the_sources_tensor_by_tensor(to_megatron: Callable[..., Path]) -> None:
+    entries = TorchDistReader(to_megatron("nemotron-h-tiny", "bfloat16")).entries
+    wide = {name.rpartition(".")[2] for name, entry in entries.items() if entry.dtype == torch.float32}
+    assert wide == {"A_log", "D"}
+
+
+def test_padding_rows_are_zero_and_cut_again(to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints) -> None:
+    rows = TorchDistReader(to_megatron("llama")).read("embedding.word_embeddings.weight")
+    assert rows.shape[0] == 384
+    assert not rows[300:].any()
+    wanted = load_file(hf_checkpoint("llama") / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(rows[:300], wanted)
+
+
+def test_the_same_conversion_gives_the_same_files(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+    for name in ("llama", "nemotron-h-tiny"):
+        for turn in "ab":
+            convert(hf_checkpoint(name), new(tmp_path / f"{name}-{turn}"), "megatron")
+            convert(tmp_path / f"{name}-{turn}", new(tmp_path / f"{name}-{turn}-hf"), "hf")
+        for suffix in ("", "-hf"):
+            a, b = tmp_path / f"{name}-a{suffix}", tmp_path / f"{name}-b{suffix}"
+            files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+            assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
+            assert all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+
+
+# ----------------------------------------------------------------------------------------------------- megatron-core
+
+
+def core_checkpoint(folder: Path, name: str, precision: Any = "fp32") -> Path:
+    """A checkpoint that megatron-core itself saves: random weights as a training starts with."""
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import checkpoint, hf_files
+    from launcher.workers.megatron.model import build_model, initialize
+
+    shape = shape_of(CONFIGS[name])
+    model = build_model(shape, precision=precision)
+    initialize(model, shape, 0.08, 3)
+    checkpoint.save_weights(new(folder), 5, model)
+    hf_files.write(folder / "hf", None, None, CONFIGS[name], precision)
+    return folder
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("llama-tiny", "fp32"), ("granite-tiny", "bf16"), ("nemotron-h-tiny", "bf16"), ("nemotron-h-tiny", "fp32")],
+)
+def test_what_megatron_core_saves_comes_back_with_every_bit(name: str, precision: str, tmp_path: Path) -> None:
+    saved = core_checkpoint(tmp_path / "core", name, precision)
+    convert(saved, new(tmp_path / "hf"), "hf")
+    convert(tmp_path / "hf", new(tmp_path / "back"), "megatron")
+    assert same(read_all(tmp_path / "back"), read_all(saved))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny"])
+def test_keys_and_sizes_are_those_of_megatron_core(name: str, tmp_path: Path, to_megatron: Callable[..., Path]) -> None:
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    def tensors(folder: Path) -> dict[str, Any]:
+        found = load_tensors_metadata(str(torch_dist.checkpoint_dir(folder)))
+        return {key: (tuple(t.global_shape), t.dtype) for key, t in found.items()}
+
+    assert tensors(to_megatron(name)) == tensors(core_checkpoint(tmp_path / "core", name))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["llama", "granite-tiny", "nemotron-h-tiny"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trainer_loads_it_and_saves_the_same_bits(
+    name: str, precision: Any, tmp_path: Path, to_megatron: Callable[..., Path]
+) -> None:
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import checkpoint
+    from launcher.workers.megatron.model import build_model
+
+    source = to_megatron(name, "bfloat16" if precision == "bf16" else "float32")
+    model = build_model(shape_of(json.loads((source / "hf" / "config.json").read_text())), precision=precision)
+    checkpoint.load_weights(source, model)
+    checkpoint.save_weights(new(tmp_path / "again"), 1, model)
+    assert same(read_all(tmp_path / "again"), read_all(source))
+
+
+# ------------------------------------------------------------------------------------------------ layouts on the disk
+
+
+def test_layers_under_keys_of_their_own_are_read_too(
+    tmp_path: Path, to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints
+) -> None:
+    stacked = to_megatron("mistral")
+    tensors, folder = read_all(stacked), new(tmp_path / "separate")
+    writer = TorchDistWriter(folder, {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=False)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    shutil.copytree(stacked / "hf", folder / "hf")
+    keys = pickle.loads((folder / "release" / ".metadata").read_bytes()).state_dict_metadata
+    assert "decoder.layers.1.mlp.linear_fc2.weight" in keys
+    convert(folder, new(tmp_path / "hf"), "hf")
+    wanted = load_file(hf_checkpoint("mistral") / "model.safetensors")
+    assert same(load_file(tmp_path / "hf" / "model.safetensors"), wanted)
+
+
+def test_shards_are_read_by_their_index(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+    whole = hf_checkpoint("llama")
+    folder = shutil.copytree(whole, tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
+    tensors = load_file(whole / "model.safetensors")
+    names = [f"model-{1 + i % 3:05d}-of-00003.safetensors" for i in range(len(tensors))]
+    places = dict(zip(tensors, names, strict=True))
+    for name in set(names):
+        save_file({k: t for k, t in tensors.items() if places[k] == name}, folder / name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    convert(folder, new(tmp_path / "megatron"), "megatron")
+    convert(whole, new(tmp_path / "wanted"), "megatron")
+    assert same(read_all(tmp_path / "megatron"), read_all(tmp_path / "wanted"))
+
+
+def test_a_large_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.randn(7, i + 1, dtype=[torch.bfloat16, torch.float32][i % 2]) for i in range(9)}
+    writer = HfWriter(tmp_path, {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, shard_bytes=300)
+    for name in sorted(tensors, reverse=True):
+        writer.add(name, tensors[name])
+    writer.close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 300 for f in files)
+    reader = HfReader(tmp_path)
+    assert same({name: reader.read(name) for name in reader.entries}, tensors)
+
+
+# ------------------------------------------------------------------------------------------------------ verification
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_a_wrong_bit_on_the_disk_is_found(
+    to: Any, tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hf_checkpoint("granite")
+    if to == "hf":
+        convert(source, new(tmp_path / "megatron"), "megatron")
+        source = tmp_path / "megatron"
+    writer = TorchDistWriter if to == "megatron" else HfWriter
+    true_add = writer.add
+
+    def add(self: Any, name: str, tensor: Tensor) -> None:
+        if "layers.1" in name and "input_layernorm" in name or "1.self_attention.linear_qkv.layer_norm" in name:
+            tensor = tensor.clone()
+            tensor[5] = torch.nextafter(tensor[5], torch.tensor(9.0))
+        true_add(self, name, tensor)
+
+    monkeypatch.setattr(writer, "add", add)
+    with pytest.raises(WorldError, match=r"read back, not the bytes that were converted"):
+        convert(source, new(tmp_path / "target"), to)
+    assert convert(source, new(tmp_path / "blind"), to, verify=False)["round_trip"] == "not run"
+
+
+def test_padding_that_is_not_zero_is_found(
+    tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_add = TorchDistWriter.add
+
+    def add(self: TorchDistWriter, name: str, tensor: Tensor) -> None:
+        true_add(self, name, tensor.index_fill(0, torch.tensor([383]), 1.0) if len(tensor) == 384 else tensor)
+
+    monkeypatch.setattr(TorchDistWriter, "add", add)
+    with pytest.raises(WorldError, match=r"embedding\.word_embeddings\.weight"):
+        convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
+
+
+def test_progress_counts_what_is_moved_and_verified(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+    seen: list[tuple[int, int]] = []
+    convert(hf_checkpoint("llama"), new(tmp_path / "a"), "megatron", progress=lambda *at: seen.append(at))
+    assert seen == [(i, len(seen)) for i in range(len(seen))]
+    moved: list[tuple[int, int]] = []
+    convert(hf_checkpoint("llama"), new(tmp_path / "b"), "megatron", False, lambda *at: moved.append(at))
+    assert len(seen) == 2 * len(moved)
+
+
+def test_memory_holds_one_tensor_at_a_time(
+    tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor that was read is kept: when the next is read, those of other rows are gone."""
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    true_read = HfReader.read
+
+    def read(self: HfReader, name: str) -> Tensor:
+        nonlocal most
+        tensor = true_read(self, name)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(conversion.HfReader, "read", read)
+    convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
+    assert most <= 5  # q, k, v, and at most two of the row before while the first is read
+    assert len(alive) == len(load_file(hf_checkpoint("llama") / "model.safetensors"))

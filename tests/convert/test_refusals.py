@@ -1,0 +1,313 @@
+"""What cannot be converted is refused: the message names the file and the mend, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.convert import folders
+from launcher.convert.__main__ import main, run
+from launcher.convert.hf import INDEX
+from launcher.convert.metadata import read_metadata
+from launcher.errors import UserError, WorldError
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture
+def hf(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> Path:
+    return shutil.copytree(hf_checkpoint("llama"), tmp_path / "hf")
+
+
+@pytest.fixture
+def megatron_format(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> Path:
+    run(hf_checkpoint("llama"), tmp_path / "megatron", "megatron")
+    return tmp_path / "megatron"
+
+
+def config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = next(p for p in (folder / "hf" / "config.json", folder / "config.json") if p.exists())
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    def change(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        edit(found)
+        save_file(found, folder / "model.safetensors")
+
+    return change
+
+
+def cut(name: str, size: int) -> Change:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}))
+
+
+def index_outside(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../other/model.safetensors"}}))
+
+
+def lying_index(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"nobody.weight": "model.safetensors"}}))
+
+
+def write(name: str, text: str) -> Change:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def remove(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+HF_REFUSALS: dict[str, tuple[Change, str]] = {
+    "no folder": (shutil.rmtree, "hf: no such folder"),
+    "no config": (remove("config.json"), "config.json: No such file or directory; put the model's config.json there"),
+    "config is no JSON": (write("config.json", "{"), "config.json: not JSON"),
+    "config is a list": (write("config.json", "[]"), "config.json: not a config.json of a model"),
+    "another model": (config(model_type="qwen3"), "config.json: model type qwen3 is not covered"),
+    "unsupported RoPE": (config(rope_parameters={"rope_type": "yarn"}), "config.json: model type llama: RoPE of type"),
+    "experts": (
+        config(model_type="granitemoehybrid", num_local_experts=4, layer_types=["mamba"] * 2),
+        "config.json: model type granitemoehybrid: 4 experts",
+    ),
+    "no weights": (remove("model.safetensors"), f"neither model.safetensors nor {INDEX} is there"),
+    "only a pickle": (only_a_pickle, "pytorch_model.bin: a pickle"),
+    "header cut short": (cut("model.safetensors", 100), "model.safetensors: not a whole safetensors file"),
+    "data cut short": (cut("model.safetensors", 100_000), "model.safetensors: not a whole safetensors file"),
+    "empty file": (cut("model.safetensors", 0), "model.safetensors: not a whole safetensors file"),
+    "text file": (write("model.safetensors", "version https://git-lfs"), "model.safetensors: not a whole safetensors"),
+    "missing shard": (missing_shard, "model-00002.safetensors: not there, though"),
+    "index outside": (index_outside, f"{INDEX}: names files outside the folder"),
+    "index is no JSON": (write(INDEX, "<html>"), f"{INDEX}: no index of safetensors files"),
+    "lying index": (lying_index, "nobody.weight is not there, though"),
+    "missing tensor": (tensors(lambda t: t.pop(NORM)), f"{NORM} [48] is missing"),
+    "unknown tensor": (tensors(lambda t: t.update(more=torch.ones(3))), "more [3] float32 is no tensor of this model"),
+    "wrong shape": (tensors(lambda t: t.update({NORM: torch.ones(47)})), f"{NORM} is [47], config.json makes it [48]"),
+    "wrong vocabulary": (config(vocab_size=299), "model.embed_tokens.weight is [300, 48], config.json makes it [299"),
+    "quantised": (tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is of type I8"),
+    "mixed types in a row": (
+        tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(48, 48).half()})),
+        "differ in type",
+    ),
+    "mixed types of layers": (tensors(lambda t: t.update({NORM: t[NORM].half()})), "its layers are of types"),
+}
+
+
+def refused(source: Path, to: str, message: str) -> None:
+    target = source.parent / "target"
+    with pytest.raises(UserError) as error:
+        run(source, target, to)
+    assert message in str(error.value)
+    assert str(source.parent) in str(error.value)  # where, not only what
+    assert not list(source.parent.glob("target*"))
+
+
+@pytest.mark.parametrize("case", HF_REFUSALS)
+def test_a_hugging_face_folder_is_refused(case: str, hf: Path) -> None:
+    change, message = HF_REFUSALS[case]
+    change(hf)
+    refused(hf, "megatron", message)
+
+
+def test_all_problems_are_named_at_once(hf: Path) -> None:
+    tensors(lambda t: (t.pop(NORM), t.update(more=torch.ones(3)), t.update({"model.norm.weight": torch.ones(3)})))(hf)
+    with pytest.raises(UserError) as error:
+        run(hf, hf.parent / "target", "megatron")
+    assert len(error.value.problems) == 3
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(hf: Path) -> None:
+    (hf / "pytorch_model.bin").write_bytes(b"\x80never loaded")
+    run(hf, hf.parent / "target", "megatron")
+    assert not list((hf.parent / "target").rglob("*.bin"))
+
+
+# ----------------------------------------------------------------------------------------------------------- megatron
+
+
+class Evil:
+    """Unpickled by pickle.load, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def described(edit: Callable[[Any], Any]) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "release" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        edit(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+
+    return change
+
+
+def move_file(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../../etc/passwd"
+
+
+def lose_a_piece(metadata: Any) -> None:
+    metadata.storage_data.pop(next(i for i in metadata.storage_data if i.fqn == "decoder.layers.mlp.linear_fc2.weight"))
+
+
+def swap_pieces(metadata: Any) -> None:
+    a, b = (i for i in metadata.storage_data if i.fqn in ("embedding.word_embeddings.weight", NORM_KEY))
+    places = metadata.storage_data
+    places[a], places[b] = places[b], places[a]
+
+
+def damage(folder: Path) -> None:
+    path = folder / "release" / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+NORM_KEY = "decoder.final_layernorm.weight"
+DATA = "release/__0_0.distcp"
+MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
+    "no tracker": (remove("latest_checkpointed_iteration.txt"), "not of format megatron; no latest_checkpointed"),
+    "empty tracker": (write("latest_checkpointed_iteration.txt", "x"), "neither an iteration nor `release`"),
+    "no such iteration": (write("latest_checkpointed_iteration.txt", "7"), "iter_0000007: named by"),
+    "no config": (remove("hf/config.json"), "hf/config.json: No such file"),
+    "another vocabulary": (config(vocab_size=512), "embedding.word_embeddings.weight is [384, 48], config.json makes"),
+    "more layers": (config(num_hidden_layers=3), "decoder.layers.2.mlp.linear_fc1.weight [128, 48] is missing"),
+    "fewer layers": (config(num_hidden_layers=1), "decoder.layers.1.mlp.linear_fc1.weight [128, 48] float32 is no"),
+    "tied, yet two": (config(tie_word_embeddings=True), "output_layer.weight [384, 48] float32 is no tensor"),
+    "data cut short": (cut(DATA, 1000), "__0_0.distcp: 1000 bytes"),
+    "data gone": (remove(DATA), "__0_0.distcp: not there, though .metadata names it"),
+    "data damaged": (damage, "__0_0.distcp: the piece of"),
+    "metadata cut short": (cut("release/.metadata", 60), ".metadata: refused"),
+    "metadata is another pickle": (
+        lambda folder: (folder / "release" / ".metadata").write_bytes(pickle.dumps([1])) and None,
+        ".metadata: describes no checkpoint",
+    ),
+    "a file outside": (described(move_file), ".metadata: names a file outside its folder"),
+    "a piece is lost": (described(lose_a_piece), "decoder.layers.mlp.linear_fc2.weight has 3072 of its 6144 elements"),
+    "pieces swapped": (described(swap_pieces), "holds another tensor than .metadata says"),
+}
+
+
+@pytest.mark.parametrize("case", MEGATRON_REFUSALS)
+def test_a_megatron_folder_is_refused(case: str, megatron_format: Path) -> None:
+    change, message = MEGATRON_REFUSALS[case]
+    change(megatron_format)
+    refused(megatron_format, "hf", message)
+
+
+def test_a_malicious_metadata_is_refused_before_it_runs(megatron_format: Path, tmp_path: Path) -> None:
+    path, proof = megatron_format / "release" / ".metadata", tmp_path / "ran"
+    described(lambda m: setattr(m, "planner_data", Evil(proof)))(megatron_format)
+    refused(megatron_format, "hf", f"{path}: refused: it names posix.mkdir")
+    assert not proof.exists()
+    pickle.loads(path.read_bytes())
+    assert proof.exists()  # so the file was no harmless one
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"ctorch\nload\n(S'x'\ntR.",
+        b"ctorch.serialization\nos.system\n(S'x'\ntR.",
+        b"ctorch.distributed.checkpoint.metadata\nMetadata.__init__.__globals__\n.",
+        b"\x80\x04\x8c\x0etorch._storage_x\x8c\x01x\x93.",
+        b"P1\n.",
+        b"",
+        b"\x00\x01 no pickle at all",
+    ],
+)
+def test_a_pickle_with_anything_else_in_it_is_refused(body: bytes, tmp_path: Path) -> None:
+    path = tmp_path / ".metadata"
+    path.write_bytes(body)
+    with pytest.raises(UserError, match="refused"):
+        read_metadata(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- target
+
+
+def test_a_checkpoint_that_has_the_format_already_is_refused(hf: Path, megatron_format: Path) -> None:
+    refused(hf, "hf", "not of format megatron")
+    refused(megatron_format, "megatron", "is in format megatron already")
+
+
+def test_a_target_with_content_is_refused_and_kept(hf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"mine: is there already; name a new folder"):
+        run(hf, target, "megatron")
+    assert [p.name for p in target.iterdir()] == ["notes.txt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is there already"):
+        run(hf, tmp_path / "file", "megatron")
+
+
+def test_an_empty_target_is_filled(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run(hf, tmp_path / "empty", "megatron")
+    assert (tmp_path / "empty" / "release" / ".metadata").is_file()
+
+
+def test_a_second_conversion_into_the_same_target_is_refused(hf: Path, tmp_path: Path) -> None:
+    with folders.new_folder(tmp_path / "target") as partial:
+        with pytest.raises(UserError, match=r"target\.partial: another conversion is writing it"):
+            run(hf, tmp_path / "target", "megatron")
+        assert partial.is_dir()
+
+
+def test_an_unwritable_target_is_refused(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file/target: cannot be written: Not a directory; name another folder"):
+        run(hf, tmp_path / "file" / "target", "megatron")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        run(hf, Path("/proc/target"), "megatron")
+
+
+def test_too_little_room_is_found_before_anything_is_written(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def disk_usage(folder: Path) -> Any:
+        used.extend(p.name for p in folder.iterdir())
+        return shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(folders.shutil, "disk_usage", disk_usage)
+    with pytest.raises(WorldError, match=r"0\.07 GB are needed and 0\.00 GB are free; free some room"):
+        run(hf, tmp_path / "target", "megatron")
+    assert not used
+    assert not list(tmp_path.glob("target*"))
+
+
+def test_nothing_is_left_when_writing_fails(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main([str(hf), str(tmp_path / "target"), "--to", "megatron"]) == 1
+    assert not list(tmp_path.glob("target*"))
