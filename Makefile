@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench soak golden clean
+.PHONY: demo test check bench golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -30,6 +30,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Five minutes, seven on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
+bench: $(STAMP)
+	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
 # Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
 golden: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -64,6 +65,7 @@ def _record(recipe: Recipe, profile: Profile) -> RunRecord:
     )
 
 
+@functools.cache  # the runs of a matrix are of one folder
 def _git_hash(folder: Path) -> str | None:
     """The commit of a folder, with `+` where it has changes; None outside a repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.bench.measure import CHECKOUT, Row, cpu_seconds, environment, own_cpu_seconds, python
+from tests.bench.measure import CHECKOUT, Row, cpu_seconds, environment, python, timed
 
 RUNS = 9
 SLURM_PROGRAMS = ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel", "sinfo")
@@ -64,7 +64,7 @@ def measure_rendering(scratch: Path) -> list[Row]:
     os.environ["PATH"] = f"{called.parent}{os.pathsep}{path}"
     try:
         render()  # imports what it needs
-        values = tuple(own_cpu_seconds(render) for _ in range(5))
+        values = tuple(timed(render)[1] for _ in range(5))
     finally:
         os.environ["PATH"] = path
     if called.exists():

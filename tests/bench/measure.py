@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,11 @@ def cpu_seconds(command: Sequence[str], variables: dict[str, str], cwd: Path) ->
     return _children() - before
 
 
-def own_cpu_seconds(work: Callable[[], object]) -> float:
-    """User and system seconds of this process, and of the children it waited for, while `work` runs."""
-    before = _self() + _children()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall seconds of `work`, and the user and system seconds of this process and of the children it waited for."""
+    began, before = time.monotonic(), _self() + _children()
     work()
-    return _self() + _children() - before
+    return time.monotonic() - began, _self() + _children() - before
 
 
 def _children() -> float:
