@@ -23,7 +23,7 @@ from launcher.errors import PrismError, UserError
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 BY_MODULE = 0.01
 #: Elements compared at a time, so that memory stays bounded whatever a tensor's size.
-_PIECE = 1 << 22
+_PIECE = 1 << 18
 
 
 @dataclass

@@ -92,24 +92,10 @@ def measure_diff(scratch: Path) -> list[Row]:
     what = f"2 x {size_of(before) / 1e6:.0f} MB bf16, cold; start-up apart; wall clock"
     share = f"{what}; against reading the files just before"
     return [
-<<<<<<< HEAD
-        Row("weight diff: speed", tuple(rates), "MB/s", f"{what}; start-up apart"),
-        Row("weight diff: work", tuple(cpu), "s CPU/GB", "start-up apart; one thread"),
-        Row(
-            "weight diff / cold read",
-            tuple(shares),
-            "x",
-            f"{what}; against reading the files just before",
-            0.8,
-            "higher",
-        ),
-        Row("weight diff: memory", tuple(memory), "GiB", "peak of anonymous memory of the whole process", 0.5),
-=======
         Row("weight diff: speed", tuple(found["rate"]), "MB/s", what),
         Row("weight diff: work", tuple(found["cpu"]), "s CPU/GB", "start-up apart; one thread"),
         Row("weight diff / cold read", tuple(found["share"]), "x", share, 0.8, "higher"),
         Row("weight diff: memory", (peak / GIB,), "GiB", "peak of anonymous memory of the whole process", 0.5),
->>>>>>> bench
     ]
 
 
