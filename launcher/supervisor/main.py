@@ -185,7 +185,7 @@ class Supervisor:
             self._event("stopping", signal=self.asked[0].name)
             processes.stop_all(self.started, self.spec.limits.save_s)
         else:
-            processes.stop_all(self.started, 2.0)
+            processes.stop_all(self.started, 0.5)
 
     def _newest_beat(self) -> float:
         beats = [p.stat().st_mtime for p in self.attempt_dir.glob("heartbeat.*.json")]
