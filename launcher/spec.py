@@ -7,6 +7,7 @@ containers. Every value is frozen; `decode` turns plain JSON into these dataclas
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -242,10 +243,15 @@ def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     return tuple(_decode(a, v, f"{path}[{i}]", problems) for i, (a, v) in enumerate(zip(args, data, strict=True)))
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
     if not isinstance(data, Mapping):
         return _expect(False, data, "a mapping", path, problems)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
     hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
