@@ -26,6 +26,17 @@ def option(default: Any, doc: str, *, identity: bool = True) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _adam_checks(config: Any) -> tuple[tuple[bool, str, str], ...]:
+    """Checks of the keys that AdamW has in training and in RL."""
+    betas, least = ("adam_beta1", "adam_beta2"), ("weight_decay", "clip_grad")
+    values = {name: getattr(config, name) for name in (*betas, *least)}
+    return (
+        *((not 0 <= values[n] < 1, n, f"must be within 0..1, below 1, got {values[n]}") for n in betas),
+        *((values[n] < 0, n, f"must not be negative, got {values[n]}") for n in least),
+        (config.lr <= 0, "lr", f"must be above 0, got {config.lr}"),
+    )
+
+
 def _refuse(*checks: tuple[bool, str, str]) -> None:
     """Raise SpecError for every (wrong, field, message) that is wrong."""
     problems = [(name, message) for wrong, name, message in checks if wrong]
@@ -66,6 +77,9 @@ class ModelConfig:
     source: str | None = option(None, "Where the weights come from: hf:ORG/NAME. None: trained from random weights.")
     init_method_std: float = option(0.02, "Standard deviation of random initial matrices.")
 
+    def __post_init__(self) -> None:
+        _refuse((self.init_method_std <= 0, "init_method_std", f"must be above 0, got {self.init_method_std}"))
+
 
 # ---------------------------------------------------------------------------------------------------------- prepare
 
@@ -90,6 +104,9 @@ class ProblemSetConfig:
     settings: Mapping[str, Any] = option({}, "Arguments of the reasoning-gym task.")
     totals: tuple[int, int] | None = option(None, "chain_sum: keep problems whose running totals stay within.")
 
+    def __post_init__(self) -> None:
+        _refuse((self.count < 1, "count", f"must be at least 1, got {self.count}"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -110,6 +127,11 @@ class SourceConfig:
             (self.kind == "files" and not self.path, "path", "is required where kind is files"),
             (self.kind == "problems" and not self.problems, "problems", "is required where kind is problems"),
             (not 0 <= low < high <= 1, "share", f"must be two rising numbers within 0..1, got [{low}, {high}]"),
+            (
+                self.max_bytes is not None and self.max_bytes < 1,
+                "max_bytes",
+                f"must be at least 1, got {self.max_bytes}",
+            ),
             (not 0 <= self.terse_share <= 1, "terse_share", f"must be within 0..1, got {self.terse_share}"),
         )
 
@@ -197,7 +219,9 @@ class TrainConfig:
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (not self.data, "data", "names no source"),
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
-            (self.lr <= 0, "lr", f"must be above 0, got {self.lr}"),
+            *_adam_checks(self),
+            (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
+            (not 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"must be within 0..1, got {self.min_lr_ratio}"),
             (not 0 <= self.lr_warmup_fraction < 1, "lr_warmup_fraction", "must be within 0..1"),
             (
                 self.global_batch_size % max(1, self.micro_batch_size) != 0,
@@ -250,12 +274,14 @@ class RLConfig:
     save_interval: int = option(25, "Steps between checkpoints to resume from.", identity=False)
 
     def __post_init__(self) -> None:
-        positive = ("max_steps", "prompts_per_step", "max_completion_length", "save_interval")
+        positive = ("max_steps", "prompts_per_step", "max_completion_length", "num_iterations", "save_interval")
         _refuse(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (self.num_generations < 2, "num_generations", "GRPO compares completions: at least 2"),
             (self.temperature <= 0, "temperature", f"must be above 0, got {self.temperature}"),
-            (self.lr <= 0, "lr", f"must be above 0, got {self.lr}"),
+            (self.warmup_steps < 0, "warmup_steps", f"must not be negative, got {self.warmup_steps}"),
+            (self.beta < 0, "beta", f"must not be negative, got {self.beta}"),
+            *_adam_checks(self),
         )
 
 
@@ -278,6 +304,8 @@ class EvaluateConfig:
             (not self.benchmarks, "benchmarks", "names no problem set"),
             (not self.temperatures, "temperatures", "names no temperature"),
             (any(t < 0 for t in self.temperatures), "temperatures", "must not be negative"),
+            (self.max_new_tokens < 1, "max_new_tokens", f"must be at least 1, got {self.max_new_tokens}"),
+            (self.batch_size < 1, "batch_size", f"must be at least 1, got {self.batch_size}"),
         )
 
 
@@ -294,7 +322,12 @@ class AnalyzeConfig:
     num_texts: int = option(200, "Texts for CKA, of each distribution.")
 
     def __post_init__(self) -> None:
-        _refuse((not self.pairs, "pairs", "names no pair"), (self.num_texts < 4, "num_texts", "must be at least 4"))
+        _refuse(
+            (not self.pairs, "pairs", "names no pair"),
+            (not self.thresholds, "thresholds", "names no threshold"),
+            (any(t <= 0 for t in self.thresholds), "thresholds", "must be above 0"),
+            (self.num_texts < 4, "num_texts", "must be at least 4"),
+        )
 
 
 CONFIGS: dict[str, type] = {

@@ -22,7 +22,7 @@ from launcher import store
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, write_run
 from launcher.spec import stage_text
-from launcher.state import Attempt, attempts, newest_attempt, run_state, stage_states
+from launcher.state import Attempt, attempts, newest_attempt, stage_states
 from launcher.store import Owner, Receipt
 from launcher.supervisor.classify import ACTIONS
 from launcher.watch import Follower
@@ -91,9 +91,10 @@ def _claimed(root: Path, run: str) -> Iterator[None]:
     owner, folder = store.this_process(), store.driver_claim(root, run)
     holder = store.claim(folder, owner)
     if holder is not None:
+        gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
         raise UserError(
             f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
-            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or give this one a --name"
+            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or give this one a --name{gone}"
         )
     try:
         yield
@@ -317,8 +318,3 @@ def _signal(owner: Owner, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         if store.is_alive(owner):
             os.kill(owner.pid, number)
-
-
-def is_finished(root: Path, record: RunRecord) -> bool:
-    """Whether everything of a run is made."""
-    return run_state(stage_states(root, record)) == "done"

@@ -20,7 +20,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,11 +342,3 @@ def open_root(path: Path) -> Path:
         kind = WorldError if error.errno == 28 else UserError
         raise kind(f"{path}: the store's root cannot be written: {error.strerror}; {hint}") from None
     return path.resolve()
-
-
-@contextlib.contextmanager
-def scratch_dir(parent: Path) -> Iterator[Path]:
-    """A folder beside the final place of something, gone at the end."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=parent) as name:
-        yield Path(name)

@@ -206,6 +206,14 @@ def test_a_second_driver_of_the_same_run_is_refused(run: Driven) -> None:
     driver.communicate(timeout=60)
 
 
+def test_a_driver_on_a_machine_that_may_be_gone_can_be_got_rid_of(run: Driven) -> None:
+    run.plan(("a", (), {}))
+    claim = run.root / "runs" / "run" / "driver.claim"
+    assert store.claim(claim, store.Owner("elsewhere", "boot", 1, "1")) is None
+    code, _, err = run.driven()
+    assert code == 2 and f"if elsewhere is gone, remove {claim}" in err and run.count("a") == 0
+
+
 def test_a_changed_plan_waits_until_the_old_one_is_stopped(run: Driven) -> None:
     run.plan(("first", (), {}), ("a", (), LONG))
     driver = run.drive()

@@ -263,6 +263,8 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
     seed = data.get("seed", reader.data.get("seed", 0))
     if "seed" in data and (not isinstance(seed, int) or isinstance(seed, bool)):
         reader.problem(join(path, "seed"), f"expected a whole number, got {seed!r}")
+    elif isinstance(seed, int) and seed < 0:  # numpy takes none, and the stages before would have run by then
+        reader.problem(join(path, "seed") if "seed" in data else "seed", f"must not be negative, got {seed}")
     resources = _read_resources(reader, path, data.get("resources"))
     config = {k: v for k, v in data.items() if k not in ("kind", "seed", "resources")}
     if kind == "train":

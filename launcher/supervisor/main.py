@@ -101,7 +101,8 @@ class Supervisor:
         told = None
         while (holder := store.claim(folder, self.owner)) is not None:
             if holder != told:
-                self._event("waiting", message=f"process {holder.pid} on {holder.host} makes the same artifact")
+                gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
+                self._event("waiting", message=f"process {holder.pid} on {holder.host} makes the same artifact{gone}")
                 told = holder
             if self.asked:
                 return False

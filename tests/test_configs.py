@@ -1,0 +1,35 @@
+"""Values that no worker can take are refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher import cli
+
+CHANGES = [
+    "prepare.problems.held-out.count=0",
+    "prepare.sources.general.max_bytes=0",
+    "midtrain.min_lr_ratio=5",
+    "midtrain.weight_decay=-1",
+    "midtrain.clip_grad=-1",
+    "midtrain.adam_beta1=2",
+    "midtrain.adam_eps=0",
+    "rl-from-base.num_iterations=0",
+    "rl-from-base.warmup_steps=-1",
+    "rl-from-base.adam_beta2=1",
+    "rl-from-base.beta=-1",
+    "evaluate.max_new_tokens=0",
+    "evaluate.batch_size=0",
+    "analyze.thresholds=[]",
+    "analyze.thresholds=[0]",
+    "seed=-1",
+    "base.seed=-1",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_key_and_its_place_are_named(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "demo", "--set", change]) == 2
+    key = change.partition("=")[0].rpartition(".")[2]
+    first = capsys.readouterr().err.splitlines()[0]
+    assert f"--set {change}: " in first and f"{key}: " in first
