@@ -304,19 +304,19 @@ def watch(args: argparse.Namespace) -> int:
 
 def logs(args: argparse.Namespace) -> int:
     """Print the end of a stage's log, and go on with it where asked."""
-    from launcher.state import newest_attempt
+    from launcher.attempts import newest_attempt
     from launcher.watch import follow_file
 
     root, record = _open_run(args)
     stage = record.stage(args.stage) if args.stage else _stage_of_interest(root, record)
-    attempt = newest_attempt(root, record.run, stage)
+    attempt = newest_attempt(root, stage.spec)
     if attempt is None:
         raise UserError(f"stage {stage.spec.stage} of run {record.run} has no log: it has not been started in this run")
     path = _log_file(attempt.folder, args.step)
     print(f"==> {path} <==", file=sys.stderr)
     print("\n".join(path.read_text(errors="replace").splitlines()[-args.lines :]))
     if args.follow:
-        follow_file(path, lambda: (now := newest_attempt(root, record.run, stage)) is not None and now.is_living)
+        follow_file(path, lambda: (now := newest_attempt(root, stage.spec)) is not None and now.is_living)
     return 0
 
 

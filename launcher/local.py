@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import store
+from launcher.attempts import Attempt, attempts, newest_attempt, step_of
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, write_run
 from launcher.spec import stage_text
-from launcher.state import Attempt, attempts, newest_attempt, run_state, stage_states
+from launcher.state import run_state, stage_states
 from launcher.store import Owner, Receipt
 from launcher.supervisor.classify import ACTIONS
 from launcher.watch import Follower
@@ -168,7 +169,7 @@ class Driver:
         """What is made already, and what still runs from before."""
         for stage in self.record.stages:
             name = stage.spec.stage
-            attempt = newest_attempt(self.root, self.record.run, stage)
+            attempt = newest_attempt(self.root, stage.spec)
             receipt = store.read_receipt(self.root, stage.spec.artifact)
             if receipt is not None:
                 self.done[name] = receipt
@@ -222,7 +223,7 @@ class Driver:
         if receipt is not None:
             self.done[name] = receipt
             return
-        attempt = newest_attempt(self.root, self.record.run, stage)
+        attempt = newest_attempt(self.root, stage.spec)
         if self._action(stage, attempt) != "again":
             self.failed.add(name)
 
@@ -238,8 +239,8 @@ class Driver:
 
     def _got_further(self, stage: PlannedStage, attempt: Attempt) -> bool:
         earlier = [a for a, _ in attempts(self.root, self.record.run, stage.spec.stage) if a.name != attempt.name]
-        best = max((_step(a) for a in earlier), default=0)
-        return _step(attempt) > best
+        best = max((step_of(a) for a in earlier), default=0)
+        return step_of(attempt) > best
 
     def _failures(self) -> list[str]:
         lines = []
@@ -261,10 +262,6 @@ class Driver:
             for owner in self.running.values():
                 _signal(owner, signal.SIGKILL)
         follower.say(f"stopped; go on with: prism-launch resume {self.record.run} --root {self.root}")
-
-
-def _step(attempt: Attempt) -> int:
-    return int((attempt.beat or {}).get("step", 0))
 
 
 @contextlib.contextmanager
@@ -298,7 +295,7 @@ def cancel_run(root: Path, record: RunRecord) -> list[str]:
 
 def _living(root: Path, record: RunRecord) -> Iterator[tuple[PlannedStage, Attempt]]:
     for stage in record.stages:
-        attempt = newest_attempt(root, record.run, stage)
+        attempt = newest_attempt(root, stage.spec)
         if attempt is not None and attempt.is_living:
             yield stage, attempt
 

@@ -6,36 +6,17 @@ supervisor lives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher import store
+from launcher.attempts import Attempt, newest_attempt
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import SpecError, decode
-from launcher.store import Owner, Receipt
+from launcher.store import Receipt
 
 State = Literal["done", "running", "failed", "stopped", "interrupted", "waiting"]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt as its files tell it. `end` is its last event where it has ended; `beat` the newest heartbeat."""
-
-    name: str
-    folder: Path
-    started: float
-    owner: Owner | None
-    end: Mapping[str, Any] | None
-    beat: Mapping[str, Any] | None
-    note: str = ""
-
-    @property
-    def is_living(self) -> bool:
-        """Whether its supervisor lives, as far as this machine can tell."""
-        return self.end is None and self.owner is not None and store.is_alive(self.owner) is not False
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ def run_state(stages: list[StageState]) -> State:
 
 def _stage_state(root: Path, run: str, stage: PlannedStage, known: Receipt | None) -> StageState:
     spec = stage.spec
-    attempt = newest_attempt(root, run, stage)
+    attempt = newest_attempt(root, spec)
     facts: dict[str, Any] = {"stage": spec.stage, "kind": spec.kind, "inserted": stage.inserted}
     if attempt is not None:
         facts |= _attempt_facts(attempt)
@@ -104,55 +85,3 @@ def _attempt_facts(attempt: Attempt) -> dict[str, Any]:
         "seconds": end.get("seconds"),
         "folder": str(attempt.folder),
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- attempts
-
-
-def attempts(root: Path, run: str, stage: str) -> list[tuple[Attempt, str]]:
-    """Every attempt at a stage with its fingerprint, the oldest first."""
-    found = [_read_attempt(p) for p in store.stage_dir(root, run, stage).glob("*/events.jsonl")]
-    return sorted((f for f in found if f is not None), key=lambda f: f[0].started)
-
-
-def newest_attempt(root: Path, run: str, stage: PlannedStage) -> Attempt | None:
-    """The newest attempt at what is planned now; those of an earlier plan do not count."""
-    found = [a for a, fingerprint in attempts(root, run, stage.spec.stage) if fingerprint == stage.spec.fingerprint]
-    return found[-1] if found else None
-
-
-def _read_attempt(path: Path) -> tuple[Attempt, str] | None:
-    events = _read_events(path)
-    if not events or events[0].get("event") != "start":
-        return None
-    first, last = events[0], events[-1]
-    try:
-        owner: Owner | None = decode(Owner, first.get("owner"))
-    except SpecError:
-        owner = None
-    attempt = Attempt(
-        name=path.parent.name,
-        folder=path.parent,
-        started=float(first["time"]),
-        owner=owner,
-        end=last if last["event"] == "end" else None,
-        beat=_newest_beat(path.parent),
-        note=str(last.get("message", "")),
-    )
-    return attempt, str(first.get("fingerprint", ""))
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The events that are whole lines; a killed supervisor may have left half of one."""
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [e for e in found if isinstance(e, dict) and "event" in e]
-
-
-def _newest_beat(folder: Path) -> Mapping[str, Any] | None:
-    beats = [store.read_json(p) for p in folder.glob("heartbeat.*.json")]
-    return max((b for b in beats if b), key=lambda b: float(b["time"]), default=None)

@@ -17,7 +17,8 @@ from launcher.configs import Resources
 from launcher.local import cancel_run
 from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
 from launcher.spec import Input, StageSpec, Step
-from launcher.state import attempts, run_state, stage_states
+from launcher.attempts import attempts
+from launcher.state import run_state, stage_states
 from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
 
 PROGRAM = """

@@ -94,7 +94,14 @@ def measure_diff(scratch: Path) -> list[Row]:
     return [
         Row("weight diff: speed", tuple(rates), "MB/s", f"{what}; start-up apart"),
         Row("weight diff: work", tuple(cpu), "s CPU/GB", "start-up apart; one thread"),
-        Row("weight diff / cold read", tuple(shares), "x", f"{what}; against reading the files just before", 0.8, "higher"),
+        Row(
+            "weight diff / cold read",
+            tuple(shares),
+            "x",
+            f"{what}; against reading the files just before",
+            0.8,
+            "higher",
+        ),
         Row("weight diff: memory", tuple(memory), "GiB", "peak of anonymous memory of the whole process", 0.5),
     ]
 
@@ -116,7 +123,9 @@ def write_checkpoint(folder: Path, change: float = 0.0) -> None:
     for number, (name, shape) in enumerate(shapes.items()):
         tensor = torch.empty(shape).normal_(std=0.02, generator=torch.Generator().manual_seed(number))
         if change:
-            tensor += torch.empty(shape).normal_(std=0.02 * change, generator=torch.Generator().manual_seed(-1 - number))
+            tensor += torch.empty(shape).normal_(
+                std=0.02 * change, generator=torch.Generator().manual_seed(-1 - number)
+            )
         writer.add(name, tensor.bfloat16())
     writer.close()
 

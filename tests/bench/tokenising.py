@@ -92,9 +92,7 @@ def _ours(prefix: Path, documents: Sequence[str], tokenizer: Any, end: int, dtyp
     return write_indexed(prefix, encode_documents(tokenizer, documents, end), dtype)[1]
 
 
-def _each(
-    prefix: Path, documents: Sequence[str], encode: Callable[[str], Sequence[int]], end: int, dtype: Any
-) -> int:
+def _each(prefix: Path, documents: Sequence[str], encode: Callable[[str], Sequence[int]], end: int, dtype: Any) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type)
