@@ -21,7 +21,7 @@ from types import FrameType
 from launcher import store
 from launcher.attempts import Attempt, attempts, newest_attempt, step_of
 from launcher.errors import UserError, WorldError
-from launcher.run_record import PlannedStage, RunRecord, write_run
+from launcher.run_record import PlannedStage, RunRecord, claimed, driver_claim, write_run
 from launcher.spec import stage_text
 from launcher.state import run_state, stage_states
 from launcher.store import Owner, Receipt
@@ -52,7 +52,7 @@ def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False
     _check_installed()
     if detach:
         return _detach(root, record)
-    with _claimed(root, record.run):
+    with claimed(root, record.run):
         _write(root, record)
         return Driver(root, record, slots).run()
 
@@ -64,7 +64,7 @@ def _check_installed() -> None:
 
 
 def _detach(root: Path, record: RunRecord) -> int:
-    with _claimed(root, record.run):
+    with claimed(root, record.run):
         _write(root, record)
     log = store.run_dir(root, record.run) / "driver.log"
     command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
@@ -80,29 +80,6 @@ def _environment() -> dict[str, str]:
     package = str(Path(store.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
-
-
-# -------------------------------------------------------------------------------------------------------------- claim
-
-
-def driver_claim(root: Path, run: str) -> Path:
-    """The claim of the process that drives a run."""
-    return store.run_dir(root, run) / "driver.claim"
-
-
-@contextlib.contextmanager
-def _claimed(root: Path, run: str) -> Iterator[None]:
-    owner, folder = store.this_process(), driver_claim(root, run)
-    holder = store.claim(folder, owner)
-    if holder is not None:
-        raise UserError(
-            f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
-            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or give this one a --name"
-        )
-    try:
-        yield
-    finally:
-        store.release(folder, owner)
 
 
 def _write(root: Path, record: RunRecord) -> None:

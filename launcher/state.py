@@ -14,9 +14,12 @@ from typing import Any, Literal
 from launcher import store
 from launcher.attempts import Attempt, newest_attempt
 from launcher.run_record import PlannedStage, RunRecord
+from launcher.slurm import Job
 from launcher.store import Receipt
 
-State = Literal["done", "running", "failed", "stopped", "interrupted", "waiting"]
+State = Literal["done", "running", "queued", "failed", "stopped", "interrupted", "waiting"]
+#: The newest job of a stage, by the stage's name; empty outside Slurm.
+Jobs = Mapping[str, Job]
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,23 @@ class StageState:
     folder: str | None = None
 
 
-def stage_states(root: Path, record: RunRecord, done: Mapping[str, Receipt] | None = None) -> list[StageState]:
+def stage_states(
+    root: Path, record: RunRecord, done: Mapping[str, Receipt] | None = None, jobs: Jobs | None = None
+) -> list[StageState]:
     """The state of every stage, in the plan's order; receipts in `done`, by stage, are not read again."""
-    return [_stage_state(root, record.run, stage, (done or {}).get(stage.spec.stage)) for stage in record.stages]
+    done, jobs = done or {}, jobs or {}
+    names = [stage.spec.stage for stage in record.stages]
+    return [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
 
 
 def run_state(stages: list[StageState]) -> State:
     """One word for the run: what asks for attention first."""
     found = {s.state for s in stages}
-    order: tuple[State, ...] = ("running", "failed", "stopped", "interrupted", "waiting")
+    order: tuple[State, ...] = ("running", "queued", "failed", "stopped", "interrupted", "waiting")
     return next((state for state in order if state in found), "done")
 
 
-def _stage_state(root: Path, run: str, stage: PlannedStage, known: Receipt | None) -> StageState:
+def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Job | None) -> StageState:
     spec = stage.spec
     attempt = newest_attempt(root, spec)
     facts: dict[str, Any] = {"stage": spec.stage, "kind": spec.kind, "inserted": stage.inserted}
@@ -60,7 +67,40 @@ def _stage_state(root: Path, run: str, stage: PlannedStage, known: Receipt | Non
     if receipt is not None:
         made = {"state": "done", "exit_class": "finished", "message": "", "seconds": receipt.seconds}
         return StageState(**{**facts, **made})
+    if job is not None and (attempt is None or not _tells_more(attempt, job)):
+        return StageState(**{**facts, **_job_facts(job)})
     return StageState(state="waiting" if attempt is None else _state(attempt), **facts)
+
+
+def _tells_more(attempt: Attempt, job: Job) -> bool:
+    """Whether an attempt's own files say more of a stage than Slurm does of its job."""
+    if attempt.name.partition(".")[0] != job.id:
+        return False  # of an earlier job
+    if attempt.end is None:
+        return job.state == "RUNNING"
+    return not job.is_active or attempt.end.get("action") != "again"
+
+
+#: How Slurm ends jobs by itself.
+_ENDED: Mapping[str, tuple[State, str]] = {
+    "CANCELLED": ("stopped", "cancelled"),
+    "NODE_FAIL": ("interrupted", "node-failure"),
+    "BOOT_FAIL": ("interrupted", "node-failure"),
+    "TIMEOUT": ("interrupted", "time-limit"),
+    "DEADLINE": ("interrupted", "time-limit"),
+    "PREEMPTED": ("interrupted", "preempted"),
+    "OUT_OF_MEMORY": ("failed", "out-of-memory"),
+}
+
+
+def _job_facts(job: Job) -> dict[str, Any]:
+    if job.is_active:
+        waits = job.state != "RUNNING"
+        reason = "" if job.reason in ("None", "") else f", {job.reason}"
+        words = f"job {job.id} {job.state.lower()}{reason}"
+        return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
+    state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
+    return {"state": state, "exit_class": exit_class, "message": f"job {job.id} ended as {job.state}"}
 
 
 def _state(attempt: Attempt) -> State:

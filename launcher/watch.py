@@ -19,6 +19,7 @@ _LINE_S = 10.0
 _STYLES: dict[State, str] = {
     "done": "green",
     "running": "cyan",
+    "queued": "blue",
     "failed": "bold red",
     "stopped": "yellow",
     "interrupted": "yellow",

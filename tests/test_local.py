@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from launcher import store
+from launcher.attempts import attempts
 from launcher.configs import Resources
 from launcher.local import cancel_run
 from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
 from launcher.spec import Input, StageSpec, Step
-from launcher.attempts import attempts
 from launcher.state import run_state, stage_states
 from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
 
@@ -120,7 +120,7 @@ def test_without_progress_it_gives_up(run: Driven) -> None:
 
 
 def test_a_killed_driver_leaves_living_stages_that_the_next_one_rejoins(run: Driven) -> None:
-    run.plan(("a", (), {"until": 40, "sleep": 0.05}), ("b", ("a",), {}))
+    run.plan(("a", (), {"until": 100, "sleep": 0.05}), ("b", ("a",), {}))
     driver = run.drive()
     run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 2))
     driver.kill()
@@ -132,7 +132,7 @@ def test_a_killed_driver_leaves_living_stages_that_the_next_one_rejoins(run: Dri
 
 
 def test_a_killed_supervisor_is_replaced(run: Driven) -> None:
-    run.plan(("a", (), {"until": 60, "sleep": 0.05}))
+    run.plan(("a", (), {"until": 100, "sleep": 0.05}))
     driver = run.drive()
     run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
     ((attempt, _),) = attempts(run.root, "run", "a")
@@ -143,7 +143,7 @@ def test_a_killed_supervisor_is_replaced(run: Driven) -> None:
 
 
 def test_everything_killed_at_once_and_run_again(run: Driven) -> None:
-    run.plan(("a", (), {"until": 30, "sleep": 0.05}), ("b", ("a",), {}))
+    run.plan(("a", (), {"until": 100, "sleep": 0.05}), ("b", ("a",), {}))
     driver = run.drive()
     run.wait_for(lambda: run.count("a") and run.step_reached(run.stage("a"), 3))
     for pid in [driver.pid, *run.processes()]:

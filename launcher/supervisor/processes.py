@@ -62,13 +62,13 @@ class SrunStep(Process):
             self.told.append(RankExit(self.step.name, rank, code, self._said(rank)))
         if self.told:
             return self.told[0]
-        code = self.popen.poll()
-        if code is None:
+        ended = self.popen.poll()
+        if ended is None:
             return None
         said = [self._said(rank) for rank in range(self.step.ntasks)]
         unwell = [(r, s) for r, s in enumerate(said) if s is None or s.get("class") != "finished"]
         rank, what = unwell[0] if unwell else (0, said[0])
-        return RankExit(self.step.name, rank, code, what)
+        return RankExit(self.step.name, rank, ended, what)
 
     def _said(self, rank: int) -> dict[str, Any] | None:
         found: dict[str, Any] | None = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
