@@ -15,7 +15,7 @@ from launcher.containers import RUNTIMES, image_problems, mount_problem, not_bui
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
-from launcher.run_record import PlannedStage
+from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import KINDS, Limits, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
 from launcher.units import format_duration, parse_duration
 
@@ -56,6 +56,7 @@ class Profile:
     name: str = option(..., "The file's name without .yaml; not a key of the file.")
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
     description: str = option("", "One line for `prism-launch clusters`.")
+    poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
     slots: int = option(1, "local: stages that run side by side.")
     partition: str | None = option(None, "Partition of stages that name none; null: the site's default.")
     cpu_partition: str | None = option(None, "Partition of stages that ask for no GPU; null: `partition`.")
@@ -292,6 +293,11 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
     """
     steps = tuple(_place_step(step, stage.spec, profile, root) for step in stage.spec.steps)
     return replace(stage, spec=replace(stage.spec, steps=steps))
+
+
+def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:
+    """The run with every stage placed on this cluster."""
+    return replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
 
 
 def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> Step:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import slurm, store
-from launcher.cluster import Profile, place_stage
+from launcher.cluster import Profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import sbatch_text
@@ -57,16 +57,15 @@ def stage_jobs(root: Path, record: RunRecord) -> Jobs:
 
 
 def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
-    """Submit every stage that is neither done nor in the queue; returns job ids by stage, of this call alone.
+    """Submit every stage, placed on the cluster, that is neither done nor in the queue; returns this call's job ids.
 
     Raises UserError where another process is submitting this run or jobs of another plan of it are in the queue, and
     WorldError with what sbatch said; what has been submitted by then stays, and the next call joins it.
     """
-    placed = replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
     with claimed(root, record.run):
-        _refuse_other_plans(root, placed)
-        write_run(root, placed)
-        return _submit_stages(root, placed, profile)
+        _refuse_other_plans(root, record)
+        write_run(root, record)
+        return _submit_stages(root, record, profile)
 
 
 def _refuse_other_plans(root: Path, record: RunRecord) -> None:
