@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prism-launch",
         description="Mid-training and RL pipelines for Slurm clusters, from one YAML recipe.",
-        epilog="Start with: prism-launch run recipes/demo.yaml --cluster local",
+        epilog="Start with: prism-launch run demo --cluster local. "
+        "Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"prism-launch {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -74,7 +75,12 @@ def _command(commands: Commands, name: str, text: str, *groups: str) -> argparse
     if "recipe" in groups:
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change one value"
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change one value by its dotted path, such as seed=1 or midtrain.lr=1e-3; may be given again",
         )
         parser.add_argument("--name", help="name of the run; default: the recipe's name and what --set changed")
     if "cluster" in groups:
@@ -89,7 +95,15 @@ def _command(commands: Commands, name: str, text: str, *groups: str) -> argparse
 
 
 def _add_recipe_commands(commands: Commands) -> None:
-    _command(commands, "check", "find every problem of a recipe", "recipe", "cluster", "root", "json")
+    _command(
+        commands,
+        "check",
+        "find every problem of a recipe: one line each, with file and line",
+        "recipe",
+        "cluster",
+        "root",
+        "json",
+    )
     _command(commands, "plan", "show the stages and what is done already", "recipe", "cluster", "root", "json")
     render = _command(commands, "render", "write the sbatch scripts into a folder", "recipe", "cluster", "root", "json")
     render.add_argument("-o", "--output", metavar="DIR", required=True, help="a new folder, or one rendered before")
@@ -104,7 +118,7 @@ def _add_run_commands(commands: Commands) -> None:
     logs = _command(commands, "logs", "print a stage's log", "run", "root")
     logs.add_argument("--stage", metavar="STAGE", help="default: the one that failed or runs")
     logs.add_argument("--step", metavar="STEP", help="one component of the stage")
-    logs.add_argument("-n", "--lines", type=int, default=50, help="last lines to print; default: 50")
+    logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
     _command(commands, "cancel", "stop a run's stages; they save first", "run", "root", "json")
     resume = _command(commands, "resume", "go on with a run, as it was planned", "run", "root")
@@ -112,9 +126,20 @@ def _add_run_commands(commands: Commands) -> None:
     _command(commands, "report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
 def _add_checkpoint_commands(commands: Commands) -> None:
     convert = _command(commands, "convert", "convert a checkpoint, verified", "json")
-    convert.add_argument("source", metavar="SRC", help="checkpoint to read")
+    convert.add_argument(
+        "source",
+        metavar="SRC",
+        help="checkpoint to read: a folder with config.json and safetensors, or one of Megatron's torch_dist",
+    )
     convert.add_argument("target", metavar="DST", help="folder to write")
     convert.add_argument("--to", required=True, choices=["hf", "megatron"], help="format to write")
     convert.add_argument("--no-verify", action="store_true", help="leave out the round trip")
@@ -123,7 +148,7 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         ("cka", "representation similarity of two checkpoints, by layer"),
     ):
         parser = _command(commands, name, text, "json")
-        parser.add_argument("a", metavar="A", help="checkpoint before")
+        parser.add_argument("a", metavar="A", help="checkpoint before: a folder with config.json and safetensors")
         parser.add_argument("b", metavar="B", help="checkpoint after")
         if name == "cka":
             parser.add_argument("--texts", required=True, metavar="FILE", help="one text a line")

@@ -15,7 +15,7 @@ from launcher.containers import RUNTIMES, image_problems, mount_problem, not_bui
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
-from launcher.run_record import PlannedStage
+from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import KINDS, Limits, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
 from launcher.units import format_duration, parse_duration
 
@@ -55,7 +55,8 @@ class Profile:
     name: str = option(..., "The file's name without .yaml; not a key of the file.")
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
     description: str = option("", "One line for `prism-launch clusters`.")
-    slots: int = option(1, "local: stages that run side by side.")
+    poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
+    slots: int = option(1, "local: processes that run side by side: each stage takes its tasks times their cores.")
     partition: str | None = option(None, "Partition of stages that name none; null: the site's default.")
     cpu_partition: str | None = option(None, "Partition of stages that ask for no GPU; null: `partition`.")
     partitions: Mapping[str, Partition] = option({}, "Limits by partition; where given, no other may be asked for.")
@@ -291,6 +292,11 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
     """
     steps = tuple(_place_step(step, stage.spec, profile, root) for step in stage.spec.steps)
     return replace(stage, spec=replace(stage.spec, steps=steps))
+
+
+def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:
+    """The run with every stage placed on this cluster."""
+    return replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
 
 
 def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> Step:

@@ -12,13 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, store
-from launcher.cluster import Profile, load_profile
+from launcher.cluster import Profile, load_profile, place_record
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
+
+if TYPE_CHECKING:
+    from launcher.state import Jobs
 
 # ------------------------------------------------------------------------------------------------------------ shared
 
@@ -225,12 +228,9 @@ def run(args: argparse.Namespace) -> int:
             print(dry_run(record, profile, _root(args)))
         return 0
     records = _records(args, profile)
-    if profile.scheduler == "slurm":
-        raise UserError(
-            f"cluster {profile.name}: submitting to Slurm is not built yet; "
-            "`prism-launch render` writes the scripts and a submit.sh, --cluster local runs here"
-        )
     root = store.open_root(_root(args))
+    if profile.scheduler == "slurm":
+        return _run_on_slurm(root, [place_record(r, profile, root) for r in records], profile, args.detach)
     worst = 0
     for record in records:
         code = _run_here(root, record, profile, args.detach)
@@ -238,6 +238,30 @@ def run(args: argparse.Namespace) -> int:
             return code
         worst = max(worst, code)
     return worst
+
+
+def _run_on_slurm(root: Path, records: Sequence[RunRecord], profile: Profile, detach: bool) -> int:
+    """Submit every run, then follow them one by one; leaving with Ctrl-C stops nothing."""
+    from launcher.submit import submit_run
+
+    for record in records:
+        for stage, job in submit_run(root, record, profile).items():
+            print(f"{stage}: job {job}")
+    if detach:
+        return 0
+    return max(_follow(root, record, profile) for record in records)
+
+
+def _follow(root: Path, record: RunRecord, profile: Profile) -> int:
+    from launcher.state import run_state
+    from launcher.submit import stage_jobs
+    from launcher.watch import watch_run
+
+    states = watch_run(root, record, lambda: stage_jobs(root, record), profile.poll_s)
+    if run_state(states) != "done":
+        return 1
+    _finish(root, record)
+    return 0
 
 
 def _run_here(root: Path, record: RunRecord, profile: Profile, detach: bool) -> int:
@@ -263,10 +287,23 @@ def _finish(root: Path, record: RunRecord) -> None:
 def resume(args: argparse.Namespace) -> int:
     """Go on with a run, as it was planned."""
     root, record = _open_run(args)
+    _check_versions(record)
     profile = load_profile(record.cluster)
     if profile.scheduler == "slurm":
-        raise UserError(f"run {record.run} was rendered for {record.cluster}; go on with its submit.sh")
+        return _run_on_slurm(root, [record], profile, args.detach)
     return _run_here(root, record, profile, args.detach)
+
+
+def _check_versions(record: RunRecord) -> None:
+    """Refuse a plan of another version: its fingerprints would name what this version makes otherwise."""
+    from launcher.stages import kinds
+
+    old = [s.spec.stage for s in record.stages if s.spec.kind_version != kinds()[s.spec.kind].VERSION]
+    if old:
+        raise UserError(
+            f"run {record.run} was planned by another version of prism-launch ({', '.join(old)} would differ); "
+            f"plan it anew with: prism-launch run {record.recipe} --name {record.run}"
+        )
 
 
 def report(args: argparse.Namespace) -> int:
@@ -286,7 +323,7 @@ def status(args: argparse.Namespace) -> int:
     from launcher.state import run_state, stage_states
 
     root, record = _open_run(args)
-    states = stage_states(root, record)
+    states = stage_states(root, record, jobs=_jobs(root, record))
     if args.json:
         from launcher.spec import encode
 
@@ -301,30 +338,39 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _jobs(root: Path, record: RunRecord) -> Jobs:
+    """The run's jobs as Slurm tells them; none for a run that was never submitted."""
+    from launcher.submit import read_submitted, stage_jobs
+
+    return stage_jobs(root, record) if read_submitted(root, record.run) else {}
+
+
 def watch(args: argparse.Namespace) -> int:
     """Follow a run; leaving with Ctrl-C does not stop it."""
     from launcher.state import run_state
     from launcher.watch import watch_run
 
     root, record = _open_run(args)
-    return 0 if run_state(watch_run(root, record)) in ("done", "running") else 1
+    profile = load_profile(record.cluster)
+    poll_s = profile.poll_s if profile.scheduler == "slurm" else 0.5
+    return 0 if run_state(watch_run(root, record, lambda: _jobs(root, record), poll_s)) == "done" else 1
 
 
 def logs(args: argparse.Namespace) -> int:
     """Print the end of a stage's log, and go on with it where asked."""
-    from launcher.state import newest_attempt
+    from launcher.attempts import newest_attempt
     from launcher.watch import follow_file
 
     root, record = _open_run(args)
     stage = record.stage(args.stage) if args.stage else _stage_of_interest(root, record)
-    attempt = newest_attempt(root, record.run, stage)
+    attempt = newest_attempt(root, stage.spec)
     if attempt is None:
         raise UserError(f"stage {stage.spec.stage} of run {record.run} has no log: it has not been started in this run")
     path = _log_file(attempt.folder, args.step)
     print(f"==> {path} <==", file=sys.stderr)
     print("\n".join(path.read_text(errors="replace").splitlines()[-args.lines :]))
     if args.follow:
-        follow_file(path, lambda: (now := newest_attempt(root, record.run, stage)) is not None and now.is_living)
+        follow_file(path, lambda: (now := newest_attempt(root, stage.spec)) is not None and now.is_living)
     return 0
 
 
@@ -352,9 +398,10 @@ def _log_file(folder: Path, step: str | None) -> Path:
 def cancel(args: argparse.Namespace) -> int:
     """Stop a run's stages; they save first."""
     from launcher.local import cancel_run
+    from launcher.submit import cancel_jobs
 
     root, record = _open_run(args)
-    stopped = cancel_run(root, record)
+    stopped = cancel_jobs(root, record) if _jobs(root, record) else cancel_run(root, record)
     if args.json:
         _print_json({"run": record.run, "stopped": stopped})
     else:

@@ -202,8 +202,6 @@ class TrainConfig:
     micro_batch_size: int = option(1, "Sequences a rank takes at once.", identity=False)
     parallelism: Parallelism = option(Parallelism(), "The parallel layout.", identity=False)
     save_interval: int = option(500, "Steps between checkpoints to resume from.", identity=False)
-    eval_interval: int = option(0, "Steps between validations; 0: none.", identity=False)
-    eval_iters: int = option(10, "Batches of a validation.", identity=False)
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
 
     def __post_init__(self) -> None:

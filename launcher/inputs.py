@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import store
 from launcher.configs import PrepareConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
@@ -71,7 +71,7 @@ def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
     if not isinstance(stage.config, PrepareConfig):
         return {}
     facts = {
-        f"sources.{name}": f"python {platform.python_version()}"
+        f"sources.{name}": f"python {sys.version}"
         for name, source in stage.config.sources.items()
         if source.kind == "python-stdlib"
     }
@@ -80,20 +80,10 @@ def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
         if path and not path.startswith("hf:"):  # which the worker refuses
             where = f"stages.{stage.name}.{key}.path"
             try:
-                facts[key] = tree_fingerprint(Path(path))
+                facts[key] = store.tree_fingerprint(Path(path))
             except OSError as error:
                 problems.append(f"{recipe.where(where)}: {where}: {path}: {error.strerror}")
     return facts
-
-
-def tree_fingerprint(path: Path) -> str:
-    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:20]
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:
@@ -104,11 +94,11 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if (path / "latest_checkpointed_iteration.txt").exists():
-        return External(str(path), "megatron", tree_fingerprint(path), _model_type(path / "hf" / "config.json"))
+        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / "hf" / "config.json"))
     if (path / "config.json").exists():
         if not list(path.glob("*.safetensors")):
             raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
-        return External(str(path), "hf", tree_fingerprint(path), _model_type(path / "config.json"))
+        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path / "config.json"))
     raise UserError(
         f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one (latest_checkpointed_iteration.txt)"
     )

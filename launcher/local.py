@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import store
+from launcher.attempts import Attempt, attempts, newest_attempt, step_of
 from launcher.errors import UserError, WorldError
-from launcher.run_record import PlannedStage, RunRecord, write_run
+from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.spec import stage_text
-from launcher.state import Attempt, attempts, newest_attempt, stage_states
+from launcher.state import stage_states
 from launcher.store import Owner, Receipt
 from launcher.supervisor.classify import ACTIONS
 from launcher.watch import Follower
@@ -51,7 +52,7 @@ def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False
     _check_installed()
     if detach:
         return _detach(root, record)
-    with _claimed(root, record.run):
+    with claimed(root, record.run):
         _write(root, record)
         return Driver(root, record, slots).run()
 
@@ -63,7 +64,7 @@ def _check_installed() -> None:
 
 
 def _detach(root: Path, record: RunRecord) -> int:
-    with _claimed(root, record.run):
+    with claimed(root, record.run):
         _write(root, record)
     log = store.run_dir(root, record.run) / "driver.log"
     command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
@@ -81,25 +82,6 @@ def _environment() -> dict[str, str]:
     package = str(Path(store.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
-
-
-# -------------------------------------------------------------------------------------------------------------- claim
-
-
-@contextlib.contextmanager
-def _claimed(root: Path, run: str) -> Iterator[None]:
-    owner, folder = store.this_process(), store.driver_claim(root, run)
-    holder = store.claim(folder, owner)
-    if holder is not None:
-        gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
-        raise UserError(
-            f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
-            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or give this one a --name{gone}"
-        )
-    try:
-        yield
-    finally:
-        store.release(folder, owner)
 
 
 def _write(root: Path, record: RunRecord) -> None:
@@ -166,12 +148,21 @@ class Driver:
         """What is made already, and what still runs from before."""
         for stage in self.record.stages:
             name = stage.spec.stage
-            attempt = newest_attempt(self.root, self.record.run, stage)
+            attempt = newest_attempt(self.root, stage.spec)
             receipt = store.read_receipt(self.root, stage.spec.artifact)
             if receipt is not None:
                 self.done[name] = receipt
             elif attempt is not None and attempt.is_living and attempt.owner is not None:
-                self.running[name] = attempt.owner
+                self.running[name] = self._rejoinable(name, attempt, attempt.owner)
+
+    @staticmethod
+    def _rejoinable(name: str, attempt: Attempt, owner: Owner) -> Owner:
+        if store.is_alive(owner) is None:
+            raise UserError(
+                f"{attempt.folder}: stage {name} runs on {owner.host}, which cannot be looked at from here; go on "
+                f"there, or, if {owner.host} is gone, remove {attempt.folder}"
+            )
+        return owner
 
     def _start_ready(self) -> bool:
         """Start what can start now; returns whether anything was started."""
@@ -220,7 +211,7 @@ class Driver:
         if receipt is not None:
             self.done[name] = receipt
             return
-        attempt = newest_attempt(self.root, self.record.run, stage)
+        attempt = newest_attempt(self.root, stage.spec)
         if attempt is not None and (attempt.owner is None or attempt.owner.pid != owner.pid):
             attempt = None  # an earlier one: this supervisor ended before it could say anything
         if self._action(stage, attempt) != "again":
@@ -238,8 +229,8 @@ class Driver:
 
     def _got_further(self, stage: PlannedStage, attempt: Attempt) -> bool:
         earlier = [a for a, _ in attempts(self.root, self.record.run, stage.spec.stage) if a.name != attempt.name]
-        best = max((_step(a) for a in earlier), default=0)
-        return _step(attempt) > best
+        best = max((step_of(a) for a in earlier), default=0)
+        return step_of(attempt) > best
 
     def _failures(self) -> list[str]:
         lines = []
@@ -261,10 +252,6 @@ class Driver:
             for owner in self.running.values():
                 _signal(owner, signal.SIGKILL)
         follower.say(f"stopped; go on with: prism-launch resume {self.record.run} --root {self.root}")
-
-
-def _step(attempt: Attempt) -> int:
-    return int((attempt.beat or {}).get("step", 0))
 
 
 @contextlib.contextmanager
@@ -298,7 +285,7 @@ def cancel_run(root: Path, record: RunRecord) -> list[str]:
 
 def _living(root: Path, record: RunRecord) -> Iterator[tuple[PlannedStage, Attempt]]:
     for stage in record.stages:
-        attempt = newest_attempt(root, record.run, stage)
+        attempt = newest_attempt(root, stage.spec)
         if attempt is not None and attempt.is_living:
             yield stage, attempt
 

@@ -17,11 +17,10 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from launcher import store
-from launcher.cluster import Profile, place_stage
+from launcher.cluster import Profile, place_record
 from launcher.errors import UserError
 from launcher.run_record import RunRecord
 from launcher.sbatch import sbatch_text
@@ -62,7 +61,7 @@ def files(record: RunRecord, profile: Profile, root: Path) -> dict[str, str]:
             raise UserError(f"{name!r} cannot name files and jobs: letters, digits and . _ = , + - only")
     if re.search(r"[\x00-\x1f\x7f]", str(root)):
         raise UserError(f"{str(root)!r}: the store's root cannot stand in a script; choose another with --root")
-    record = replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
+    record = place_record(record, profile, root)
     texts = {}
     for stage in record.stages:
         texts[f"{stage.spec.stage}.sbatch"] = sbatch_text(stage, profile, root)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,20 @@ def list_runs(root: Path) -> list[str]:
     """Names of the runs under a root, the latest written first."""
     found = list((root / "runs").glob("*/run.json"))
     return [p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+@contextlib.contextmanager
+def claimed(root: Path, run: str) -> Iterator[None]:
+    """Hold the claim on a run. Raises UserError where another process has it."""
+    owner, folder = store.this_process(), store.driver_claim(root, run)
+    holder = store.claim(folder, owner)
+    if holder is not None:
+        gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
+        raise UserError(
+            f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
+            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or choose another --name{gone}"
+        )
+    try:
+        yield
+    finally:
+        store.release(folder, owner)

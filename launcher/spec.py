@@ -104,7 +104,6 @@ class Step:
     image: str | None = None
     mounts: tuple[str, ...] = ()
     probe: Probe | None = None
-    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ class StageSpec:
     limits: Limits = Limits()
     runtime: Runtime = Runtime()
     snapshot: str | None = None
-    secret_names: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property

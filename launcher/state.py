@@ -6,36 +6,20 @@ supervisor lives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher import store
+from launcher.attempts import Attempt, newest_attempt
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import SpecError, decode
-from launcher.store import Owner, Receipt
+from launcher.slurm import Job
+from launcher.store import Receipt
 
-State = Literal["done", "running", "failed", "stopped", "interrupted", "waiting"]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt as its files tell it. `end` is its last event where it has ended; `beat` the newest heartbeat."""
-
-    name: str
-    folder: Path
-    started: float
-    owner: Owner | None
-    end: Mapping[str, Any] | None
-    beat: Mapping[str, Any] | None
-    note: str = ""
-
-    @property
-    def is_living(self) -> bool:
-        """Whether its supervisor lives, as far as this machine can tell."""
-        return self.end is None and self.owner is not None and store.is_alive(self.owner) is not False
+State = Literal["done", "running", "queued", "failed", "stopped", "interrupted", "waiting"]
+#: The newest job of a stage, by the stage's name; empty outside Slurm.
+Jobs = Mapping[str, Job]
 
 
 @dataclass(frozen=True)
@@ -57,21 +41,25 @@ class StageState:
     folder: str | None = None
 
 
-def stage_states(root: Path, record: RunRecord, done: Mapping[str, Receipt] | None = None) -> list[StageState]:
+def stage_states(
+    root: Path, record: RunRecord, done: Mapping[str, Receipt] | None = None, jobs: Jobs | None = None
+) -> list[StageState]:
     """The state of every stage, in the plan's order; receipts in `done`, by stage, are not read again."""
-    return [_stage_state(root, record.run, stage, (done or {}).get(stage.spec.stage)) for stage in record.stages]
+    done, jobs = done or {}, jobs or {}
+    names = [stage.spec.stage for stage in record.stages]
+    return [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
 
 
 def run_state(stages: list[StageState]) -> State:
     """One word for the run: what asks for attention first."""
     found = {s.state for s in stages}
-    order: tuple[State, ...] = ("running", "failed", "stopped", "interrupted", "waiting")
+    order: tuple[State, ...] = ("running", "queued", "failed", "stopped", "interrupted", "waiting")
     return next((state for state in order if state in found), "done")
 
 
-def _stage_state(root: Path, run: str, stage: PlannedStage, known: Receipt | None) -> StageState:
+def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Job | None) -> StageState:
     spec = stage.spec
-    attempt = newest_attempt(root, run, stage)
+    attempt = newest_attempt(root, spec)
     facts: dict[str, Any] = {"stage": spec.stage, "kind": spec.kind, "inserted": stage.inserted}
     if attempt is not None:
         facts |= _attempt_facts(attempt)
@@ -79,7 +67,40 @@ def _stage_state(root: Path, run: str, stage: PlannedStage, known: Receipt | Non
     if receipt is not None:
         made = {"state": "done", "exit_class": "finished", "message": "", "seconds": receipt.seconds}
         return StageState(**{**facts, **made})
+    if job is not None and (attempt is None or not _tells_more(attempt, job)):
+        return StageState(**{**facts, **_job_facts(job)})
     return StageState(state="waiting" if attempt is None else _state(attempt), **facts)
+
+
+def _tells_more(attempt: Attempt, job: Job) -> bool:
+    """Whether an attempt's own files say more of a stage than Slurm does of its job."""
+    if attempt.name.partition(".")[0] != job.id:
+        return False  # of an earlier job
+    if attempt.end is None:
+        return job.state == "RUNNING"
+    return not job.is_active or attempt.end.get("action") != "again"
+
+
+#: How Slurm ends jobs by itself.
+_ENDED: Mapping[str, tuple[State, str]] = {
+    "CANCELLED": ("stopped", "cancelled"),
+    "NODE_FAIL": ("interrupted", "node-failure"),
+    "BOOT_FAIL": ("interrupted", "node-failure"),
+    "TIMEOUT": ("interrupted", "time-limit"),
+    "DEADLINE": ("interrupted", "time-limit"),
+    "PREEMPTED": ("interrupted", "preempted"),
+    "OUT_OF_MEMORY": ("failed", "out-of-memory"),
+}
+
+
+def _job_facts(job: Job) -> dict[str, Any]:
+    if job.is_active:
+        waits = job.state != "RUNNING"
+        reason = "" if job.reason in ("None", "") else f", {job.reason}"
+        words = f"job {job.id} {job.state.lower()}{reason}"
+        return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
+    state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
+    return {"state": state, "exit_class": exit_class, "message": f"job {job.id} ended as {job.state}"}
 
 
 def _state(attempt: Attempt) -> State:
@@ -104,55 +125,3 @@ def _attempt_facts(attempt: Attempt) -> dict[str, Any]:
         "seconds": end.get("seconds"),
         "folder": str(attempt.folder),
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- attempts
-
-
-def attempts(root: Path, run: str, stage: str) -> list[tuple[Attempt, str]]:
-    """Every attempt at a stage with its fingerprint, the oldest first."""
-    found = [_read_attempt(p) for p in store.stage_dir(root, run, stage).glob("*/events.jsonl")]
-    return sorted((f for f in found if f is not None), key=lambda f: f[0].started)
-
-
-def newest_attempt(root: Path, run: str, stage: PlannedStage) -> Attempt | None:
-    """The newest attempt at what is planned now; those of an earlier plan do not count."""
-    found = [a for a, fingerprint in attempts(root, run, stage.spec.stage) if fingerprint == stage.spec.fingerprint]
-    return found[-1] if found else None
-
-
-def _read_attempt(path: Path) -> tuple[Attempt, str] | None:
-    events = _read_events(path)
-    if not events or events[0].get("event") != "start":
-        return None
-    first, last = events[0], events[-1]
-    try:
-        owner: Owner | None = decode(Owner, first.get("owner"))
-    except SpecError:
-        owner = None
-    attempt = Attempt(
-        name=path.parent.name,
-        folder=path.parent,
-        started=float(first["time"]),
-        owner=owner,
-        end=last if last["event"] == "end" else None,
-        beat=_newest_beat(path.parent),
-        note=str(last.get("message", "")),
-    )
-    return attempt, str(first.get("fingerprint", ""))
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The events that are whole lines; a killed supervisor may have left half of one."""
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [e for e in found if isinstance(e, dict) and "event" in e]
-
-
-def _newest_beat(folder: Path) -> Mapping[str, Any] | None:
-    beats = [store.read_json(p) for p in folder.glob("heartbeat.*.json")]
-    return max((b for b in beats if b), key=lambda b: float(b["time"]), default=None)

@@ -127,6 +127,7 @@ def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
         "cpus-per-task": step.cpus,
         "gpus-per-node": step.gpus,
         "kill-on-bad-exit": 0,
+        "output": f"{place.attempt_dir}/{step.name}.%t.log",
         **({"mpi": runtime.mpi} if runtime.mpi else {}),
     }
     flags = [f"--{name}={value}" for name, value in options.items()]

@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,6 @@ class Receipt:
     attempts: int = 1
     made_by: str = ""
     made_on: str = ""
-    git: str | None = None
     image: str | None = None
     schema: int = RECEIPT_SCHEMA
 
@@ -188,6 +188,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tree_fingerprint(path: Path) -> str:
+    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:20]
+
+
 def list_files(folder: Path) -> dict[str, tuple[int, str]]:
     """Every regular file under `folder` but the receipt and what is in progress: path inside it to (bytes, sha256)."""
     left_out = {RECEIPT, PROGRESS}
@@ -216,7 +226,7 @@ def seal(root: Path, artifact: str, receipt: Receipt) -> None:
         shutil.rmtree(partial)
     else:
         if target.exists():
-            os.replace(target, f"{target}.damaged.{os.getpid()}")
+            os.replace(target, f"{target}.damaged.{time.time_ns()}")
         os.replace(partial, target)
         _sync(target.parent)
 
@@ -234,19 +244,31 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that can be told from every other: pids are reused, so its start time and the boot count too."""
+    """A process that can be told from every other.
+
+    Pids are reused, so its start time and the boot count too, and each container may have pids of its own. `job` is
+    its Slurm job.
+    """
 
     host: str
     boot: str
     pid: int
     start: str
     job: str | None = None
+    namespace: str = ""
 
 
 def this_process(pid: int | None = None, job: str | None = None) -> Owner:
     """The owner that stands for a process of this machine, this one by default."""
     pid = pid or os.getpid()
-    return Owner(socket.gethostname(), _boot_id(), pid, process_start(pid) or "", job)
+    return Owner(socket.gethostname(), _boot_id(), pid, process_start(pid) or "", job, _pid_namespace())
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _boot_id() -> str:
@@ -267,7 +289,7 @@ def process_start(pid: int) -> str | None:
 
 def is_alive(owner: Owner) -> bool | None:
     """Whether the owner's process lives; None where this machine cannot tell."""
-    if owner.host != socket.gethostname():
+    if owner.host != socket.gethostname() or (owner.boot == _boot_id() and owner.namespace != _pid_namespace()):
         return None
     return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
 

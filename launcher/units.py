@@ -8,8 +8,6 @@ _DURATION = re.compile(
     r"(?:(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?"
     r"|(?P<h>\d+):(?P<hm>\d+):(?P<hs>\d+)|(?P<m>\d+):(?P<ms>\d+)|(?P<minutes>\d+))"
 )
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
-_POWERS = {unit: 1024**i for i, unit in enumerate(("", "K", "M", "G", "T", "P"))}
 
 
 def parse_duration(text: str) -> int:
@@ -28,14 +26,6 @@ def slurm_duration(seconds: int) -> str:
     days, rest = divmod(int(seconds), 86400)
     clock = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
     return f"{days}-{clock}" if days else clock
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `64G` or `1.5 TiB`; units are powers of 1024, as Slurm's. Raises ValueError."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is no size; write a number and K, M, G, T or P")
-    return int(float(match[1]) * _POWERS[match[2].upper()])
 
 
 def format_duration(seconds: float) -> str:

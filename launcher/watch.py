@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from launcher import store
+from launcher.errors import WorldError
 from launcher.run_record import RunRecord
-from launcher.state import StageState, State, run_state, stage_states
+from launcher.state import Jobs, StageState, State, run_state, stage_states
 from launcher.units import format_count, format_duration
 
 #: A plain line of each running stage at most this often, in seconds.
@@ -20,6 +22,7 @@ _LINE_S = 10.0
 _STYLES: dict[State, str] = {
     "done": "green",
     "running": "cyan",
+    "queued": "blue",
     "failed": "bold red",
     "stopped": "yellow",
     "interrupted": "yellow",
@@ -122,6 +125,8 @@ def describe_change(state: StageState) -> str:
     """What happened to a stage, in words."""
     if state.state == "done":
         return f"done in {format_duration(state.seconds)}" if state.seconds is not None else "done"
+    if state.state == "queued":
+        return state.message
     if state.state == "running":
         return f"started ({state.attempt})" + (f": {state.message}" if state.message else "")
     return state.state + (f": {state.exit_class}: {state.message}" if state.message else "")
@@ -170,20 +175,28 @@ def _time_of(state: StageState) -> str:
 def _progress_of(state: StageState, pace: Pace) -> str:
     if state.state == "running":
         return describe_progress(state, pace) or state.message
+    if state.state == "queued":
+        return state.message
     if state.state in ("done", "waiting"):
         return ""
     return f"{state.exit_class or state.state}: {state.message}".removesuffix(": ")
 
 
-def watch_run(root: Path, record: RunRecord, poll_s: float = 0.5) -> list[StageState]:
-    """Follow a run until neither a stage nor its driver runs any more; returns the last states."""
+def watch_run(root: Path, record: RunRecord, jobs: Callable[[], Jobs] = dict, poll_s: float = 0.5) -> list[StageState]:
+    """Follow a run until neither a stage runs or waits in a queue nor the run is driven; returns the last states.
+
+    `jobs` asks Slurm; where it does not answer, what it said last stands.
+    """
+    known: Jobs = {}
     with Follower(record.run) as follower:
         while True:
             driver = store.claim_holder(store.driver_claim(root, record.run))
             driven = driver is not None and store.is_alive(driver) is not False
-            states = stage_states(root, record)
+            with contextlib.suppress(WorldError):
+                known = jobs()
+            states = stage_states(root, record, jobs=known)
             follower.show(states)
-            if not driven and not any(s.state == "running" for s in states):
+            if not driven and not any(s.state in ("running", "queued") for s in states):
                 return states
             time.sleep(poll_s)
 

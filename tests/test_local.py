@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from launcher import local, store
+from launcher.attempts import attempts
 from launcher.configs import Resources
 from launcher.local import cancel_run, run_local
 from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
 from launcher.spec import Input, StageSpec, Step
-from launcher.state import attempts, run_state, stage_states
+from launcher.state import run_state, stage_states
 from launcher.watch import watch_run
 from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
 

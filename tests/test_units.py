@@ -35,13 +35,6 @@ def test_durations_round_trip(seconds: int) -> None:
     assert units.parse_duration(units.slurm_duration(seconds)) == seconds
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["", "K", "M", "G", "T"]))
-def test_sizes(count: int, unit: str) -> None:
-    assert units.parse_size(f"{count}{unit}") == count * 1024 ** ("", "K", "M", "G", "T").index(unit)
-    with pytest.raises(ValueError, match="no size"):
-        units.parse_size(f"{count}X")
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.96, "1 min 00 s"), (125, "2 min 05 s"), (7800, "2 h 10 min"), (270000, "3 d 3 h")],

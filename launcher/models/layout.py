@@ -67,12 +67,9 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
 
 
 def _unbuilt_problems(config: TrainConfig) -> list[str]:
-    problems = []
-    if config.eval_interval:
-        problems.append("eval_interval: the trainer does not validate yet; set 0")
-    if config.parallelism.context_parallel_size > 1:
-        problems.append("parallelism.context_parallel_size: the trainer does not split sequences over ranks yet; set 1")
-    return problems
+    if config.parallelism.context_parallel_size == 1:
+        return []
+    return ["parallelism.context_parallel_size: the trainer does not split sequences over ranks yet; set 1"]
 
 
 def _cpu_problems(shape: ModelShape, config: TrainConfig) -> list[str]:

@@ -166,7 +166,7 @@ def _run_name(title: str, sets: Sequence[str]) -> str:
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", raw).lstrip(".-")
     if safe == raw and len(safe) <= 80:
         return safe
-    return f"{safe[:70]}-{hashlib.sha256(raw.encode()).hexdigest()[:8]}"
+    return f"{safe[:70] or 'run'}-{hashlib.sha256(raw.encode()).hexdigest()[:8]}"
 
 
 def _apply_overrides(document: Document, sets: Sequence[str]) -> tuple[Document, list[str]]:

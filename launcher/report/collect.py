@@ -212,7 +212,6 @@ def _stages(stage: _Stage) -> list[Row]:
         "attempts": made and made.attempts,
         "made_on": made and made.made_on,
         "made_by_run": made and made.run,
-        "git": made and made.git,
         "image": made and made.image,
         "versions": dict(stage.facts.get("versions", {})),
         "verification": stage.facts.get("verification"),

@@ -45,11 +45,12 @@ class RankExit:
 class Evidence:
     """All that is known at the end of an attempt; `exits` in the order in which they were noticed.
 
-    `asked` is the signal that told the supervisor to stop, `ready_failed` the step that did not become ready.
+    `asked` is the class that a stop stands for where one was asked for, `ready_failed` the step that did not become
+    ready.
     """
 
     exits: Sequence[RankExit] = field(default_factory=tuple)
-    asked: signal.Signals | None = None
+    asked: ExitClass | None = None
     hang_s: float | None = None
     ready_failed: str | None = None
 
@@ -95,15 +96,22 @@ def _ended_well(exit: RankExit) -> bool:
     return exit.code == 0 and _said(exit) in ("finished", "time-limit")
 
 
-def _stopped(asked: signal.Signals, bad: RankExit | None) -> Outcome:
+_ASKED = {
+    "cancelled": "stopped as asked",
+    "time-limit": "the time limit came",
+    "preempted": "preempted",
+    "requeued": "requeued by Slurm",
+    "node-failure": "a node failed",
+}
+
+
+def _stopped(asked: ExitClass, bad: RankExit | None) -> Outcome:
     lost = (
         ""
         if bad is None
         else "; not all processes saved in time, so the next attempt goes on from an earlier checkpoint"
     )
-    if asked == signal.SIGTERM:
-        return outcome("cancelled", f"stopped as asked{lost}")
-    return outcome("time-limit", f"the time limit came{lost}")
+    return outcome(asked, _ASKED[asked] + lost)
 
 
 def _failed(exit: RankExit) -> Outcome:

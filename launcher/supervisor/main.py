@@ -1,8 +1,8 @@
 """The supervisor: one attempt of one stage, from the claim on its artifact to the receipt.
 
 Writes `events.jsonl` in the attempt's folder, whose last line says how the attempt ended. Exit code 0 means that the
-artifact is whole; anything unfinished is 1, the user's own mistake 2. USR2 (time limit) and TERM (cancel) make it ask
-the workers to save and stop.
+artifact is whole, or that the job has been requeued for another life; anything unfinished is 1, the user's own mistake
+2. USR2 (time limit) and TERM (cancel, preemption) make it ask the workers to save and stop.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__, store
-from launcher.errors import PrismError, WorldError
-from launcher.spec import SpecError, StageSpec, read_stage
+from launcher.attempts import attempts_at, lives_without_progress
+from launcher.errors import PrismError, UserError
+from launcher.spec import ExitClass, SpecError, StageSpec, read_stage
 from launcher.steps import Place
 from launcher.store import Owner
 from launcher.supervisor import processes, sealing
+from launcher.supervisor.allocation import Allocation, SlurmJob, ThisMachine
 from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, outcome
 from launcher.supervisor.processes import Process
 
@@ -32,19 +34,32 @@ _POLL_S = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m launcher.supervisor STAGE_JSON`; PRISM_ROOT names the root, PRISM_ATTEMPT the attempt's folder."""
+    """`python -m launcher.supervisor STAGE_JSON`; PRISM_ROOT names the root, PRISM_ATTEMPT the attempt's folder.
+
+    Without PRISM_ATTEMPT it is the batch step of a Slurm job.
+    """
     stage_json = Path(argv[0]).resolve()
     try:
-        if "SLURM_JOB_ID" in os.environ and "PRISM_ATTEMPT" not in os.environ:
-            raise WorldError("starting steps inside a Slurm job is not built yet; --cluster local runs on one machine")
         spec = read_stage(stage_json)
         root = Path(os.environ["PRISM_ROOT"])
-        named = os.environ.get("PRISM_ATTEMPT")
-        folder = Path(named) if named else store.new_attempt(store.stage_dir(root, spec.run, spec.stage))
-        return Supervisor(spec, root, stage_json, folder, store.this_process()).run()
+        return Supervisor(spec, root, _allocation(spec, root, stage_json)).run()
     except (PrismError, SpecError) as error:
         print(f"prism-launch: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except OSError as error:
+        print(f"prism-launch: {error.filename or stage_json}: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _allocation(spec: StageSpec, root: Path, stage_json: Path) -> Allocation:
+    named = os.environ.get("PRISM_ATTEMPT")
+    if named:
+        return ThisMachine(spec, root, stage_json, Path(named))
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError("the supervisor is started by `prism-launch run` or by a rendered sbatch script")
+    found = SlurmJob.current(spec, root)
+    store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
+    return found
 
 
 @dataclass
@@ -53,12 +68,15 @@ class Supervisor:
 
     spec: StageSpec
     root: Path
-    stage_json: Path
-    attempt_dir: Path
-    owner: Owner
+    allocation: Allocation
     asked: list[signal.Signals] = field(default_factory=list)
     started: list[Process] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    why: ExitClass = "cancelled"
+
+    def __post_init__(self) -> None:
+        self.owner = store.this_process(job=self.allocation.job)
+        self.attempt_dir = self.allocation.attempt_dir
 
     # ---- the whole attempt
 
@@ -66,23 +84,48 @@ class Supervisor:
         """Run the attempt; returns the exit code."""
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
-        self._event("start", owner=store_owner(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
         try:
+            self._event("start", owner=store_owner(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
             result = self._make()
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            result = outcome("storage", f"{where}{error.strerror or error}")
+            result = outcome("storage", self._storage_message(error))
         except PrismError as error:
             result = outcome("user-error" if error.exit_code == 2 else "storage", str(error))
         finally:
             processes.kill_all(self.started)
             store.release(store.claim_dir(self.root, self.spec.artifact), self.owner)
-        self._end(result)
+        try:
+            self._end(result)
+        except OSError as error:  # the disk that is full holds our own words too
+            print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
+        if result.action == "again" and self._requeued(result):
+            # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
+            os._exit(0)
         return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
+
+    def _requeued(self, result: Outcome) -> bool:
+        """Whether this job gets another life: Slurm has seen to it itself, or takes it back into its queue."""
+        if self.allocation.job is None:
+            return False
+        if result.exit_class in ("requeued", "node-failure") and self.asked:
+            return True
+        lives = lives_without_progress(self.root, self.spec, self.allocation.job)
+        if lives > self.spec.limits.max_no_progress:
+            print(f"{self.spec.stage}: {lives} lives without progress: given up", flush=True)
+            return False
+        refused = self.allocation.requeue(())
+        if refused is not None:
+            print(f"{self.spec.stage}: not requeued: {refused}", flush=True)
+        return refused is None
+
+    def _storage_message(self, error: OSError) -> str:
+        mend = "free some room, then run again" if error.errno in (28, 122) else "mend that, then run again"
+        return f"{error.filename or self.root}: {error.strerror or error}; {mend}"
 
     def _make(self) -> Outcome:
         if not self._take_claim():
             return outcome("cancelled", "stopped while waiting for the artifact's other maker")
+        self.began = time.monotonic()  # waiting for another maker is no cost of this stage
         if store.read_receipt(self.root, self.spec.artifact) is not None:
             return outcome("finished", "made by another run in the meantime")
         if sealing.finish_interrupted(self.root, self.spec):
@@ -92,7 +135,8 @@ class Supervisor:
         result = classify(self._watch())
         sealing.add_cost(self.root, self.spec, **self._cost())
         if result.exit_class == "finished":
-            sealing.seal(self.root, self.spec, self.owner)
+            made_in = attempts_at(self.root, self.spec)
+            sealing.seal(self.root, self.spec, self.owner, len(made_in))
         return result
 
     def _take_claim(self) -> bool:
@@ -121,7 +165,7 @@ class Supervisor:
 
     def _watch(self) -> Evidence:
         """Start the steps, servers first, and watch them until the attempt is decided."""
-        place = processes.local_place(self.spec, self.root, self.stage_json, self.attempt_dir)
+        place = self.allocation.place()
         for step in sorted(self.spec.steps, key=lambda s: s.role == "main"):
             self._launch(step, place)
             if step.probe is not None and not self._wait_ready(step, place):
@@ -132,7 +176,7 @@ class Supervisor:
         return self._until_decided()
 
     def _launch(self, step: Any, place: Place) -> None:
-        new = processes.start(step, place, self.spec.runtime.env_unset)
+        new = self.allocation.start(step, place)
         self.started += new
         for process in new:
             argv = list(process.popen.args)  # type: ignore[arg-type]
@@ -177,16 +221,19 @@ class Supervisor:
     def _exits(self) -> list[RankExit]:
         return [e for e in (p.exit() for p in self.started) if e is not None]
 
-    def _asked(self) -> signal.Signals | None:
-        return self.asked[0] if self.asked else None
+    def _asked(self) -> ExitClass | None:
+        return self.why if self.asked else None
 
     def _stop(self) -> None:
         """Let what still runs save where a stop was asked for; otherwise end it."""
-        if self.asked:
-            self._event("stopping", signal=self.asked[0].name)
-            processes.stop_all(self.started, self.spec.limits.save_s)
-        else:
+        if not self.asked:
             processes.stop_all(self.started, 0.5)
+            return
+        self.why = self.allocation.why(self.asked[0])
+        self._event("stopping", signal=self.asked[0].name, why=self.why)
+        # When Slurm itself is ending the job, its KillWait is all the time there is.
+        leaving = self.allocation.job is not None and self.why in ("cancelled", "requeued", "node-failure")
+        processes.stop_all(self.started, min(3.0, self.spec.limits.save_s) if leaving else self.spec.limits.save_s)
 
     def _newest_beat(self) -> float:
         beats = [p.stat().st_mtime for p in self.attempt_dir.glob("heartbeat.*.json")]

@@ -1,23 +1,22 @@
 """The processes of a stage's steps: started, looked at, signalled. Each is its own session, so that a signal reaches
-what it started in turn; each dies with the supervisor."""
+what it started in turn. Workers ask Linux to die with the supervisor (`progress.die_with_parent`)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import launcher
 from launcher import store
-from launcher.spec import Probe, StageSpec, Step
-from launcher.steps import Place, fill, local_commands
+from launcher.spec import Probe, Step
+from launcher.steps import Place, fill
 from launcher.supervisor.classify import RankExit
 
 
@@ -32,68 +31,91 @@ class Process:
 
     def exit(self) -> RankExit | None:
         """How it ended; None while it runs."""
-        code = self.popen.poll()
+        code = self.poll()
         if code is None:
             return None
         said = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{self.rank}.json")
         return RankExit(self.step.name, self.rank, code, said)
 
+    def poll(self) -> int | None:
+        """The exit code; None while it runs. What it started and left behind is killed when its end is noticed."""
+        if self.popen.returncode is None and self.popen.poll() is not None:
+            self._kill_group()
+        return self.popen.returncode
+
     def signal(self, number: signal.Signals) -> None:
-        """Signal the process alone, or, to kill, all that it started too."""
-        with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(self.popen.pid, number)
-            elif self.popen.poll() is None:
+        """Signal the process alone, or, to kill, all that it started too; nothing once it has ended."""
+        if self.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            self._kill_group()
+        else:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.popen.pid, number)
 
-
-def local_place(spec: StageSpec, root: Path, stage_json: Path, attempt_dir: Path) -> Place:
-    """This machine as the place of an attempt, a free port for each step."""
-    return Place(
-        root=str(root),
-        stage_json=str(stage_json),
-        attempt_dir=str(attempt_dir),
-        python=sys.executable,
-        hosts={step.name: "127.0.0.1" for step in spec.steps},
-        ports={step.name: str(_free_port()) for step in spec.steps},
-    )
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+@dataclass(frozen=True)
+class SrunStep(Process):
+    """A step's srun, which stands for all its ranks; what it says itself goes to STEP.srun.log.
+
+    srun tells at once which task ended badly, but ends itself only when every task has; its own exit code is the
+    highest of all tasks'.
+    """
+
+    told: list[RankExit] = field(default_factory=list)
+
+    def exit(self) -> RankExit | None:
+        """The first task that ended badly, while the others may still run, or the end of all."""
+        for rank, code in self._complaints():
+            self.told.append(RankExit(self.step.name, rank, code, self._said(rank)))
+        if self.told:
+            return self.told[0]
+        ended = self.poll()
+        if ended is None:
+            return None
+        said = [self._said(rank) for rank in range(self.step.ntasks)]
+        unwell = [(r, s) for r, s in enumerate(said) if s is None or s.get("class") != "finished"]
+        rank, what = unwell[0] if unwell else (0, said[0])
+        return RankExit(self.step.name, rank, ended, what)
+
+    def _said(self, rank: int) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
+        return found
+
+    def _complaints(self) -> list[tuple[int, int]]:
+        assert self.popen.stderr is not None
+        text = (self.popen.stderr.read() or b"").decode(errors="replace")
+        if text:
+            with (self.attempt_dir / f"{self.step.name}.srun.log").open("a") as log:
+                log.write(text)
+        return complaints(text)
 
 
-def start(step: Step, place: Place, unset: tuple[str, ...]) -> list[Process]:
-    """Start every rank of a step; output goes to STEP.RANK.log in the attempt's folder."""
-    folder = Path(place.attempt_dir)
-    inherited = {k: v for k, v in os.environ.items() if k not in unset}
-    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
-    inherited |= {"PYTHONUNBUFFERED": "1", "PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
-    return [
-        _start(step, rank, argv, {**inherited, **variables}, folder)
-        for rank, (argv, variables) in enumerate(local_commands(step, place))
-    ]
+_COMPLAINT = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$", re.MULTILINE)
 
 
-def _package_root() -> str:
-    # Workers run in the attempt's folder, so that nothing in the user's own can be taken for a module.
-    return str(Path(launcher.__file__).resolve().parent.parent)
+def complaints(text: str) -> list[tuple[int, int]]:
+    """Tasks that ended badly and their exit codes (negative: that signal), from what srun wrote to its stderr."""
+    found = []
+    for _, tasks, what in _COMPLAINT.findall(text):
+        code = re.search(r"exit code (\d+)", what)
+        rank = int(re.split("[,-]", tasks)[0])
+        if code:
+            found.append((rank, int(code[1])))
+        elif "Terminated" in what:
+            found.append((rank, -signal.SIGTERM))
+        else:  # Killed, Segmentation fault, Aborted, ...
+            number = _NUMBERS.get(what.split(" (")[0].strip(), signal.SIGKILL)
+            found.append((rank, -number))
+    return found
 
 
-def _start(step: Step, rank: int, argv: tuple[str, ...], environment: Mapping[str, str], folder: Path) -> Process:
-    with (folder / f"{step.name}.{rank}.log").open("ab") as log:
-        popen = subprocess.Popen(
-            argv,
-            env=dict(environment),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Process(step, rank, popen, folder)
+#: What the C library calls signals, as srun prints them.
+_NUMBERS = {signal.strsignal(s): s for s in signal.Signals}
 
 
 def is_ready(probe: Probe, place: Place) -> bool:
@@ -125,7 +147,7 @@ def stop_all(processes: list[Process], grace: float) -> None:
     for process in processes:
         process.signal(signal.SIGUSR2)
     end = time.monotonic() + grace
-    while time.monotonic() < end and any(p.popen.poll() is None for p in processes):
+    while time.monotonic() < end and any(p.poll() is None for p in processes):
         time.sleep(0.05)
     kill_all(processes)
 

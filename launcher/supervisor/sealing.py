@@ -24,16 +24,39 @@ def check_inputs(root: Path, spec: StageSpec) -> None:
     for port, found in spec.inputs.items():
         path = root / found.path  # an absolute path stays itself
         if Path(found.path).is_absolute():
-            if not path.exists():
-                problems.append(f"{path}: input {port} is gone")
-        elif store.read_receipt(root, str(Path(found.path).parent)) is None:
-            problems.append(f"{path.parent}: input {port} is not whole; `prism-launch run` makes it anew")
+            problems += _outside_problems(port, path, found.fingerprint)
+        else:
+            problems += _artifact_problems(root, port, str(Path(found.path).parent))
     if problems:
         raise UserError(problems)
 
 
+#: Artifacts up to this many bytes are checked by content before they are used; larger ones by the files' sizes alone.
+_CHECKED_BYTES = 256 << 20
+
+
+def _outside_problems(port: str, path: Path, fingerprint: str) -> list[str]:
+    if not path.exists():
+        return [f"{path}: input {port} is gone"]
+    if store.tree_fingerprint(path) != fingerprint:
+        return [f"{path}: input {port} has changed since the run was planned; `prism-launch run` plans anew"]
+    return []
+
+
+def _artifact_problems(root: Path, port: str, artifact: str) -> list[str]:
+    receipt = store.read_receipt(root, artifact)
+    if receipt is None:
+        return [f"{root / artifact}: input {port} is not whole; `prism-launch run` makes it anew"]
+    if sum(size for size, _ in receipt.files.values()) > _CHECKED_BYTES:
+        return []
+    damaged = store.damaged_files(root, artifact, receipt)
+    return [f"{root / artifact / name}: changed since it was made; remove {root / artifact}" for name in damaged[:1]]
+
+
 def clear_outputs(root: Path, spec: StageSpec) -> None:
-    """Remove what a cut-off attempt left in the ports; what it left under `progress/` stays."""
+    """Remove what a cut-off attempt left in the ports or half-written; what it left under `progress/` stays."""
+    for leftover in store.partial_dir(root, spec.artifact).glob(".*"):
+        leftover.unlink(missing_ok=True)
     for output in spec.outputs.values():
         shutil.rmtree(store.working_path(root, spec.artifact, output.path), ignore_errors=True)
 
@@ -46,7 +69,6 @@ def add_cost(root: Path, spec: StageSpec, seconds: float, cpu_seconds: float, pe
         "seconds": old.get("seconds", 0.0) + seconds,
         "cpu_seconds": old.get("cpu_seconds", 0.0) + cpu_seconds,
         "peak_memory_bytes": int(max(old.get("peak_memory_bytes", 0), peak_memory_bytes)),
-        "attempts": old.get("attempts", 0) + 1,
     }
     store.write_json(path, cost)
 
@@ -61,9 +83,14 @@ def finish_interrupted(root: Path, spec: StageSpec) -> bool:
     return True
 
 
-def seal(root: Path, spec: StageSpec, owner: Owner) -> None:
-    """Make the artifact whole. Raises WorldError where a worker that said it had finished left a port empty."""
+def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
+    """Make the artifact whole; `made_in` counts the attempts it took.
+
+    Raises WorldError where a worker that said it had finished left a port empty, or the claim is another's by now.
+    """
     partial = store.partial_dir(root, spec.artifact)
+    if store.claim_holder(store.claim_dir(root, spec.artifact)) != owner:
+        raise WorldError(f"{partial}: another process has taken the claim meanwhile; nothing was sealed")
     for port, output in spec.outputs.items():
         folder = store.working_path(root, spec.artifact, output.path)
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -89,6 +116,7 @@ def seal(root: Path, spec: StageSpec, owner: Owner) -> None:
         made_by=_user(),
         made_on=owner.host,
         image=next((step.image for step in spec.steps if step.image), None),
+        attempts=made_in,
         **cost,
     )
     store.sync_tree(partial)  # before the receipt: it must not outlive a power cut that its files do not

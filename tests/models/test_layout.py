@@ -62,7 +62,6 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
         ),
         ("llama-tiny", 1, {"sp": True}, ["sequence_parallel: needs tensor_model_parallel_size above 1"]),
         ("llama-tiny", 2, {"tp": 2, "sp": True, "seq_length": 127}, ["2 does not divide seq_length 127"]),
-        ("llama-tiny", 1, {"eval_interval": 10}, ["eval_interval: the trainer does not validate yet"]),
         ("llama-tiny", 2, {"cp": 2}, ["context_parallel_size: the trainer does not split sequences"]),
     ],
 )

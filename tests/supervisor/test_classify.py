@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import typing
 
 import pytest
@@ -12,7 +11,6 @@ from launcher.supervisor.classify import ACTIONS, Evidence, RankExit, classify
 
 FINISHED = {"class": "finished"}
 SAVED = {"class": "time-limit", "message": "saved at 3"}
-TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
 
 
 def ended(code: int, said: dict[str, str] | None = None, step: str = "train", rank: int = 0) -> RankExit:
@@ -24,11 +22,11 @@ def ended(code: int, said: dict[str, str] | None = None, step: str = "train", ra
     [
         (Evidence([ended(0, FINISHED), ended(0, FINISHED, rank=1)]), "finished", "done"),
         (Evidence([ended(0, FINISHED), ended(0, SAVED, rank=1)]), "time-limit", "again"),
-        (Evidence([ended(0, SAVED)], asked=TERM), "cancelled", "stop"),
-        (Evidence([ended(0, SAVED)], asked=USR2), "time-limit", "again"),
-        (Evidence([ended(-9)], asked=USR2), "time-limit", "again"),
-        (Evidence([ended(0, FINISHED)], asked=TERM), "finished", "done"),
-        (Evidence([ended(2, {"class": "user-error", "message": "no"})], asked=TERM), "user-error", "stop"),
+        (Evidence([ended(0, SAVED)], asked="cancelled"), "cancelled", "stop"),
+        (Evidence([ended(0, SAVED)], asked="time-limit"), "time-limit", "again"),
+        (Evidence([ended(-9)], asked="time-limit"), "time-limit", "again"),
+        (Evidence([ended(0, FINISHED)], asked="cancelled"), "finished", "done"),
+        (Evidence([ended(2, {"class": "user-error", "message": "no"})], asked="cancelled"), "user-error", "stop"),
         (Evidence([ended(1, {"class": "diverged", "message": "nan"})]), "diverged", "stop"),
         (Evidence([ended(1, {"class": "out-of-memory", "message": "host"})]), "out-of-memory", "stop"),
         (Evidence([ended(1, {"class": "crashed", "message": "KeyError"})]), "crashed", "stop"),

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from launcher import store
-from launcher.spec import Input, Limits, Probe, StageSpec, Step
+from launcher.spec import Input, Limits, Probe, StageSpec, Step, stage_text
 from tests.supervisor.counting import Store, counting_stage, counting_step
 
 
@@ -225,9 +224,12 @@ def test_a_server_that_dies_ends_the_stage(at: Store) -> None:
     assert not at.processes()
 
 
-def test_inside_a_slurm_job_it_refuses_what_is_not_built(at: Store, tmp_path: Path) -> None:
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "PRISM_ROOT": str(tmp_path)}
-    environment.pop("PRISM_ATTEMPT", None)
-    command = [sys.executable, "-m", "launcher.supervisor", "stage.json"]
+def test_by_hand_it_says_who_starts_it(at: Store) -> None:
+    spec = counting_stage(counting_step())
+    path = store.stage_dir(at.root, spec.run, spec.stage) / "stage.json"
+    store.write_atomic(path, stage_text(spec))
+    left_out = ("PRISM_ATTEMPT", "SLURM_JOB_ID")
+    environment = {k: v for k, v in os.environ.items() if k not in left_out} | {"PRISM_ROOT": str(at.root)}
+    command = [sys.executable, "-m", "launcher.supervisor", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "not built yet" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "is started by" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,164 @@
+"""The only caller of Slurm's commands: with time-outs, and its answers as values. Standard library only.
+
+Layouts are those of `--format` strings and of `scontrol show --oneliner`, which did not change between Slurm 22.05 and
+25.05; JSON did. No call may block: a command that does not answer in time counts as no answer.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from launcher.errors import WorldError
+
+#: States of a job that has not ended; Slurm may add a flag such as COMPLETING to them.
+ACTIVE = frozenset(
+    {
+        *("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
+        *("RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+    }
+)
+_FIELD = re.compile(r"(\w+)=(.*?)(?=\s\w+(?::\w+)?=|\s*$)")
+_EMPTY = ("", "None", "N/A", "(null)", "Unknown")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said; `code` None means that it did not answer in time."""
+
+    code: int | None
+    out: str
+    err: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it answered and succeeded."""
+        return self.code == 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm tells it. `reason` says why it waits or how it ended."""
+
+    id: str
+    state: str
+    reason: str = ""
+    restarts: int = 0
+    nodes: str = ""
+    preempted: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ACTIVE
+
+
+def call(*argv: str, timeout: float = 10.0) -> Answer:
+    """Run a Slurm command. Raises WorldError where it is not installed."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise WorldError(f"no {argv[0]} here: this needs Slurm's commands, as a login node has them") from None
+    except subprocess.TimeoutExpired:
+        return Answer(None, "", f"{argv[0]} did not answer in {timeout:.0f} s")
+    return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+def show_job(job: str, timeout: float = 5.0) -> Job | None:
+    """A job by the controller's own record; None where it does not know the job (any more) or does not answer."""
+    answer = call("scontrol", "show", "job", "--oneliner", job, timeout=timeout)
+    return parse_show_job(answer.out) if answer.ok else None
+
+
+def parse_show_job(text: str) -> Job | None:
+    """The first line of `scontrol show job --oneliner`."""
+    fields = dict(_FIELD.findall(text.strip().split("\n", 1)[0]))
+    if "JobId" not in fields or "JobState" not in fields:
+        return None
+    return Job(
+        id=fields["JobId"].split()[0],
+        state=fields["JobState"].split(",")[0],
+        reason=fields.get("Reason", ""),
+        restarts=int(fields.get("Restarts", "0")),
+        nodes=fields.get("NodeList", "") if fields.get("NodeList") not in _EMPTY else "",
+        preempted=fields.get("PreemptTime", "None") not in _EMPTY,
+    )
+
+
+def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
+    """Every job that Slurm knows, by id: one squeue, and one sacct for those that have left the queue.
+
+    Raises WorldError where the controller does not answer: then nothing is known, which is not the same as gone.
+    """
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return {}
+    ids = ",".join(wanted)
+    answer = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%i|%T|%r|%N")
+    if not answer.ok and "Invalid job id" not in answer.err:
+        raise WorldError(f"squeue: {answer.err or 'no answer'}")
+    found = {job.id: job for job in parse_squeue(answer.out)}
+    missing = [job for job in wanted if job not in found]
+    if missing:
+        # Without accounting there is no sacct, and a job that has left the queue stays unknown.
+        told = call(
+            "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(missing)}", f"--format={_SACCT}"
+        )
+        found |= {job.id: job for job in parse_sacct(told.out)} if told.ok else {}
+    return found
+
+
+_SACCT = "JobIDRaw,State,Reason,NodeList"
+
+
+def parse_squeue(text: str) -> list[Job]:
+    """Lines of `squeue --format=%i|%T|%r|%N`."""
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
+    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
+
+
+def parse_sacct(text: str) -> list[Job]:
+    """Lines of `sacct --parsable2 --format=JobIDRaw,State,Reason,NodeList`; `CANCELLED by 1000` is CANCELLED."""
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
+    return [Job(row[0].strip(), row[1].split()[0], row[2], nodes=row[3]) for row in rows if row[1]]
+
+
+def submit(script: str, *options: str) -> str:
+    """Submit a script file; returns the job's id. Raises WorldError with what sbatch said."""
+    answer = call("sbatch", "--parsable", *options, script, timeout=60.0)
+    job = answer.out.strip().split(";")[0]
+    if not answer.ok or not job.isdigit():
+        raise WorldError(f"{script}: sbatch: {answer.err or answer.out.strip() or 'no answer'}")
+    return job
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs; those that have ended are no failure. Raises WorldError where Slurm refuses."""
+    wanted = sorted(set(jobs))
+    if wanted:
+        answer = call("scancel", *wanted)
+        if not answer.ok and "Invalid job id" not in answer.err:
+            raise WorldError(f"scancel: {answer.err}")
+
+
+def requeue(job: str, exclude: Iterable[str] = ()) -> str | None:
+    """Put the job back into the queue, without the nodes named; returns what Slurm said where it refused.
+
+    The nodes can be excluded only once the job has been requeued, even by the job's own script.
+    """
+    answer = call("scontrol", "requeue", job)
+    if not answer.ok:
+        return answer.err or "no answer"
+    nodes = ",".join(exclude)
+    if nodes:
+        call("scontrol", "update", f"jobid={job}", f"ExcNodeList={nodes}")
+    return None
+
+
+def bad_nodes(nodes: str) -> tuple[str, ...]:
+    """Of a node list, those that are down, draining, failing or do not respond."""
+    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=5.0)
+    rows = (line.strip().split("|") for line in answer.out.splitlines() if "|" in line)
+    return tuple(sorted({n for n, state in rows if state.endswith("*") or state.startswith(("down", "drain", "fail"))}))

@@ -1,0 +1,120 @@
+"""Submitting a plan to Slurm: one job a stage, each after those it reads; what is done is skipped, what runs is joined.
+
+ROOT/runs/NAME/jobs.jsonl               every job submitted for the run: stage, fingerprint, job id
+ROOT/runs/NAME/stages/STAGE/job.sbatch  the script that was submitted last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import slurm, store
+from launcher.cluster import Profile
+from launcher.errors import UserError
+from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
+from launcher.sbatch import sbatch_text
+from launcher.spec import stage_text
+from launcher.state import Jobs
+
+JOBS = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of a run; the newest one of a stage counts."""
+
+    stage: str
+    fingerprint: str
+    job: str
+    time: float
+
+
+def read_submitted(root: Path, run: str) -> list[Submitted]:
+    """Every job that was submitted for a run, the oldest first."""
+    path = store.run_dir(root, run) / JOBS
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(Submitted(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue  # half a line, from a login node that went down
+    return found
+
+
+def stage_jobs(root: Path, record: RunRecord) -> Jobs:
+    """The newest job of every stage as Slurm tells it: one squeue, and one sacct for what has left the queue.
+
+    A job that nothing knows any more stands as state GONE.
+    """
+    planned = {s.spec.stage: s.spec.fingerprint for s in record.stages}
+    newest = {s.stage: s for s in read_submitted(root, record.run) if planned.get(s.stage) == s.fingerprint}
+    known = slurm.job_states(s.job for s in newest.values())
+    return {stage: known.get(s.job) or slurm.Job(s.job, "GONE") for stage, s in newest.items()}
+
+
+def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
+    """Submit every stage, placed on the cluster, that is neither done nor in the queue; returns this call's job ids.
+
+    Raises UserError where another process is submitting this run or jobs of another plan of it are in the queue, and
+    WorldError with what sbatch said; what has been submitted by then stays, and the next call joins it.
+    """
+    with claimed(root, record.run):
+        _refuse_other_plans(root, record)
+        write_run(root, record)
+        return _submit_stages(root, record, profile)
+
+
+def _refuse_other_plans(root: Path, record: RunRecord) -> None:
+    planned = {s.spec.stage: s.spec.fingerprint for s in record.stages}
+    others = [s for s in read_submitted(root, record.run) if planned.get(s.stage) != s.fingerprint]
+    known = slurm.job_states(s.job for s in others)
+    problems = [
+        f"job {s.job}: stage {s.stage} of an earlier plan is {known[s.job].state.lower()}; "
+        f"`prism-launch cancel {record.run}` first"
+        for s in others
+        if s.job in known and known[s.job].is_active
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
+    known = stage_jobs(root, record)
+    waiting_for: dict[str, str] = {}  # job ids of stages that are not done
+    submitted: dict[str, str] = {}
+    for stage in record.stages:
+        name = stage.spec.stage
+        if store.read_receipt(root, stage.spec.artifact) is not None:
+            continue
+        if name in known and known[name].is_active:
+            waiting_for[name] = known[name].id
+            continue
+        after = [waiting_for[d] for d in stage.depends if d in waiting_for]
+        waiting_for[name] = submitted[name] = _submit_stage(root, stage, profile, after)
+    return submitted
+
+
+def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: list[str]) -> str:
+    folder = store.stage_dir(root, stage.spec.run, stage.spec.stage)
+    store.write_atomic(folder / "stage.json", stage_text(stage.spec))
+    script = folder / "job.sbatch"
+    store.write_atomic(script, sbatch_text(stage, profile, root))
+    options = [f"--dependency=afterok:{':'.join(after)}"] if after else []
+    job = slurm.submit(str(script), *options)
+    facts = {"stage": stage.spec.stage, "fingerprint": stage.spec.fingerprint, "job": job, "time": time.time()}
+    with (store.run_dir(root, stage.spec.run) / JOBS).open("a") as file:
+        file.write(json.dumps(facts) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return job
+
+
+def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
+    """Cancel every job of a run that waits or runs; returns the names of their stages."""
+    active = {name: job for name, job in stage_jobs(root, record).items() if job.is_active}
+    slurm.cancel(job.id for job in active.values())
+    return list(active)

@@ -1,0 +1,172 @@
+"""Where an attempt runs: this machine, or a Slurm job. How steps start, what a stop means, how to get another life."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import launcher
+from launcher import slurm, store
+from launcher.errors import UserError
+from launcher.spec import ExitClass, StageSpec, Step
+from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
+from launcher.supervisor.processes import Process, SrunStep
+
+
+class Allocation(Protocol):
+    """What the supervisor needs of the place that it runs in."""
+
+    @property
+    def job(self) -> str | None:
+        """The Slurm job's id; None outside Slurm."""
+
+    @property
+    def attempt_dir(self) -> Path:
+        """The attempt's folder."""
+
+    def place(self) -> Place:
+        """Hosts and ports of the steps."""
+
+    def start(self, step: Step, place: Place) -> list[Process]:
+        """Start a step."""
+
+    def why(self, number: signal.Signals) -> ExitClass:
+        """What a signal to stop stands for."""
+
+    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+        """Ask for another life of this job; returns why not."""
+
+
+@dataclass(frozen=True)
+class ThisMachine:
+    """Processes of this machine; another life is the local driver's affair."""
+
+    spec: StageSpec
+    root: Path
+    stage_json: Path
+    attempt_dir: Path
+    job: str | None = None
+
+    def place(self) -> Place:
+        """This machine, a free port for each step."""
+        return Place(
+            root=str(self.root),
+            stage_json=str(self.stage_json),
+            attempt_dir=str(self.attempt_dir),
+            python=sys.executable,
+            hosts={step.name: "127.0.0.1" for step in self.spec.steps},
+            ports={step.name: str(_free_port()) for step in self.spec.steps},
+        )
+
+    def start(self, step: Step, place: Place) -> list[Process]:
+        """Start every rank; output goes to STEP.RANK.log. Ranks die with the supervisor."""
+        inherited = {k: v for k, v in os.environ.items() if k not in self.spec.runtime.env_unset}
+        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
+        inherited |= {"PYTHONUNBUFFERED": "1", "PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
+        started = []
+        for rank, (argv, variables) in enumerate(local_commands(step, place)):
+            with (self.attempt_dir / f"{step.name}.{rank}.log").open("ab") as log:
+                popen = _popen(argv, {**inherited, **variables}, self.attempt_dir, stdout=log, stderr=subprocess.STDOUT)
+            started.append(Process(step, rank, popen, self.attempt_dir))
+        return started
+
+    def why(self, number: signal.Signals) -> ExitClass:
+        """TERM is `cancel` or Ctrl-C."""
+        return "cancelled" if number == signal.SIGTERM else "time-limit"
+
+    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+        """Never: the driver starts another attempt."""
+        return "there is no queue on this machine"
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The batch step of a Slurm job, on its first node."""
+
+    spec: StageSpec
+    root: Path
+    attempt: SlurmAttempt
+    nodes: str
+
+    @classmethod
+    def current(cls, spec: StageSpec, root: Path) -> SlurmJob:
+        """The job that this process runs in, by its environment."""
+        restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
+        attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+        return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
+
+    @property
+    def job(self) -> str:
+        """The job's id."""
+        return self.attempt.job
+
+    @property
+    def attempt_dir(self) -> Path:
+        """The folder of this life of the job."""
+        return store.stage_dir(self.root, self.spec.run, self.spec.stage) / self.attempt.name
+
+    def place(self) -> Place:
+        """The first node; ports from the job's id."""
+        return slurm_place(self.spec, self.root, sys.executable, self.attempt)
+
+    def start(self, step: Step, place: Place) -> list[Process]:
+        """Start the step's srun; the tasks write their own logs."""
+        unset = (*SRUN_DEFAULTS, *self.spec.runtime.env_unset)
+        inherited = {k: v for k, v in os.environ.items() if k not in unset}
+        argv = srun_argv(step, place, self.spec.runtime)
+        popen = _popen(argv, inherited, self.attempt_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert popen.stderr is not None
+        os.set_blocking(popen.stderr.fileno(), False)
+        return [SrunStep(step, 0, popen, self.attempt_dir)]
+
+    def why(self, number: signal.Signals) -> ExitClass:
+        """TERM is ambiguous: ask first, or a user's scancel would be undone by requeueing."""
+        known = slurm.show_job(self.job)
+        if number == signal.SIGTERM and known is not None:
+            if known.restarts > int(self.attempt.restarts):
+                return "node-failure" if slurm.bad_nodes(self.nodes) else "requeued"
+            if known.state != "RUNNING":
+                return "cancelled"
+        return "preempted" if known is not None and known.preempted else "time-limit"
+
+    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+        """Put the job back into the queue; returns what Slurm said where it refused."""
+        return slurm.requeue(self.job, exclude)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _package_root() -> str:
+    # Workers run in the attempt's folder, so that nothing in the user's own can be taken for a module.
+    return str(Path(launcher.__file__).resolve().parent.parent)
+
+
+def _popen(
+    argv: tuple[str, ...], environment: Mapping[str, str], folder: Path, stdout: IO[Any] | int, stderr: IO[Any] | int
+) -> subprocess.Popen[bytes]:
+    """A session of its own, without standard input."""
+    try:
+        return subprocess.Popen(
+            argv,
+            env=dict(environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{argv[0]}: no such program here; the cluster profile's `python` names the interpreter"
+        ) from None
