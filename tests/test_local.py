@@ -176,8 +176,7 @@ def test_everything_killed_at_once_and_run_again(run: Driven) -> None:
     for pid in [driver.pid, *run.processes()]:
         os.kill(pid, signal.SIGKILL)
     driver.communicate()
-    run.wait_for(lambda: not run.processes())
-    assert run.states() == {"a": "interrupted", "b": "waiting"}
+    run.wait_for(lambda: run.states() == {"a": "interrupted", "b": "waiting"} and not run.processes())
     assert run.driven()[0] == 0
     log = (run.attempt_dir(run.stage("a"), 2) / "count.0.log").read_text()
     assert "from step 0" not in log and "from step" in log

@@ -63,6 +63,7 @@ def test_srun_states_every_count() -> None:
         "--cpus-per-task=7",
         "--gpus-per-node=8",
         "--kill-on-bad-exit=0",
+        "--output=/r/s/9.0/train.%t.log",
         "--mpi=none",
     }
     assert argv[-len(STEP.argv) :] == fill(STEP.argv, PLACE)
