@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, store
 from launcher.cluster import Profile, load_profile, place_record
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.recipe import Recipe
 from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
 
@@ -164,6 +165,7 @@ def _reads(record: RunRecord, stage: PlannedStage) -> str:
 def _plan_table(root: Path, record: RunRecord) -> Any:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from launcher.units import format_count
 
@@ -178,7 +180,7 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
         table.add_row(
             spec.stage,
             spec.kind,
-            _reads(record, stage),
+            Text(_reads(record, stage)),
             "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
             f"{stage.resources.nodes}×{stage.resources.gpus_per_node}",
             format_count(tokens) if tokens else "",
@@ -414,6 +416,9 @@ def cancel(args: argparse.Namespace) -> int:
 
 def _module(name: str, arguments: Sequence[str]) -> int:
     """Run a module of the job side in its own process, which may load torch; its output and exit code are ours."""
+    absent = [name for name in ("torch", "safetensors", "transformers") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-m", name, *arguments], env=environment).returncode
 
@@ -484,10 +489,12 @@ def doctor(args: argparse.Namespace) -> int:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("", "for", "found", "mend", box=box.SIMPLE_HEAD)
     for f in findings:
-        table.add_row(f"[{'green' if f.ok else 'yellow'}]{f.name}[/]", f.wanted_by, f.found, f.mend)
+        name = Text(f.name, "green" if f.ok else "yellow")
+        table.add_row(name, f.wanted_by, Text(f.found), Text(f.mend))
     Console().print(table)
     return 0
 

@@ -9,11 +9,15 @@ checkpoint is read, a path or `hf:ORG/NAME`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from launcher.spec import Format, SpecError
+
+#: Sources and problem sets are files of their names: no separator, no leading dot.
+_ITEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
 def option(default: Any, doc: str, *, identity: bool = True) -> Any:
@@ -147,6 +151,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         known = ", ".join(self.problems) or "none"
         _refuse(
+            *(
+                (not _ITEM_NAME.fullmatch(name), f"{key}.{name}", "a name is letters, digits and . _ -, at most 60")
+                for key, named in (("sources", self.sources), ("problems", self.problems))
+                for name in named
+            ),
             *(
                 (True, f"sources.{name}.problems", f"no problem set {s.problems}; there is {known}")
                 for name, s in self.sources.items()

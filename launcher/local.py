@@ -132,7 +132,14 @@ class Driver:
             follower.show(stage_states(self.root, self.record))
         for line in self._failures():
             print(line, file=sys.stderr)
-        return 1 if self.failed else 0
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
+        """2 where the user's input is the only fault, 1 where something else failed too."""
+        failed = [s for s in stage_states(self.root, self.record, self.done) if s.stage in self.failed]
+        if not failed:
+            return 0
+        return 2 if all(s.exit_class == "user-error" for s in failed) else 1
 
     def _drive(self, follower: Follower) -> None:
         shown = 0.0

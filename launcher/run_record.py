@@ -58,6 +58,8 @@ def read_run(root: Path, run: str) -> RunRecord:
     path = store.run_dir(root, run) / "run.json"
     data = store.read_json(path)
     if data is None:
+        if path.exists():
+            raise UserError(f"{path}: damaged, not whole JSON; `prism-launch run RECIPE` writes it anew")
         known = ", ".join(list_runs(root)) or "none"
         raise UserError(f"{path}: no such run; runs under this root: {known}")
     try:
@@ -79,9 +81,10 @@ def claimed(root: Path, run: str) -> Iterator[None]:
     holder = store.claim(folder, owner)
     if holder is not None:
         gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
+        at = f"{run} --root {root}"
         raise UserError(
             f"{store.run_dir(root, run)}: process {holder.pid} on {holder.host} is running it; follow it with "
-            f"`prism-launch watch {run}`, stop it with `prism-launch cancel {run}`, or choose another --name{gone}"
+            f"`prism-launch watch {at}`, stop it with `prism-launch cancel {at}`, or choose another --name{gone}"
         )
     try:
         yield

@@ -86,6 +86,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises UserError where the target has content or cannot be written.
     """
     target = Path(os.path.abspath(target))
+    if not target.name:
+        raise UserError(f"{target}: is there already; name a new folder")
     partial = target.with_name(f"{target.name}.partial")
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):

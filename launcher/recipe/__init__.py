@@ -40,5 +40,5 @@ class Recipe:
     def where(self, path: str) -> str:
         """`file:line` of a dotted path, or of its nearest parent that the file holds."""
         while path and path not in self.positions:
-            path = path.rpartition(".")[0]
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.positions.get(path, self.path)

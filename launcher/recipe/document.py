@@ -60,7 +60,7 @@ def parse_document(text: str, shown: str) -> Document:
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{shown}:{node.start_mark.line + 1}: expected `key: value` lines at the top")
     builder = _Builder(shown)
-    data = builder.build(node, "")
+    data = builder.whole(node)
     if builder.problems:
         raise UserError(builder.problems)
     return Document(data, builder.positions)
@@ -72,7 +72,7 @@ def parse_value(text: str, shown: str) -> Any:
     if node is None:
         return None
     builder = _Builder(shown)
-    value = builder.build(node, "")
+    value = builder.whole(node)
     if builder.problems:
         raise UserError([f"{shown}: {p.split(': ', 1)[1]}" for p in builder.problems])
     return value
@@ -107,6 +107,12 @@ class _Builder:
 
     def problem(self, node: Any, path: str, message: str) -> None:
         self.problems.append(f"{self.at(node)}: {path or '(top)'}: {message}")
+
+    def whole(self, node: Any) -> Any:
+        try:
+            return self.build(node, "")
+        except RecursionError:
+            raise UserError(f"{self.at(node)}: nested too deeply, or an alias refers to what it stands in") from None
 
     def build(self, node: Any, path: str) -> Any:
         self.count += 1

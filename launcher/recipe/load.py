@@ -104,8 +104,16 @@ def _matrix_points(document: Document, shown: str) -> list[list[str]]:
         raise UserError(f"{place}: matrix: expected keys with lists of values, such as `seed: [0, 1, 2]`")
     import json
 
-    axes = [[f"{key}={v if isinstance(v, str) else json.dumps(v)}" for v in values] for key, values in matrix.items()]
+    axes = [[f"{key}={v if _is_plain(v) else json.dumps(v)}" for v in values] for key, values in matrix.items()]
     return [list(point) for point in itertools.product(*axes)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a string that reads back as itself without quotes."""
+    try:
+        return isinstance(value, str) and parse_value(value, "") == value
+    except UserError:
+        return False
 
 
 # --------------------------------------------------------------------------------------------------------- one recipe
@@ -123,7 +131,7 @@ class _Reader:
 
     def where(self, path: str) -> str:
         while path and path not in self.positions:
-            path = path.rpartition(".")[0]
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.positions.get(path, self.shown)
 
     def problem(self, path: str, message: str) -> None:
@@ -198,6 +206,8 @@ def _override_path(key: str, document: Document) -> str:
     names = list(stages) if isinstance(stages, Mapping) else []
     if dot and first in names:
         return f"stages.{key}"
+    if first in ("base", "matrix"):
+        raise UserError(f"{first}: is read before --set and matrix; write it in the recipe")
     if first in TOP_KEYS:
         return key
     hint = did_you_mean(first, [*TOP_KEYS, *names])
