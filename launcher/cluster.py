@@ -12,7 +12,7 @@ from typing import Literal
 
 from launcher.configs import Resources, default_of, option
 from launcher.containers import RUNTIMES, image_problems, mount_problem, not_built, order_mounts
-from launcher.data import data_dir
+from launcher.data import data_dir, own_profiles
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage
@@ -227,12 +227,6 @@ def _where(document: Document, key: str, path: Path) -> str:
 def profile_files() -> list[Path]:
     """The shipped profiles' files."""
     return sorted((data_dir("slurm") / "clusters").glob("*.yaml"))
-
-
-def own_profiles() -> Path:
-    """The folder of the user's own profiles."""
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(config, "prism-launch", "clusters")
 
 
 def _named_files() -> dict[str, Path]:

@@ -403,7 +403,8 @@ def recipes(args: argparse.Namespace) -> int:
 
 def clusters(args: argparse.Namespace) -> int:
     """List the cluster profiles, shipped and the user's own."""
-    from launcher.cluster import list_profiles, own_profiles
+    from launcher.cluster import list_profiles
+    from launcher.data import own_profiles
 
     profiles = list_profiles()
     if args.json:

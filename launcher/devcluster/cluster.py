@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import store
-from launcher.cluster import own_profiles
+from launcher.data import own_profiles
 from launcher.devcluster import config, daemons, nodes
 from launcher.devcluster.config import Site
 from launcher.errors import UserError, WorldError
@@ -21,7 +21,8 @@ from launcher.spec import SpecError, decode, encode
 from launcher.store import Owner
 
 STATE = "devcluster.json"
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "sacctmgr", "srun", "mariadbd", "mariadb-install-db")
+#: What must be installed.
+PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "sacctmgr", "srun", "mariadbd", "mariadb-install-db")
 #: Slurm's files cannot quote a path, and a unix socket's is at most 107 bytes long.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@-]+")
 _LONGEST_PATH = 90
@@ -73,15 +74,26 @@ class DevCluster:
     # ------------------------------------------------------------------------------------------------------- starting
 
     def start(self, name: str) -> None:
-        """Start one process and write down that it is ours."""
+        """Start one process and write down that it is ours; a node's needs its `node.NAME` first."""
+        self._read_again()
         kind, _, node = name.partition(".")
         if kind == "node":
             self.processes[name] = nodes.hold(self.site, node)
+            self.write()
+            nodes.connect(self.site, node, self.processes[name])
         else:
             enter = nodes.entering(self.site, self.processes.get(f"node.{node}")) if node else []
             variables = {"SLURM_CONF": str(self.slurm_conf), "MYSQL_UNIX_PORT": str(self.folder / "run/mysql.sock")}
-            self.processes[name] = daemons.spawn(self.folder, name, [*enter, *_argv(self.folder, kind, node)], **variables)
+            self.processes[name] = daemons.spawn(
+                self.folder, name, [*enter, *_argv(self.folder, kind, node)], **variables
+            )
         self.write()
+
+    def _read_again(self) -> None:
+        """Another process may have stopped this cluster and started it anew since."""
+        now = find(self.folder)
+        if now:
+            self.site, self.processes = now.site, now.processes
 
     def await_idle(self, seconds: float = 30) -> None:
         """Wait until Slurm calls every node idle."""
@@ -109,6 +121,7 @@ class DevCluster:
         self._wait("accounting", lambda: _port_listens(self.site.dbd_port), 30, "slurmdbd")
         _add_accounts(self)
         self.start("slurmctld")
+        self._wait("controller", lambda: _port_listens(self.site.ctld_port), 30, "slurmctld")
         for name in self.site.names:
             self.start(f"slurmd.{name}")
         self.await_idle()
@@ -129,7 +142,9 @@ class DevCluster:
         """End every process of this cluster, jobs included, and remove its interfaces and its profile."""
         if self.is_alive("munged") and self.is_alive("slurmctld"):
             _cancel_jobs(self)
-        daemons.end(self._owners("slurmctld", *(f"slurmd.{name}" for name in self.site.names)), 8)
+        daemons.end(self._owners("slurmctld"), 8)
+        # A slurmd that is asked to end waits for its jobs.
+        daemons.kill(self._owners(*(f"slurmd.{name}" for name in self.site.names)))
         for name in self.site.names:
             self.kill_node(name)
         while steps := nodes.steps_of(self.folder):
@@ -137,7 +152,7 @@ class DevCluster:
         for name in ("slurmdbd", "mariadbd", "munged"):
             daemons.end(self._owners(name), 15)
         nodes.remove_bridges(self.folder)
-        _remove_profile(self.folder)
+        remove_profile(self.folder)
         (self.folder / STATE).unlink(missing_ok=True)
 
     def _owners(self, *names: str) -> list[Owner]:
@@ -232,11 +247,12 @@ def _decide(folder: Path, node_count: int, gpus: int) -> Site:
     ]
     if not _PLAIN_PATH.fullmatch(str(folder)) or len(str(folder)) > _LONGEST_PATH:
         problems.append(
-            f"--dir {folder}: Slurm takes paths of at most {_LONGEST_PATH} letters, digits and ._+@- alone; choose another"
+            f"--dir {folder}: choose a path of at most {_LONGEST_PATH} characters, of letters, digits and ._+@- alone;"
+            " Slurm's files cannot quote others"
         )
     if problems:
         raise UserError(problems)
-    if absent := daemons.absent(_PROGRAMS):
+    if absent := daemons.absent(PROGRAMS):
         raise WorldError(f"dev cluster: {', '.join(absent)} not installed; as root: {config.install_command()}")
     (folder / "dev").mkdir(exist_ok=True)
     ctld, dbd, *slurmd = daemons.free_ports(2 + node_count)
@@ -262,7 +278,14 @@ def _begin(cluster: DevCluster) -> None:
         cluster.site = replace(cluster.site, network=nodes.make_bridge(cluster.folder))
         cluster.write()
     site, folder = cluster.site, cluster.folder
-    for name, mode in (("etc", 0o755), ("run", 0o755), ("log", 0o755), ("state", 0o700), ("spool", 0o755), ("db", 0o700)):
+    for name, mode in (
+        ("etc", 0o755),
+        ("run", 0o755),
+        ("log", 0o755),
+        ("state", 0o700),
+        ("spool", 0o755),
+        ("db", 0o700),
+    ):
         (folder / name).mkdir(mode=mode, exist_ok=True)
     for name, text in config.config_files(site).items():
         _write(folder / "etc" / name, text, 0o600 if name == "slurmdbd.conf" else 0o644)
@@ -295,7 +318,8 @@ def _argv(folder: Path, kind: str, node: str) -> list[str]:
         "seed-file": run / "munge.seed",
     }
     return {
-        "munged": ["munged", "--foreground", "--num-threads=2", *(f"--{k}={v}" for k, v in munged.items())],
+        # --force: the folder may lie in a home that is closed to others.
+        "munged": ["munged", "--foreground", "--force", "--num-threads=2", *(f"--{k}={v}" for k, v in munged.items())],
         "mariadbd": ["mariadbd", f"--defaults-file={folder}/etc/my.cnf"],
         "slurmdbd": ["slurmdbd", "-D"],
         "slurmctld": ["slurmctld", "-D"],
@@ -356,10 +380,9 @@ def profile_link() -> Path:
     return own_profiles() / f"{config.CLUSTER}.yaml"
 
 
-def _remove_profile(folder: Path) -> None:
+def remove_profile(folder: Path) -> None:
+    """Take back what `write_profile` wrote."""
     link = profile_link()
     if link.is_symlink() and os.readlink(link) == str(folder / "dev.yaml"):
         link.unlink()
     (folder / "dev.yaml").unlink(missing_ok=True)
-
-

@@ -37,7 +37,9 @@ def _running(args: argparse.Namespace) -> DevCluster:
     folder = _folder(args)
     found = cluster.find(folder)
     if found is None:
-        raise WorldError(f"{folder}: no dev cluster here; start it: prism-launch devcluster up{_dir_flag(folder, args)}")
+        raise WorldError(
+            f"{folder}: no dev cluster here; start it: prism-launch devcluster up{_dir_flag(folder, args)}"
+        )
     return found
 
 
@@ -68,7 +70,9 @@ def env(args: argparse.Namespace) -> int:
     """Print the shell lines that make Slurm's commands speak to it."""
     there = _running(args)
     if dead := there.dead():
-        print(f"prism-launch: these do not run: {', '.join(dead)}; mend it: prism-launch devcluster up", file=sys.stderr)
+        print(
+            f"prism-launch: these do not run: {', '.join(dead)}; mend it: prism-launch devcluster up", file=sys.stderr
+        )
     print(f"export SLURM_CONF={shlex.quote(str(there.slurm_conf))}")
     have = os.environ.get("PATH", "").split(os.pathsep)
     more = [part for part in daemons.SBIN if part not in have]

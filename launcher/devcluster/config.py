@@ -25,8 +25,8 @@ _TEMPLATES = ("slurm.conf", "slurmdbd.conf", "gres.conf", "cgroup.conf", "plugst
 class Site:
     """Everything about a dev cluster that is decided before it starts.
 
-    `network` numbers the bridge and the addresses 198.18.N.0/24 (a range kept for benchmarks, RFC 2544); None where nodes
-    share this machine's network.
+    `network` numbers the bridge and the addresses 198.18.N.0/24 (a range kept for benchmarks, RFC 2544); None where
+    nodes share this machine's network.
     """
 
     folder: str
@@ -105,7 +105,9 @@ def hosts_text(site: Site, machine: str) -> str:
 
 def profile_text(site: Site, python: str, code: Path | None) -> str:
     """The cluster profile. `python` is the interpreter of jobs, `code` the checkout they import from."""
-    size = f"{site.nodes} pretended {'node' if site.nodes == 1 else 'nodes'} of this machine, {site.gpus} fake GPUs each"
+    size = (
+        f"{site.nodes} pretended {'node' if site.nodes == 1 else 'nodes'} of this machine, {site.gpus} fake GPUs each"
+    )
     values = {
         "description": f"dev cluster in {site.folder}: {size}",
         "python": python,

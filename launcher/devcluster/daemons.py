@@ -30,7 +30,7 @@ def absent(programs: Iterable[str]) -> list[str]:
     return [name for name in programs if not shutil.which(name, path=PATH)]
 
 
-def spawn(folder: Path, name: str, argv: Sequence[str], **variables: str) -> Owner:
+def spawn(folder: Path, name: str, argv: list[str], **variables: str) -> Owner:
     """Start a daemon that outlives the caller; what it prints goes to `log/NAME.out`.
 
     It gets a bare environment, because slurmd's reaches jobs and the caller's may hold secrets.

@@ -54,16 +54,20 @@ def fake_gpus(folder: Path, count: int) -> str:
 
 
 def hold(site: Site, name: str) -> Owner:
-    """Start the process that holds a node's namespaces, and wait until they are made."""
+    """Start the process that holds a node's namespaces; `connect` has to follow."""
     folder = Path(site.folder)
     argv = ["unshare", *_UNSHARE[site.isolation], "sh", "-c", _HOLD, "sh", name, str(folder / "etc" / "hosts")]
-    holder = daemons.spawn(folder, f"node.{name}", argv)
+    return daemons.spawn(folder, f"node.{name}", argv)
+
+
+def connect(site: Site, name: str, holder: Owner) -> None:
+    """Wait until a node's namespaces are made, and join its network to the others'."""
+    folder = Path(site.folder)
     daemons.wait_until(
         f"namespaces of {name}", lambda: _command(holder.pid) == "sleep", 10, folder, f"node.{name}", holder
     )
     if site.isolation == "network":
-        _connect(site, name, holder)
-    return holder
+        _plug_in(site, name, holder)
 
 
 def entering(site: Site, holder: Owner | None) -> list[str]:
@@ -71,7 +75,7 @@ def entering(site: Site, holder: Owner | None) -> list[str]:
     return ["nsenter", "--target", str(holder.pid), *_ENTER[site.isolation]] if holder else []
 
 
-def _connect(site: Site, name: str, holder: Owner) -> None:
+def _plug_in(site: Site, name: str, holder: Owner) -> None:
     veth = f"{site.bridge}-{name}"
     peer = f"peer name eth0 netns {holder.pid}".split()
     daemons.must(["ip", "link", "add", veth, "type", "veth", *peer])
