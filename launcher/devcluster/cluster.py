@@ -369,10 +369,16 @@ def write_profile(site: Site) -> None:
     profile, link = Path(site.folder) / "dev.yaml", profile_link()
     store.write_atomic(profile, config.profile_text(site, sys.executable, code))
     link.parent.mkdir(parents=True, exist_ok=True)
-    if link.is_symlink() and not link.exists():
+    if link.is_symlink() and _leads_nowhere(link):
         link.unlink()
     with contextlib.suppress(FileExistsError):
         link.symlink_to(profile)
+
+
+def _leads_nowhere(link: Path) -> bool:
+    """Whether a link's profile is gone, or is a dead dev cluster's."""
+    other = find(Path(os.readlink(link)).parent)
+    return not link.exists() or (other is not None and not other.is_alive("slurmctld"))
 
 
 def profile_link() -> Path:

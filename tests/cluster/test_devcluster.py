@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -103,31 +105,53 @@ def test_gpus_are_dealt_out(devcluster: DevCluster) -> None:
     assert sorted(lines) == ["0 0,1 8", "1 2,3 8", "2 4,5 8", "3 6,7 8"]
 
 
+def test_one_that_runs_is_said_to(devcluster: DevCluster, prism: Prism) -> None:
+    where = ("--dir", str(devcluster.folder))
+    done = prism("devcluster", "up", *where, "--nodes", "4")
+    assert (done.returncode, done.stderr) == (0, "") and "runs already" in done.stdout
+    done = prism("devcluster", "up", *where, "--gpus", "2")
+    assert done.returncode == 2 and "--gpus 2" in done.stderr
+    again = cluster.find(devcluster.folder)
+    assert again and again.processes["slurmctld"] == devcluster.processes["slurmctld"]
+
+
+def test_a_shell_speaks_to_it(devcluster: DevCluster, prism: Prism) -> None:
+    lines = prism("devcluster", "env", "--dir", str(devcluster.folder), PATH="/nowhere").stdout
+    env = {"PATH": "/usr/bin:/bin"}
+    shell = ["sh", "-c", 'eval "$1"; scontrol ping; command -v slurmctld', "sh", lines]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=20, env=env, check=False)
+    assert "UP" in done.stdout and "/sbin/slurmctld" in done.stdout, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- jobs
 
 
+@dataclass(frozen=True)
+class Faults:
+    node: str
+    job: str
+    lives: Path
+
+
 @pytest.fixture(scope="module")
-def killed_slurmd(devcluster: DevCluster) -> Iterator[str]:
-    """A node without its slurmd. Slurm takes half a minute to notice, so it dies in one test and is seen in another."""
+def faults(devcluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """A node whose slurmd was killed, and a job that was requeued.
+
+    Slurm takes half a minute to see the one and ten seconds to start the other: other tests run meanwhile.
+    """
+    lives = tmp_path_factory.mktemp("requeued") / "lives"
+    script = f'echo ${{SLURM_RESTART_COUNT:-0}} >>{lives}; [ -n "$SLURM_RESTART_COUNT" ] || sleep 100'
+    job = submit(devcluster, "--nodelist=n2", script=script)
+    until(lives.exists, 10, "the first life")
+    devcluster.call("scontrol", "requeue", job)
     daemons.kill([devcluster.processes["slurmd.n4"]])
-    yield "n4"
+    yield Faults("n4", job, lives)
     if not devcluster.is_alive("slurmd.n4"):
         devcluster.start("slurmd.n4")
         devcluster.await_idle()
 
 
-def test_a_requeued_job_comes_back_soon(devcluster: DevCluster, killed_slurmd: str, tmp_path: Path) -> None:
-    script = f'echo ${{SLURM_RESTART_COUNT:-0}} >>{tmp_path}/lives; [ -n "$SLURM_RESTART_COUNT" ] || sleep 100'
-    job = submit(devcluster, "--nodelist=n1", script=script)
-    until((tmp_path / "lives").exists, 10, "the first life")
-    devcluster.call("scontrol", "requeue", job)
-    # cred_expire is 10 s; Slurm's default of 120 s would be far beyond this.
-    until(lambda: state(devcluster, job) == "COMPLETED", 40, "the second life")
-    assert (tmp_path / "lives").read_text().split() == ["0", "1"]
-    assert shown(devcluster, job)["Restarts"] == "1"
-
-
-def test_dependents_run_after_success_and_end_with_failure(devcluster: DevCluster) -> None:
+def test_dependents_run_after_success_and_end_with_failure(devcluster: DevCluster, faults: Faults) -> None:
     chain = ("--kill-on-invalid-dep=yes", "--nodelist=n1")
     good, bad = (submit(devcluster, "--nodelist=n1", script=script) for script in ("true", "exit 3"))
     after_good = submit(devcluster, f"--dependency=afterok:{good}", *chain, script="true")
@@ -158,13 +182,6 @@ def test_a_higher_partition_takes_the_nodes_of_a_lower(devcluster: DevCluster) -
     devcluster.call("scancel", low)
 
 
-def test_a_node_without_its_slurmd_goes_down_and_comes_back(devcluster: DevCluster, killed_slurmd: str) -> None:
-    until(lambda: devcluster.node_states()[killed_slurmd].startswith("down"), 60, "the node is down")
-    assert devcluster.dead() == [f"slurmd.{killed_slurmd}"]
-    devcluster.start(f"slurmd.{killed_slurmd}")
-    devcluster.await_idle()
-
-
 # ---------------------------------------------------------------------------------------------------------- profile
 
 
@@ -191,24 +208,6 @@ def test_a_profile_quotes_what_yaml_would_read_otherwise(devcluster: DevCluster,
 
 
 # ----------------------------------------------------------------------------------------------- starting and stopping
-
-
-def test_one_that_runs_is_said_to(devcluster: DevCluster, prism: Prism) -> None:
-    where = ("--dir", str(devcluster.folder))
-    done = prism("devcluster", "up", *where, "--nodes", "4")
-    assert (done.returncode, done.stderr) == (0, "") and "runs already" in done.stdout
-    done = prism("devcluster", "up", *where, "--gpus", "2")
-    assert done.returncode == 2 and "--gpus 2" in done.stderr
-    again = cluster.find(devcluster.folder)
-    assert again and again.processes["slurmctld"] == devcluster.processes["slurmctld"]
-
-
-def test_a_shell_speaks_to_it(devcluster: DevCluster, prism: Prism) -> None:
-    lines = prism("devcluster", "env", "--dir", str(devcluster.folder), PATH="/nowhere").stdout
-    env = {"PATH": "/usr/bin:/bin"}
-    shell = ["sh", "-c", 'eval "$1"; scontrol ping; command -v slurmctld', "sh", lines]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=20, env=env, check=False)
-    assert "UP" in done.stdout and "/sbin/slurmctld" in done.stdout, done.stderr
 
 
 def test_beside_another_mended_and_gone(
@@ -247,15 +246,16 @@ def test_beside_another_mended_and_gone(
 
 
 def test_a_failed_start_names_the_log_and_leaves_nothing(slurm_packages: None, prism: Prism, tmp_path: Path) -> None:
-    before, broken = spaces(), tmp_path / "bin" / "slurmdbd"
+    before, broken = spaces(), tmp_path / "bin" / "mariadbd"
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\necho fatal: out of luck\nexit 1\n")
     broken.chmod(0o755)
     folder = tmp_path / "cluster"
+    (folder / "db" / "mysql").mkdir(parents=True)
     done = prism("devcluster", "up", "--dir", str(folder), "--nodes", "2", PATH=f"{broken.parent}:{os.environ['PATH']}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "slurmdbd has died" in done.stderr and "out of luck" in done.stderr
-    assert str(folder / "log" / "slurmdbd.out") in done.stderr
+    assert "mariadbd has died" in done.stderr and "out of luck" in done.stderr
+    assert str(folder / "log" / "mariadbd.out") in done.stderr
     assert left_behind(folder) == [] and spaces() - before == set()
     assert cluster.find(folder) is None
 
@@ -304,6 +304,26 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False)
 
 
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_requeued_job_comes_back_soon(devcluster: DevCluster, faults: Faults) -> None:
+    # cred_expire is 10 s; Slurm's default of 120 s would be far beyond this.
+    until(lambda: state(devcluster, faults.job) == "COMPLETED", 40, "the second life")
+    assert faults.lives.read_text().split() == ["0", "1"]
+    job = shown(devcluster, faults.job)
+    assert job["Restarts"] == "1"
+    waited = datetime.fromisoformat(job["StartTime"]) - datetime.fromisoformat(job["SubmitTime"])
+    assert waited.total_seconds() < 60, "a requeued job waits for cred_expire"
+
+
+def test_a_node_without_its_slurmd_goes_down_and_comes_back(devcluster: DevCluster, faults: Faults) -> None:
+    until(lambda: devcluster.node_states()[faults.node].startswith("down"), 60, "the node is down")
+    assert devcluster.dead() == [f"slurmd.{faults.node}"]
+    devcluster.start(f"slurmd.{faults.node}")
+    devcluster.await_idle()
+
+
 # ------------------------------------------------------------------------------------------------- without a cluster
 
 
@@ -341,7 +361,16 @@ def test_a_profile_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.
     mine.symlink_to(tmp_path / "gone.yaml")
     cluster.write_profile(site)
     assert load_profile("dev").partitions["high"].max_nodes == 1, "a link to nothing gives way"
+    other = tmp_path / "other"
+    other.mkdir()
+    cluster.write_profile(replace(site, folder=str(other), nodes=9))
+    assert load_profile("dev").partitions["high"].max_nodes == 1, "a link to a profile that is there does not"
+    DevCluster(site).write()
+    cluster.write_profile(replace(site, folder=str(other), nodes=9))
+    assert load_profile("dev").partitions["high"].max_nodes == 9, "a dead cluster's gives way"
     cluster.remove_profile(tmp_path)
+    assert load_profile("dev").partitions["high"].max_nodes == 9, "only a cluster's own link goes with it"
+    cluster.remove_profile(other)
     assert not os.path.lexists(mine)
 
 
