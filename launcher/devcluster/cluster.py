@@ -65,6 +65,8 @@ class DevCluster:
 
     def node_states(self) -> dict[str, str]:
         """State of each node as sinfo says it; empty where slurmctld does not answer."""
+        if not self.is_alive("slurmctld"):  # sinfo would go on asking for a while
+            return {}
         try:
             lines = self.call("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T").splitlines()
         except WorldError:

@@ -33,17 +33,18 @@ def absent(programs: Iterable[str]) -> list[str]:
 def spawn(folder: Path, name: str, argv: list[str], **variables: str) -> Owner:
     """Start a daemon that outlives the caller; what it prints goes to `log/NAME.out`.
 
-    It gets a bare environment, because slurmd's reaches jobs and the caller's may hold secrets.
+    It gets a bare environment, because slurmd's reaches jobs and the caller's may hold secrets. PRISM_DEVCLUSTER in it
+    says whose it is.
     """
     program = shutil.which(argv[0], path=PATH)
     if program is None:
         raise WorldError(f"{argv[0]}: no such program")
-    env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/"), **variables}
+    env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/"), "PRISM_DEVCLUSTER": str(folder)}
     log = os.open(log_file(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     files = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
     try:
-        pid = os.posix_spawn(program, argv, env, file_actions=files, setsid=True)
+        pid = os.posix_spawn(program, argv, {**env, **variables}, file_actions=files, setsid=True)
     finally:
         os.close(log)
         os.close(null)

@@ -77,6 +77,8 @@ def entering(site: Site, holder: Owner | None) -> list[str]:
 
 def _plug_in(site: Site, name: str, holder: Owner) -> None:
     veth = f"{site.bridge}-{name}"
+    if Path(f"/sys/class/net/{veth}").exists():  # the kernel takes its time with a dead node's
+        daemons.call(["ip", "link", "delete", veth])
     peer = f"peer name eth0 netns {holder.pid}".split()
     daemons.must(["ip", "link", "add", veth, "type", "veth", *peer])
     daemons.must(["ip", "link", "set", veth, "master", site.bridge, "up"])
@@ -102,10 +104,12 @@ def make_bridge(folder: Path) -> int:
 
 
 def remove_bridges(folder: Path) -> None:
-    """Remove the bridges that `make_bridge` made for this folder."""
-    for alias in Path("/sys/class/net").glob("prismdev*/ifalias"):
-        if alias.read_text().strip() == str(folder):
-            daemons.must(["ip", "link", "delete", alias.parent.name])
+    """Remove the bridges that `make_bridge` made for this folder, and what is still plugged into them."""
+    for bridge in Path("/sys/class/net").glob("prismdev*"):
+        if (bridge / "brif").is_dir() and (bridge / "ifalias").read_text().strip() == str(folder):
+            for port in os.listdir(bridge / "brif"):
+                daemons.call(["ip", "link", "delete", port])
+            daemons.must(["ip", "link", "delete", bridge.name])
 
 
 def processes_in(members: Iterable[Owner]) -> list[Owner]:
