@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.devcluster import cluster, daemons
-from launcher.devcluster.cluster import DevCluster
+from launcher.devcluster import boot, daemons
+from launcher.devcluster.cluster import DevCluster, find
 from launcher.devcluster.config import Isolation
 from launcher.errors import WorldError
 from launcher.units import format_duration
@@ -35,7 +35,7 @@ def _dir_flag(folder: Path, args: argparse.Namespace) -> str:
 
 def _running(args: argparse.Namespace) -> DevCluster:
     folder = _folder(args)
-    found = cluster.find(folder)
+    found = find(folder)
     if found is None:
         raise WorldError(
             f"{folder}: no dev cluster here; start it: prism-launch devcluster up{_dir_flag(folder, args)}"
@@ -47,7 +47,7 @@ def up(args: argparse.Namespace) -> int:
     """Start it, or say that it runs."""
     began = time.monotonic()
     folder = _folder(args)
-    there, started = cluster.up(folder, args.nodes, args.gpus)
+    there, started = boot.up(folder, args.nodes, args.gpus)
     what = f"{there.site.nodes} nodes with {there.site.gpus} fake GPUs each, in {folder}"
     took = format_duration(time.monotonic() - began)
     print(f"dev cluster ready in {took}: {what}" if started else f"dev cluster runs already: {what}")
@@ -62,7 +62,7 @@ def up(args: argparse.Namespace) -> int:
 def _profile_name(folder: Path) -> str:
     """How `--cluster` names this cluster's profile: `dev`, or its path where another stands under that name."""
     path = folder / "dev.yaml"
-    link = cluster.profile_link()
+    link = boot.profile_link()
     return link.stem if link.is_symlink() and os.readlink(link) == str(path) else str(path)
 
 
@@ -86,21 +86,22 @@ def status(args: argparse.Namespace) -> int:
     there = _running(args)
     dead, states = there.dead(), there.node_states()
     if args.json:
-        processes = {name: {"pid": p.pid, "alive": name not in dead} for name, p in there.processes.items()}
+        pids = {name: owner.pid for name, owner in there.processes.items()}
+        processes = {name: {"pid": pids.get(name), "alive": name not in dead} for name in there.names}
         profile = _profile_name(there.folder)
         value = {"dir": str(there.folder), "profile": profile, "processes": processes, "nodes": states}
         print(json.dumps(value, indent=2))
         return bool(dead)
     print(f"dev cluster in {there.folder}, profile: --cluster {_profile_name(there.folder)}")
-    for name, owner in there.processes.items():
+    for name in there.names:
         kind, _, node = name.partition(".")
         state = states.get(node, "sinfo does not answer") if kind == "slurmd" else ""
-        print(f"  {name:<12} {'dead' if name in dead else f'pid {owner.pid}':<12} {state}".rstrip())
+        print(f"  {name:<12} {'dead' if name in dead else f'pid {there.processes[name].pid}':<12} {state}".rstrip())
     return bool(dead)
 
 
 def down(args: argparse.Namespace) -> int:
     """Stop what `up` started."""
     folder = _folder(args)
-    print(f"dev cluster in {folder}: {'stopped' if cluster.down(folder) else 'none runs'}")
+    print(f"dev cluster in {folder}: {'stopped' if boot.down(folder) else 'none runs'}")
     return 0

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 from on_slurm import CHECKOUT, Prism, lacking
 
-from launcher.devcluster import cluster, config, daemons
+from launcher.devcluster import boot, cluster, config, daemons
 from launcher.devcluster.cluster import DevCluster
 
 
 @pytest.fixture(scope="session")
 def slurm_packages() -> None:
     """Skips where the machine has no Slurm."""
-    absent = daemons.absent(cluster.PROGRAMS)
+    absent = daemons.absent(boot.PROGRAMS)
     if absent:
         lacking(f"{', '.join(absent)} not installed; as root: {config.install_command()}")
 

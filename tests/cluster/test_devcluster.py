@@ -19,7 +19,7 @@ import yaml
 from on_slurm import CHECKOUT, Prism, lacking, shown, state, submit, until
 
 from launcher.cluster import load_profile
-from launcher.devcluster import cluster, config, daemons, nodes
+from launcher.devcluster import boot, cluster, config, daemons, nodes
 from launcher.devcluster.cluster import DevCluster
 from launcher.errors import UserError, WorldError
 
@@ -219,7 +219,7 @@ def test_beside_another_mended_and_gone(
     where = ("--dir", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr(nodes, "possible_isolation", lambda: "none")
-    second, started = cluster.up(tmp_path, 2, 1)
+    second, started = boot.up(tmp_path, 2, 1)
     assert started and second.node_states() == {"n1": "idle", "n2": "idle"}
     first_job = submit(second, "--nodes=2", script="srun sleep 200")
     until(lambda: len(nodes.steps_of(tmp_path)) > 3, 10, "steps run")
@@ -350,7 +350,7 @@ def test_a_whole_node_is_lost_and_comes_back(devcluster: DevCluster) -> None:
 def test_absent_packages_are_one_line_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemons, "PATH", "/nowhere")
     with pytest.raises(WorldError) as caught:
-        cluster.up(tmp_path / "new", None, None)
+        boot.up(tmp_path / "new", None, None)
     assert "slurmctld" in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).endswith(config.install_command())
     assert "mariadb-server" in config.install_command() and "slurm-wlm" in config.install_command()
@@ -362,35 +362,35 @@ def test_the_documentation_names_the_packages() -> None:
 
 def test_unusable_sizes_and_folders_are_refused_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        cluster.up(tmp_path / "with space", 0, 65)
+        boot.up(tmp_path / "with space", 0, 65)
     assert [problem.partition(" ")[0] for problem in caught.value.problems] == ["--nodes", "--gpus", "--dir"]
     with pytest.raises(UserError, match="--dir"):
-        cluster.up(tmp_path / ("long" * 30), 1, 1)
+        boot.up(tmp_path / ("long" * 30), 1, 1)
 
 
 def test_a_profile_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    mine = cluster.profile_link()
+    mine = boot.profile_link()
     mine.parent.mkdir(parents=True)
     mine.write_text("scheduler: local\n")
     site = config.Site(str(tmp_path), 1, 1, "me", "host", "none", "/dev/tty0", 1, 2, (3,))
-    cluster.write_profile(site)
-    cluster.remove_profile(tmp_path)
+    boot.write_profile(site)
+    boot.remove_profile(tmp_path)
     assert mine.read_text() == "scheduler: local\n" and not (tmp_path / "dev.yaml").exists()
     mine.unlink()
     mine.symlink_to(tmp_path / "gone.yaml")
-    cluster.write_profile(site)
+    boot.write_profile(site)
     assert load_profile("dev").partitions["high"].max_nodes == 1, "a link to nothing gives way"
     other = tmp_path / "other"
     other.mkdir()
-    cluster.write_profile(replace(site, folder=str(other), nodes=9))
+    boot.write_profile(replace(site, folder=str(other), nodes=9))
     assert load_profile("dev").partitions["high"].max_nodes == 1, "a link to a profile that is there does not"
     DevCluster(site).write()
-    cluster.write_profile(replace(site, folder=str(other), nodes=9))
+    boot.write_profile(replace(site, folder=str(other), nodes=9))
     assert load_profile("dev").partitions["high"].max_nodes == 9, "a dead cluster's gives way"
-    cluster.remove_profile(tmp_path)
+    boot.remove_profile(tmp_path)
     assert load_profile("dev").partitions["high"].max_nodes == 9, "only a cluster's own link goes with it"
-    cluster.remove_profile(other)
+    boot.remove_profile(other)
     assert not os.path.lexists(mine)
 
 
