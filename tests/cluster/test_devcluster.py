@@ -84,15 +84,15 @@ else:
     except ConnectionRefusedError:
         said["localhost"] = "refused"
     said["heard"] = socket.create_connection((host, int(port)), 5).recv(100).decode()
-print(json.dumps(said), flush=True)
+(folder / f"said.{os.environ['SLURM_PROCID']}").write_text(json.dumps(said))
 """
 
 
 def test_nodes_are_machines_of_their_own(devcluster: DevCluster, tmp_path: Path) -> None:
     if devcluster.site.isolation != "network":
         lacking("only root can give each node its own network")
-    lines = devcluster.call("srun", "--nodes=2", "--unbuffered", sys.executable, "-c", MEET, str(tmp_path), seconds=30)
-    first, second = sorted((json.loads(line) for line in lines.splitlines()), key=lambda said: "heard" in said)
+    devcluster.call("srun", "--nodes=2", sys.executable, "-c", MEET, str(tmp_path), seconds=30)
+    first, second = (json.loads((tmp_path / f"said.{rank}").read_text()) for rank in (0, 1))
     here = os.readlink("/proc/self/ns/net")
     assert first["name"] != second["name"] and first["address"] != second["address"]
     assert len({first["net"], second["net"], here}) == 3
@@ -328,17 +328,24 @@ def test_a_node_without_its_slurmd_goes_down_and_comes_back(devcluster: DevClust
     devcluster.await_idle()
 
 
+def slurmd_start(on: DevCluster, node: str) -> str:
+    """When the node's slurmd started, as it told slurmctld."""
+    words = on.call("scontrol", "--oneliner", "show", "node", node).split()
+    return next(word for word in words if word.startswith("SlurmdStartTime="))
+
+
 def test_a_whole_node_is_lost_and_comes_back(devcluster: DevCluster) -> None:
     if devcluster.site.isolation == "none":
         lacking("without namespaces a node is its slurmd alone")
     job = submit(devcluster, "--nodelist=n3", "--no-requeue", script="srun sleep 100 & wait")
     until(lambda: len(devcluster.node_processes("n3")) > 5, 10, "the job's step runs")
-    there = devcluster.node_processes("n3")
+    there, before = devcluster.node_processes("n3"), slurmd_start(devcluster, "n3")
     devcluster.kill_node("n3")
     assert not any(daemons.lives(owner) for owner in there) and devcluster.node_processes("n3") == []
     assert devcluster.dead() == ["node.n3", "slurmd.n3"]
     devcluster.start("node.n3")
     devcluster.start("slurmd.n3")
+    until(lambda: slurmd_start(devcluster, "n3") != before, 30, "the new slurmd has registered")
     devcluster.call("scancel", job)
     devcluster.await_idle()
     assert devcluster.call("srun", "--nodelist=n3", "hostname").strip() == "n3"
