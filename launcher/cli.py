@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
     _add_listing_commands(commands)
+    _add_devcluster_commands(commands)
     return parser
 
 
@@ -159,6 +160,24 @@ def _add_listing_commands(commands: Commands) -> None:
     _command(commands, "clusters", "list the cluster profiles", "json")
     _command(commands, "schema", "print the recipe's JSON schema, for editors")
     _command(commands, "doctor", "what this machine has and lacks", "root", "json")
+
+
+def _add_devcluster_commands(commands: Commands) -> None:
+    parser = _command(commands, "devcluster", "a real Slurm of several nodes on this machine, to try things on")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("up", "start it, or say that it runs; writes the cluster profile `dev`"),
+        ("env", 'print what a shell needs: eval "$(prism-launch devcluster env)"'),
+        ("status", "what runs of it"),
+        ("down", "stop what `up` started"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--dir", metavar="DIR", help="its folder; default: ~/.local/state/prism-launch/devcluster")
+        if name == "up":
+            action.add_argument("--nodes", type=int, metavar="N", help="nodes; default: 4")
+            action.add_argument("--gpus", type=int, metavar="N", help="fake GPUs of each node; default: 8")
+        if name == "status":
+            action.add_argument("--json", action="store_true", help="print JSON")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Literal
 
 from launcher.configs import Resources, default_of, option
 from launcher.containers import RUNTIMES, image_problems, mount_problem, not_built, order_mounts
-from launcher.data import data_dir
+from launcher.data import data_dir, own_profiles
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
@@ -190,16 +190,19 @@ def _option_problems(profile: Profile) -> Problems:
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """The shipped profile of that name, or a .yaml file. Raises UserError with every problem's file and line."""
-    shipped = {path.stem: path for path in profile_files()}
-    if name_or_path in shipped:
-        return _read(shipped[name_or_path])
+    """The user's own or the shipped profile of that name, or a .yaml file.
+
+    Raises UserError with every problem's file and line.
+    """
+    named = _named_files()
+    if name_or_path in named:
+        return _read(named[name_or_path])
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return _read(path)
-    hint = did_you_mean(name_or_path, shipped)
+    hint = did_you_mean(name_or_path, named)
     raise UserError(
-        f"no cluster profile {name_or_path}{hint}; there is {', '.join(shipped)}, or give the path of a .yaml file"
+        f"no cluster profile {name_or_path}{hint}; there is {', '.join(named)}, or give the path of a .yaml file"
     )
 
 
@@ -226,9 +229,15 @@ def profile_files() -> list[Path]:
     return sorted((data_dir("slurm") / "clusters").glob("*.yaml"))
 
 
+def _named_files() -> dict[str, Path]:
+    """Name to file: the shipped profiles, then the user's own, which stand in for shipped ones of the same name."""
+    own = (path for path in sorted(own_profiles().glob("*.yaml")) if path.exists())
+    return {path.stem: path for path in (*profile_files(), *own)}
+
+
 def list_profiles() -> tuple[Profile, ...]:
-    """The shipped profiles."""
-    return tuple(_read(path) for path in profile_files())
+    """The shipped profiles and the user's own."""
+    return tuple(_read(path) for path in _named_files().values())
 
 
 # ------------------------------------------------------------------------------------------------------------ stages

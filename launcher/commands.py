@@ -462,8 +462,9 @@ def recipes(args: argparse.Namespace) -> int:
 
 
 def clusters(args: argparse.Namespace) -> int:
-    """List the shipped cluster profiles."""
+    """List the cluster profiles, shipped and the user's own."""
     from launcher.cluster import list_profiles
+    from launcher.data import own_profiles
 
     profiles = list_profiles()
     if args.json:
@@ -472,8 +473,17 @@ def clusters(args: argparse.Namespace) -> int:
         return 0
     for p in profiles:
         print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
-    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster.")
+    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster; or put it into")
+    print(f"{own_profiles()}, and its name will do.")
     return 0
+
+
+def devcluster(args: argparse.Namespace) -> int:
+    """Start, describe or stop a Slurm on this machine."""
+    from launcher.devcluster import commands
+
+    run = {"up": commands.up, "env": commands.env, "status": commands.status, "down": commands.down}
+    return run[args.action](args)
 
 
 def doctor(args: argparse.Namespace) -> int:

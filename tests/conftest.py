@@ -14,6 +14,14 @@ hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_profiles_of_the_users_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user keeps in ~/.config decides nothing in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`hf_checkpoint(name, dtype="float32")`: the folder of a checkpoint of `CONFIGS`; not to be changed."""

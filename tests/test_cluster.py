@@ -42,6 +42,19 @@ def test_the_shipped_profiles_are_read_and_say_what_they_are() -> None:
         assert profiles[f"example-{name}"].runtime.container == name
 
 
+def test_profiles_of_the_users_own_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own = tmp_path / "prism-launch" / "clusters"
+    own.mkdir(parents=True)
+    for name, slots in (("desk", 3), ("local", 5)):
+        (own / f"{name}.yaml").write_text(f"scheduler: local\nslots: {slots}\n")
+    (own / "gone.yaml").symlink_to(tmp_path / "nowhere")
+    assert [p.name for p in list_profiles()] == ["example-apptainer", "example-pyxis", "local", "desk"]
+    assert load_profile("desk").slots == 3 and load_profile("local").slots == 5
+    with pytest.raises(UserError, match="did you mean desk"):
+        load_profile("dsek")
+
+
 def test_every_key_is_documented() -> None:
     assert [f.name for f in fields(Profile) if not f.metadata.get("doc")] == []
 

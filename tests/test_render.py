@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster import Profile, list_profiles, load_profile
+from launcher.cluster import Profile, load_profile, profile_files
 from launcher.errors import UserError
 from launcher.inputs import External, Inputs, resolve_inputs
 from launcher.plan import build_plan
@@ -28,7 +28,7 @@ from launcher.spec import Runtime, read_stage
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKOUT = GOLDEN.parents[1]
 ROOT = Path("/scratch/prism")
-SLURM = [p.name for p in list_profiles() if p.scheduler == "slurm"]
+SLURM = [path.stem for path in profile_files() if load_profile(str(path)).scheduler == "slurm"]
 
 
 PYXIS = load_profile("example-pyxis")
