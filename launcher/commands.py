@@ -83,6 +83,10 @@ def _git_hash(folder: Path) -> str | None:
 def _open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
     """The run named on the command line, the latest by default."""
     root = _root(args)
+    if args.run and ("/" in args.run or args.run in (".", "..")):
+        raise UserError(
+            f"{args.run}: not the name of a run; the runs under {root} are {', '.join(list_runs(root)) or 'none'}"
+        )
     runs = list_runs(root)
     if not args.run and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")

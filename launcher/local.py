@@ -300,6 +300,7 @@ def _living(root: Path, record: RunRecord) -> Iterator[tuple[PlannedStage, Attem
 def stop_owners(owners: list[Owner]) -> None:
     """Send TERM to processes of this machine and wait until they are gone."""
     for owner in owners:
+        _signal(owner, signal.SIGCONT)  # a stopped process hears nothing
         _signal(owner, signal.SIGTERM)
     while any(store.is_alive(owner) for owner in owners):
         for owner in owners:

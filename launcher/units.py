@@ -51,6 +51,8 @@ def format_bytes(count: float) -> str:
 
 def format_count(count: float) -> str:
     """A count for people, in powers of 1000: `244`, `16.4 k`, `1 M`, `27 B`."""
+    if count >= 1e15:
+        return f"{count:.3e}" if count < 1e300 else "over 1e300"
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.3g} {unit}"

@@ -14,13 +14,12 @@ import pytest
 
 from launcher import local, store
 from launcher.attempts import attempts
-from launcher.configs import Resources
 from launcher.local import cancel_run, run_local
-from launcher.run_record import PlannedStage, RunRecord, read_run, write_run
-from launcher.spec import Input, StageSpec, Step
+from launcher.run_record import RunRecord, read_run, write_run
+from launcher.spec import StageSpec
 from launcher.state import run_state, stage_states
 from launcher.watch import watch_run
-from tests.supervisor.counting import CHECKOUT, Store, counting_stage, counting_step
+from tests.supervisor.counting import CHECKOUT, Store, counting_run
 
 PROGRAM = """
 import sys
@@ -42,20 +41,9 @@ class Driven(Store):
 
     def plan(self, *stages: tuple[str, tuple[str, ...], dict[str, Any]]) -> RunRecord:
         """Write `run.json`: stages of (name, those it reads, options of the worker)."""
-        planned: dict[str, PlannedStage] = {}
-        for number, (name, depends, options) in enumerate(stages):
-            inputs = {d: self._input(planned[d].spec) for d in depends}
-            step = options if isinstance(options, Step) else counting_step(**options)
-            spec = counting_stage(step, stage=name, fingerprint=f"{number:020d}", inputs=inputs)
-            planned[name] = PlannedStage(spec, depends, Resources())
-        made = tuple(planned.values())
-        record = RunRecord("run", "recipe.yaml", (), "local", {}, made, created=0.0, versions={})
+        record = counting_run(*stages)
         write_run(self.root, record)
         return record
-
-    @staticmethod
-    def _input(spec: StageSpec) -> Input:
-        return Input(spec.outputs["checkpoint"].path, "megatron", spec.fingerprint)
 
     def drive(self, slots: int = 2) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", PROGRAM, str(self.root), str(slots)]

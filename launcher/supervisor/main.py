@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
 
     Without PRISM_ATTEMPT it is the batch step of a Slurm job.
     """
+    if len(argv) != 1 or "PRISM_ROOT" not in os.environ:
+        print("prism-launch: the supervisor is started by `prism-launch run` or by a rendered script", file=sys.stderr)
+        return 2
     stage_json = Path(argv[0]).resolve()
     try:
         spec = read_stage(stage_json)
@@ -193,7 +196,7 @@ class Supervisor:
 
     def _until_decided(self) -> Evidence:
         noticed: list[RankExit] = []
-        last_beat = time.time()
+        newest, seen = 0.0, time.monotonic()  # the wall clock may jump
         while True:
             noticed += [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in noticed}]
             if self.asked or self._decided(noticed):
@@ -202,8 +205,10 @@ class Supervisor:
                 late = [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in before}]
                 # A server is stopped when the work is done: how it takes that is no evidence.
                 return Evidence([*before, *(e for e in late if self._is_main(e) or self.asked)], self._asked())
-            last_beat = max(last_beat, self._newest_beat())
-            if time.time() - last_beat > self.spec.limits.hang_s:
+            beat = self._newest_beat()
+            if beat != newest:
+                newest, seen = beat, time.monotonic()
+            if time.monotonic() - seen > self.spec.limits.hang_s:
                 return self._hang()
             time.sleep(_POLL_S)
 

@@ -122,6 +122,9 @@ def _read_files(name: str) -> Source:
 
 
 def _read_file(path: Path, problems: list[str]) -> list[str]:
+    if not path.is_file():
+        problems.append(f"{path}: not a regular file; remove it")
+        return []
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.spec import Limits, Output, StageSpec, Step, stage_text
+from launcher.configs import Resources
+from launcher.run_record import PlannedStage, RunRecord
+from launcher.spec import Input, Limits, Output, StageSpec, Step, stage_text
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("counter_worker.py")
@@ -41,6 +43,21 @@ def counting_stage(*steps: Step, stage: str = "count", fingerprint: str = "f" * 
         limits=Limits(hang_s=30.0, save_s=10.0),
     )
     return replace(spec, **changes)
+
+
+def counting_run(*stages: tuple[str, tuple[str, ...], dict[str, Any]]) -> RunRecord:
+    """A run of counting stages: (name, those it reads, options of the worker); the number decides the fingerprint."""
+    planned: dict[str, PlannedStage] = {}
+    for number, (name, depends, options) in enumerate(stages):
+        inputs = {d: _output_of(planned[d].spec) for d in depends}
+        spec = counting_stage(counting_step(**options), stage=name, fingerprint=f"{number:020d}", inputs=inputs)
+        planned[name] = PlannedStage(spec, depends, Resources())
+    made = tuple(planned.values())
+    return RunRecord("run", "recipe.yaml", (), "local", {}, made, created=0.0, versions={})
+
+
+def _output_of(spec: StageSpec) -> Input:
+    return Input(spec.outputs["checkpoint"].path, "megatron", spec.fingerprint)
 
 
 class Store:
