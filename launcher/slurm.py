@@ -6,6 +6,7 @@ Layouts are those of `--format` strings and of `scontrol show --oneliner`, which
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -57,8 +58,12 @@ class Job:
 
 def call(*argv: str, timeout: float = 10.0) -> Answer:
     """Run a Slurm command. Raises WorldError where it is not installed."""
+    # Variables of the user's shell would change what a script says.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=environment
+        )
     except FileNotFoundError:
         raise WorldError(f"no {argv[0]} here: this needs Slurm's commands, as a login node has them") from None
     except subprocess.TimeoutExpired:

@@ -21,7 +21,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,10 +295,10 @@ def is_alive(owner: Owner) -> bool | None:
     return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
 
 
-def claim(folder: Path, owner: Owner) -> Owner | None:
+def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is_alive) -> Owner | None:
     """Take the claim `folder` for `owner`; returns the living owner where another holds it, None when it is ours.
 
-    A claim whose owner is dead is taken over. One whose owner cannot be judged from here counts as living. Raises
+    A claim whose owner is dead is taken over. One of which `lives` cannot tell counts as living. Raises
     WorldError where the folder can be neither taken nor judged.
     """
     from launcher.spec import encode
@@ -315,7 +315,7 @@ def claim(folder: Path, owner: Owner) -> Owner | None:
                 holder = claim_holder(folder)
                 if holder == owner:
                     return None
-                if holder is not None and is_alive(holder) is not False:
+                if holder is not None and lives(holder) is not False:
                     return holder
                 _set_aside(folder, holder)
         raise WorldError(f"{folder}: cannot be claimed; remove it if nothing of prism-launch runs here")

@@ -18,7 +18,7 @@ from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import sbatch_text
 from launcher.spec import stage_text
-from launcher.state import Jobs
+from launcher.state import Jobs, stage_states
 
 JOBS = "jobs.jsonl"
 
@@ -84,13 +84,15 @@ def _refuse_other_plans(root: Path, record: RunRecord) -> None:
 
 def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
     known = stage_jobs(root, record)
+    # A job may still be completing when its attempt has said how it ended: nothing more comes of that one.
+    states = {s.stage: s.state for s in stage_states(root, record, jobs=known)}
     waiting_for: dict[str, str] = {}  # job ids of stages that are not done
     submitted: dict[str, str] = {}
     for stage in record.stages:
         name = stage.spec.stage
-        if store.read_receipt(root, stage.spec.artifact) is not None:
+        if states[name] == "done":
             continue
-        if name in known and known[name].is_active:
+        if name in known and states[name] in ("queued", "running"):
             waiting_for[name] = known[name].id
             continue
         after = [waiting_for[d] for d in stage.depends if d in waiting_for]

@@ -17,6 +17,7 @@ from launcher import slurm, store
 from launcher.errors import UserError
 from launcher.spec import ExitClass, StageSpec, Step
 from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
+from launcher.store import Owner
 from launcher.supervisor.processes import Process, SrunStep
 
 
@@ -39,6 +40,9 @@ class Allocation(Protocol):
 
     def why(self, number: signal.Signals) -> ExitClass:
         """What a signal to stop stands for."""
+
+    def lives(self, owner: Owner) -> bool | None:
+        """Whether another maker of the artifact lives; None where that cannot be told."""
 
     def requeue(self, exclude: tuple[str, ...]) -> str | None:
         """Ask for another life of this job; returns why not."""
@@ -80,6 +84,10 @@ class ThisMachine:
     def why(self, number: signal.Signals) -> ExitClass:
         """TERM is `cancel` or Ctrl-C."""
         return "cancelled" if number == signal.SIGTERM else "time-limit"
+
+    def lives(self, owner: Owner) -> bool | None:
+        """By process id and start time."""
+        return store.is_alive(owner)
 
     def requeue(self, exclude: tuple[str, ...]) -> str | None:
         """Never: the driver starts another attempt."""
@@ -135,6 +143,15 @@ class SlurmJob:
             if known.state != "RUNNING":
                 return "cancelled"
         return "preempted" if known is not None and known.preempted else "time-limit"
+
+    def lives(self, owner: Owner) -> bool | None:
+        """By Slurm's word where the process is on another node; an earlier life of this job is dead."""
+        if owner.job is None or store.is_alive(owner) is not None:
+            return store.is_alive(owner)
+        if owner.job == self.job:
+            return False
+        known = slurm.job_states([owner.job]).get(owner.job)
+        return None if known is None else known.is_active
 
     def requeue(self, exclude: tuple[str, ...]) -> str | None:
         """Put the job back into the queue; returns what Slurm said where it refused."""

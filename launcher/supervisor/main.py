@@ -146,7 +146,7 @@ class Supervisor:
         """Claim the artifact, waiting for as long as another run makes it; False when asked to stop before that."""
         folder = store.claim_dir(self.root, self.spec.artifact)
         told = None
-        while (holder := store.claim(folder, self.owner)) is not None:
+        while (holder := store.claim(folder, self.owner, self.allocation.lives)) is not None:
             if holder != told:
                 gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
                 self._event("waiting", message=f"process {holder.pid} on {holder.host} makes the same artifact{gone}")

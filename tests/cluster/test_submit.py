@@ -158,7 +158,7 @@ def test_a_cancelled_run_stays_cancelled_and_resumes(on: OnSlurm) -> None:
     assert known is None or known.restarts == 0
     again = on.submit(record)
     assert list(again) == ["a", "b"]
-    on.await_step(record, 6)
+    until(lambda: f"{again['a']}.0" in on.lives() and on.step(record) > 0, 60.0, "the new job's first step")
     saved = int(on.log(f"{again['a']}.0").split("from step ")[1].split()[0])
     assert saved >= 5
     cancel_jobs(on.root, record)
@@ -199,7 +199,8 @@ def test_a_lost_node_is_left_to_slurm_and_the_stage_goes_on(on: OnSlurm) -> None
     try:
         until(lambda: len(on.lives()) == 2, 90.0, "a second life")
     finally:
-        on.cluster.start(f"slurmd.{known.nodes}") if f"node.{known.nodes}" in on.cluster.processes else None
+        for kind in ("node", "slurmd"):
+            on.cluster.start(f"{kind}.{known.nodes}")
     assert on.finish(record, 120.0) == {"a": "done"}
     assert "from step 0" not in on.log(on.lives()[-1])
     on.cluster.await_idle()
