@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/prism-launch run recipes/demo.yaml --cluster local
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ quick on a login node; what a command does stands in `launcher.commands`.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"prism-launch: {where}{error.strerror or error}", file=sys.stderr)
+        mend = "; free some room, then run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"prism-launch: {where}{error.strerror or error}{mend}", file=sys.stderr)
         return 1
 
 

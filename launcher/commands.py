@@ -407,6 +407,7 @@ def cancel(args: argparse.Namespace) -> int:
     from launcher.submit import cancel_jobs
 
     root, record = _open_run(args)
+    print(f"stopping run {record.run}; its stages save first", file=sys.stderr)
     stopped = cancel_jobs(root, record) if _jobs(root, record) else cancel_run(root, record)
     if args.json:
         _print_json({"run": record.run, "stopped": stopped})

@@ -119,6 +119,7 @@ class Driver:
     running: dict[str, Owner] = field(default_factory=dict)
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     without_progress: dict[str, int] = field(default_factory=dict)
+    silent: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> int:
         """Drive to the end; 0 when everything is made, 1 when something failed, 130 when stopped."""
@@ -221,8 +222,17 @@ class Driver:
         attempt = newest_attempt(self.root, stage.spec)
         if attempt is not None and (attempt.owner is None or attempt.owner.pid != owner.pid):
             attempt = None  # an earlier one: this supervisor ended before it could say anything
+        if attempt is None:
+            self.silent[name] = self._last_words(stage)
         if self._action(stage, attempt) != "again":
             self.failed.add(name)
+
+    def _last_words(self, stage: PlannedStage) -> str:
+        """What a supervisor that could not even begin left in its log."""
+        logs = stage_json(self.root, stage).parent.glob("local.*/supervisor.log")
+        newest = max(logs, key=lambda p: p.stat().st_mtime, default=None)
+        words = newest.read_text(errors="replace").strip().splitlines() if newest else []
+        return f"its supervisor could not begin: {words[-1] if words else 'it said nothing'}"
 
     def _action(self, stage: PlannedStage, attempt: Attempt | None) -> str:
         if attempt is None:
@@ -244,7 +254,8 @@ class Driver:
         for state in stage_states(self.root, self.record, self.done):
             if state.stage in self.failed:
                 why = f"{state.exit_class or 'crashed'}: {state.message}" if state.message else state.exit_class
-                lines.append(f"prism-launch: stage {state.stage} failed: {why or 'see its log'}")
+                why = self.silent.get(state.stage) or why or "see its log"
+                lines.append(f"prism-launch: stage {state.stage} failed: {why}")
                 lines.append(f"  log: prism-launch logs {self.record.run} --stage {state.stage} --root {self.root}")
         return lines
 
@@ -258,6 +269,7 @@ class Driver:
         except KeyboardInterrupt:
             for owner in self.running.values():
                 _signal(owner, signal.SIGKILL)
+        follower.show(stage_states(self.root, self.record))
         follower.say(f"stopped; go on with: prism-launch resume {self.record.run} --root {self.root}")
 
 
