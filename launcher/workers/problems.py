@@ -86,8 +86,6 @@ def open_task(name: str, config: ProblemSetConfig, seed: int) -> Iterator[dict[s
 
     if config.task not in TRACES:
         raise UserError(f"problems.{name}.task: no traces for task {config.task}; there is {', '.join(TRACES)}")
-    if config.count < 1:
-        raise UserError(f"problems.{name}.count: must be at least 1, got {config.count}")
     if config.totals and config.task != "chain_sum":
         raise UserError(f"problems.{name}.totals: only chain_sum has running totals, {config.task} has none")
     size = config.count * DRAWS
