@@ -142,3 +142,29 @@ def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, mo
     monkeypatch.setattr(local, "run_local", interrupted)
     assert cli.main(["run", str(recipe), "--root", str(tmp_path / "root")]) == 130
     assert begun == ["demo-seed=0", "demo-seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config.json": '{"model_type": "granite"}', "model.safetensors": ""},
+            "is a checkpoint of model type granite",
+        ),
+        ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, "no .safetensors file"),
+        ({"config.json": "no json", "model.safetensors": ""}, "not a model's config.json"),
+        ({"README": "hello"}, "neither a Hugging Face folder"),
+        ({}, "neither a Hugging Face folder"),
+    ],
+)
+def test_a_start_that_is_no_checkpoint_of_the_model_is_refused_with_its_place(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    (tmp_path / "start").mkdir()
+    for name, content in files.items():
+        (tmp_path / "start" / name).write_text(content)
+    path = recipe_file(tmp_path, "checkpoint: ./start\n    data: {prepare/general", "data: {prepare/general")
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if "./start" in text)
+    done = prism("check", str(path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"mine.yaml:{line}: stages.base.checkpoint: " in done.stderr and message in done.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,27 @@ def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:
         time.sleep(0.02)
     driver.communicate()
     assert most == 2 and set(run.states().values()) == {"done"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_once_there_is_room_the_run_goes_on(small_disk: Path) -> None:
+    run = Driven(small_disk)
+    run.plan(("a", (), {"until": 3, "fill": 4 << 20}), ("b", ("a",), {}))
+    code, _, err = run.driven()
+    assert code == 1 and "stage a failed: storage" in err and "No space left on device" in err, err
+    assert run.states() == {"a": "failed", "b": "waiting"} and not run.processes()
+    assert store.read_receipt(run.root, run.stage("a").artifact) is None
+    subprocess.run(["mount", "-o", "remount,size=32m", small_disk], check=True)
+    assert run.driven()[0] == 0
+    assert run.states() == {"a": "done", "b": "done"}

@@ -3,7 +3,7 @@
     python counter_worker.py STAGE_JSON [key=value ...]
 
 Keys: until=N, sleep=S (a step), save=N (steps between saves), fail_at=N with fail=raise|exit|user|diverge|kill|full,
-hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the port empty).
+hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the port empty), fill=BYTES (of the port).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(job: StageJob) -> None:
         (job.output("checkpoint") / "half").unlink()
         if not OPTIONS.get("empty"):
             (job.output("checkpoint") / "weights").write_text(str(step))
+        if "fill" in OPTIONS:
+            (job.output("checkpoint") / "filler").write_bytes(bytes(int(OPTIONS["fill"])))
         job.record(steps=step)
 
 
