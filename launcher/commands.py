@@ -44,10 +44,13 @@ def _records(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
     """Every run that the recipe on the command line describes, planned and checked. Raises UserError."""
     from launcher.recipe.load import load_recipes
 
-    return [_record(recipe, profile) for recipe in load_recipes(args.recipe, args.overrides, args.name)]
+    # A profile of the user's own is found again by its path, wherever the next command is typed.
+    named = args.cluster or "local"
+    cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
+    return [_record(recipe, profile, cluster) for recipe in load_recipes(args.recipe, args.overrides, args.name)]
 
 
-def _record(recipe: Recipe, profile: Profile) -> RunRecord:
+def _record(recipe: Recipe, profile: Profile, cluster: str) -> RunRecord:
     from launcher.check import check_recipe
     from launcher.inputs import resolve_inputs
     from launcher.plan import build_plan
@@ -60,7 +63,7 @@ def _record(recipe: Recipe, profile: Profile) -> RunRecord:
         run=recipe.name,
         recipe=recipe.path,
         overrides=recipe.overrides,
-        cluster=profile.name,
+        cluster=cluster,
         resolved=recipe.resolved,
         stages=stages,
         created=time.time(),

@@ -128,9 +128,9 @@ put() {  # FILE TARGET: readable by you alone
     mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod 600 -- "$2.new" && mv -f -- "$2.new" "$2"
 }
 
-submit() {  # STAGE and the stages that it reads
-    local stage=$1 after="" id name
-    shift
+submit() {  # STAGE, its fingerprint and the stages that it reads
+    local stage=$1 fingerprint=$2 after="" id name
+    shift 2
     for name in "$@"; do after+=":${ids[$name]}"; done
     put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
     id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
@@ -139,6 +139,9 @@ submit() {  # STAGE and the stages that it reads
     [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
     ids[$stage]=$id
     submitted+=("$stage")
+    # So that `prism-launch status` and `run` know of the job.
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s}\n' \
+        "$stage" "$fingerprint" "$id" "$(date +%s)" >> "$run/jobs.jsonl"
     echo "$stage: job $id"
 }
 
@@ -164,4 +167,4 @@ def _submit_lines(record: RunRecord, root: Path) -> Iterator[str]:
     yield f"run={run}"
     yield _FUNCTIONS
     for stage in record.stages:
-        yield " ".join(["submit", stage.spec.stage, *stage.depends])
+        yield " ".join(["submit", stage.spec.stage, stage.spec.fingerprint, *stage.depends])

@@ -168,3 +168,11 @@ def test_a_start_that_is_no_checkpoint_of_the_model_is_refused_with_its_place(
     done = prism("check", str(path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"mine.yaml:{line}: stages.base.checkpoint: " in done.stderr and message in done.stderr
+
+
+def test_a_profile_of_the_users_own_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("scheduler: local\nslots: 1\n")
+    root = str(tmp_path / "root")
+    done = prism("plan", "demo", "--cluster", "./mine.yaml", "--root", root, "--json", cwd=tmp_path)
+    (plan,) = json.loads(done.stdout)
+    assert plan["cluster"] == str(tmp_path / "mine.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from launcher.cluster import load_profile, place_record
 from launcher.configs import Resources
 from launcher.devcluster.cluster import DevCluster
 from launcher.errors import UserError
+from launcher.render import render_plan
 from launcher.run_record import RunRecord
 from launcher.spec import Limits
 from launcher.state import run_state, stage_states
@@ -106,6 +108,16 @@ def test_what_runs_is_what_was_rendered(on: OnSlurm) -> None:
     assert tuple(launched["argv"]) == srun_argv(spec.steps[0], place, spec.runtime)
     exits = {p.name for p in (store.stage_dir(on.root, "run", "a") / f"{job}.0").glob("exit.count.*.json")}
     assert exits == {f"exit.count.{rank}.json" for rank in range(4)}
+
+
+def test_a_rendered_folder_submits_itself_and_its_jobs_are_known(on: OnSlurm, tmp_path: Path) -> None:
+    record = on.plan(("a", (), {"until": 20, "sleep": 0.1}), ("b", ("a",), {}))
+    render_plan(record, on.profile, tmp_path / "scripts", on.root)
+    done = subprocess.run([tmp_path / "scripts" / "submit.sh"], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    assert [s.stage for s in read_submitted(on.root, "run")] == ["a", "b"]
+    assert on.submit(record) == {}
+    assert on.finish(record) == {"a": "done", "b": "done"}
 
 
 def test_a_failure_cancels_what_reads_it_and_nothing_else(on: OnSlurm) -> None:

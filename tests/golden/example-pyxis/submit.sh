@@ -23,9 +23,9 @@ put() {  # FILE TARGET: readable by you alone
     mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod 600 -- "$2.new" && mv -f -- "$2.new" "$2"
 }
 
-submit() {  # STAGE and the stages that it reads
-    local stage=$1 after="" id name
-    shift
+submit() {  # STAGE, its fingerprint and the stages that it reads
+    local stage=$1 fingerprint=$2 after="" id name
+    shift 2
     for name in "$@"; do after+=":${ids[$name]}"; done
     put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
     id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
@@ -34,6 +34,9 @@ submit() {  # STAGE and the stages that it reads
     [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
     ids[$stage]=$id
     submitted+=("$stage")
+    # So that `prism-launch status` and `run` know of the job.
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s}
+'         "$stage" "$fingerprint" "$id" "$(date +%s)" >> "$run/jobs.jsonl"
     echo "$stage: job $id"
 }
 
@@ -49,8 +52,8 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare
-submit small-052cb9-to-megatron
-submit midtrain prepare small-052cb9-to-megatron
-submit midtrain-to-hf midtrain
-submit evaluate midtrain-to-hf prepare
+submit prepare 5d0c939567b412a932c0
+submit small-052cb9-to-megatron b24409002a9ca4fe2a09
+submit midtrain eb40e8a3a8b7934430ba prepare small-052cb9-to-megatron
+submit midtrain-to-hf d79683160cde1d84d946 midtrain
+submit evaluate 417f50eb0f00fba85f2c midtrain-to-hf prepare
