@@ -16,6 +16,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -112,8 +113,13 @@ class StageJob:
         store.write_json(path, {**(store.read_json(path) or {}), **facts})
 
     def exit(self, exit_class: ExitClass, message: str = "", **evidence: Any) -> None:
-        """Write how this rank ended."""
-        body = {"class": exit_class, "message": message, "time": time.time(), **evidence}
+        """Write how this rank ended and what it used; under Slurm its supervisor cannot see that itself."""
+        own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        used = {
+            "cpu_seconds": own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime,
+            "peak_memory_bytes": max(own.ru_maxrss, children.ru_maxrss) * 1024,
+        }
+        body = {"class": exit_class, "message": message, "time": time.time(), **used, **evidence}
         self._replace(self.attempt_dir / f"exit.{self.step}.{self.rank}.json", body)
 
     @staticmethod

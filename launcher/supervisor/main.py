@@ -157,12 +157,16 @@ class Supervisor:
         return True
 
     def _cost(self) -> dict[str, float]:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return {
-            "seconds": time.monotonic() - self.began,
-            "cpu_seconds": used.ru_utime + used.ru_stime,
-            "peak_memory_bytes": used.ru_maxrss * 1024,
-        }
+        """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
+        seconds = time.monotonic() - self.began
+        if self.allocation.job is None:
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+        else:  # the children are sruns; ranks that were killed told nothing
+            told = [store.read_json(path) or {} for path in self.attempt_dir.glob("exit.*.json")]
+            cpu = sum(t.get("cpu_seconds", 0.0) for t in told)
+            peak = max((t.get("peak_memory_bytes", 0) for t in told), default=0)
+        return {"seconds": seconds, "cpu_seconds": cpu, "peak_memory_bytes": peak}
 
     # ---- steps
 

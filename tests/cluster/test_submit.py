@@ -88,6 +88,8 @@ def test_a_chain_runs_to_its_end_and_is_never_submitted_again(on: OnSlurm) -> No
     assert on.submit(record) == {}  # all are in the queue: joined
     assert on.finish(record) == dict.fromkeys("abc", "done")
     assert on.submit(record) == {}
+    receipts = [store.read_receipt(on.root, s.spec.artifact) for s in record.stages]
+    assert all(r is not None and r.cpu_seconds > 0 and r.peak_memory_bytes > 2**20 for r in receipts)
     assert [s.job for s in read_submitted(on.root, "run")] == list(first.values())
 
 
