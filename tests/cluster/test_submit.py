@@ -181,7 +181,7 @@ def test_a_cancelled_run_stays_cancelled_and_resumes(on: OnSlurm) -> None:
 
 def test_a_hang_is_ended_with_its_stacks_and_requeued(on: OnSlurm) -> None:
     record = on.plan(("a", (), {"until": 6, "hang_at": 3}))
-    limited = replace(record.stages[0].spec, limits=Limits(hang_s=3.0, save_s=2.0, max_no_progress=0))
+    limited = replace(record.stages[0].spec, limits=Limits(hang_s=6.0, save_s=2.0, max_no_progress=0))
     record = replace(record, stages=(replace(record.stages[0], spec=limited),))
     on.submit(record)
     on.finish(record)

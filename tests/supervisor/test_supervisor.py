@@ -102,7 +102,7 @@ def test_a_worker_that_does_not_listen_is_killed_when_its_time_to_save_is_over(a
 
 
 def test_a_hang_is_seen_and_the_stacks_are_kept(at: Store) -> None:
-    spec = counting_stage(counting_step(until=9, hang_at=3), limits=Limits(hang_s=1.5, save_s=1.0))
+    spec = counting_stage(counting_step(until=9, hang_at=3), limits=Limits(hang_s=4.0, save_s=1.0))
     assert at.run(spec) == 1
     assert at.end(spec)["class"] == "hang" and at.end(spec)["action"] == "again"
     assert "in fail" in (at.attempt_dir(spec) / "count.0.log").read_text()
