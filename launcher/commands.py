@@ -332,7 +332,12 @@ def status(args: argparse.Namespace) -> int:
     from launcher.state import run_state, stage_states
 
     root, record = _open_run(args)
-    states = stage_states(root, record, jobs=_jobs(root, record))
+    try:
+        jobs = _jobs(root, record)
+    except WorldError as error:  # a laptop that sees the store alone
+        print(f"prism-launch: {error}; what follows is from the run's files alone", file=sys.stderr)
+        jobs = {}
+    states = stage_states(root, record, jobs=jobs)
     if args.json:
         from launcher.spec import encode
 

@@ -138,12 +138,11 @@ def die_with_parent() -> None:
         os._exit(137)  # the parent died before the call
 
 
-def run_worker(main: Callable[[StageJob], None], needs: tuple[str, ...] = ()) -> None:
+def run_worker(main: Callable[[StageJob], None]) -> None:
     """The one entry of every worker: read `stage.json`, run `main`, write how it ended, exit.
 
     The environment names the rest: PRISM_ROOT, PRISM_ATTEMPT_DIR, PRISM_STEP, RANK, WORLD_SIZE, LOCAL_RANK; the last
-    three are taken from srun where they are not set. `needs` are the modules of the worker's extra, named when one is
-    absent.
+    three are taken from srun where they are not set.
     """
     for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         if slurm in os.environ:

@@ -1,7 +1,7 @@
 """The only caller of Slurm's commands: with time-outs, and its answers as values. Standard library only.
 
-Layouts are those of `--format` strings and of `scontrol show --oneliner`, which did not change between Slurm 22.05 and
-25.05; JSON did. No call may block: a command that does not answer in time counts as no answer.
+It reads `--format` strings and `scontrol show --oneliner`, not JSON, whose layout differs between versions; tried with
+Slurm 22.05. No call may block: a command that does not answer in time counts as no answer.
 """
 
 from __future__ import annotations
@@ -148,18 +148,10 @@ def cancel(jobs: Iterable[str]) -> None:
             raise WorldError(f"scancel: {answer.err}")
 
 
-def requeue(job: str, exclude: Iterable[str] = ()) -> str | None:
-    """Put the job back into the queue, without the nodes named; returns what Slurm said where it refused.
-
-    The nodes can be excluded only once the job has been requeued, even by the job's own script.
-    """
+def requeue(job: str) -> str | None:
+    """Put the job back into the queue; returns what Slurm said where it refused."""
     answer = call("scontrol", "requeue", job)
-    if not answer.ok:
-        return answer.err or "no answer"
-    nodes = ",".join(exclude)
-    if nodes:
-        call("scontrol", "update", f"jobid={job}", f"ExcNodeList={nodes}")
-    return None
+    return None if answer.ok else answer.err or "no answer"
 
 
 def bad_nodes(nodes: str) -> tuple[str, ...]:

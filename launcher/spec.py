@@ -21,7 +21,6 @@ SCHEMA = 1
 
 #: What an artifact's port holds on disk; `docs/architecture.md` describes each layout.
 Format = Literal["hf", "megatron", "nemo", "tokenizer", "tokens", "prompts", "scores", "analysis"]
-FORMATS: tuple[str, ...] = typing.get_args(Format)
 
 Kind = Literal["prepare", "train", "convert", "rl", "evaluate", "analyze"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)

@@ -176,3 +176,18 @@ def test_a_profile_of_the_users_own_is_found_from_anywhere(tmp_path: Path) -> No
     done = prism("plan", "demo", "--cluster", "./mine.yaml", "--root", root, "--json", cwd=tmp_path)
     (plan,) = json.loads(done.stdout)
     assert plan["cluster"] == str(tmp_path / "mine.yaml")
+
+
+def test_status_of_a_submitted_run_does_without_slurm(tmp_path: Path) -> None:
+    """As on a machine that sees the store alone."""
+    root = tmp_path / "root"
+    assert prism("render", "demo", "--cluster", "example-pyxis", "-o", str(tmp_path / "out")).returncode == 0
+    (root / "runs" / "demo").mkdir(parents=True)
+    record = (tmp_path / "out" / "run.json").read_text()
+    (root / "runs" / "demo" / "run.json").write_text(record)
+    fingerprint = json.loads(record)["stages"][0]["spec"]["fingerprint"]
+    job = {"stage": "prepare", "fingerprint": fingerprint, "job": "7", "time": 0.0}
+    (root / "runs" / "demo" / "jobs.jsonl").write_text(json.dumps(job) + "\n")
+    done = prism("status", "--root", str(root), "--json", PATH=str(tmp_path), SLURM_CONF=str(tmp_path / "none"))
+    assert done.returncode == 0 and "from the run's files alone" in done.stderr
+    assert json.loads(done.stdout)["state"] == "waiting"

@@ -33,7 +33,7 @@ def load_recipes(path: str | Path, overrides: Sequence[str] = (), name: str | No
     file = find_recipe(str(path))
     document = _with_bases(file, str(path) if Path(path).exists() else str(file), ())
     return tuple(
-        _load_point(document, file, str(path), [*point, *overrides], name, bool(point), overrides)
+        _load_point(document, file, str(path), [*point, *overrides], name, overrides)
         for point in _matrix_points(document, str(path))
     )
 
@@ -147,7 +147,7 @@ class _Reader:
 
 
 def _load_point(
-    document: Document, file: Path, shown: str, sets: list[str], name: str | None, in_matrix: bool, own: Sequence[str]
+    document: Document, file: Path, shown: str, sets: list[str], name: str | None, own: Sequence[str]
 ) -> Recipe:
     document, applied = _apply_overrides(document, sets)
     reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [])

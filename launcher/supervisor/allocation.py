@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 
 import launcher
 from launcher import slurm, store
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
 from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
 from launcher.store import Owner
@@ -44,7 +44,7 @@ class Allocation(Protocol):
     def lives(self, owner: Owner) -> bool | None:
         """Whether another maker of the artifact lives; None where that cannot be told."""
 
-    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+    def requeue(self) -> str | None:
         """Ask for another life of this job; returns why not."""
 
 
@@ -89,7 +89,7 @@ class ThisMachine:
         """By process id and start time."""
         return store.is_alive(owner)
 
-    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+    def requeue(self) -> str | None:
         """Never: the driver starts another attempt."""
         return "there is no queue on this machine"
 
@@ -150,12 +150,15 @@ class SlurmJob:
             return store.is_alive(owner)
         if owner.job == self.job:
             return False
-        known = slurm.job_states([owner.job]).get(owner.job)
+        try:
+            known = slurm.job_states([owner.job]).get(owner.job)
+        except WorldError:  # a controller that does not answer for a while is no reason to fail
+            return None
         return None if known is None else known.is_active
 
-    def requeue(self, exclude: tuple[str, ...]) -> str | None:
+    def requeue(self) -> str | None:
         """Put the job back into the queue; returns what Slurm said where it refused."""
-        return slurm.requeue(self.job, exclude)
+        return slurm.requeue(self.job)
 
 
 def _free_port() -> int:

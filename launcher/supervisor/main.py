@@ -21,9 +21,8 @@ from typing import Any
 from launcher import __version__, store
 from launcher.attempts import attempts_at, lives_without_progress
 from launcher.errors import PrismError, UserError
-from launcher.spec import ExitClass, SpecError, StageSpec, read_stage
+from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
-from launcher.store import Owner
 from launcher.supervisor import processes, sealing
 from launcher.supervisor.allocation import Allocation, SlurmJob, ThisMachine
 from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, outcome
@@ -88,7 +87,7 @@ class Supervisor:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
         try:
-            self._event("start", owner=store_owner(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
+            self._event("start", owner=encode(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
             result = self._make()
         except OSError as error:
             result = outcome("storage", self._storage_message(error))
@@ -116,7 +115,7 @@ class Supervisor:
         if lives > self.spec.limits.max_no_progress:
             print(f"{self.spec.stage}: {lives} lives without progress: given up", flush=True)
             return False
-        refused = self.allocation.requeue(())
+        refused = self.allocation.requeue()
         if refused is not None:
             print(f"{self.spec.stage}: not requeued: {refused}", flush=True)
         return refused is None
@@ -182,7 +181,7 @@ class Supervisor:
                 return Evidence(exits or self._exits(), self._asked(), ready_failed=failed)
         return self._until_decided()
 
-    def _launch(self, step: Any, place: Place) -> None:
+    def _launch(self, step: Step, place: Place) -> None:
         new = self.allocation.start(step, place)
         self.started += new
         for process in new:
@@ -266,11 +265,3 @@ class Supervisor:
         body = {"class": result.exit_class, "message": result.message, "action": result.action}
         self._event("end", **body, **self._cost())
         print(f"{self.spec.stage}: {result.exit_class}{': ' if result.message else ''}{result.message}", flush=True)
-
-
-def store_owner(owner: Owner) -> dict[str, Any]:
-    """An owner as plain data."""
-    from launcher.spec import encode
-
-    data: dict[str, Any] = encode(owner)
-    return data
