@@ -87,7 +87,9 @@ def _command(commands: Commands, name: str, text: str, *groups: str) -> argparse
         )
         parser.add_argument("--name", help="name of the run; default: the recipe's name and what --set changed")
     if "cluster" in groups:
-        parser.add_argument("--cluster", metavar="NAME", default=None, help="cluster profile, by name or path; default: local")
+        parser.add_argument(
+            "--cluster", metavar="NAME", default=None, help="cluster profile, by name or path; default: local"
+        )
     if "run" in groups:
         parser.add_argument("run", metavar="RUN", nargs="?", help="name of the run; default: the latest")
     if "root" in groups:
