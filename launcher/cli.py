@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -46,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int | None:
-    """Call the command's function in `launcher.commands`."""
-    from launcher import commands
-
-    result: int | None = getattr(commands, args.function)(args)
+    """Call the command's function, `launcher.commands.MODULE.NAME`."""
+    module = importlib.import_module(f"launcher.commands.{args.module}")
+    result: int | None = getattr(module, args.command.replace("-", "_"))(args)
     return result
 
 
@@ -71,10 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Commands, name: str, text: str, *groups: str) -> argparse.ArgumentParser:
-    """A sub-command with the option groups that it shares with others."""
+def _command(commands: Commands, where: str, text: str, *groups: str) -> argparse.ArgumentParser:
+    """The sub-command MODULE.NAME with the option groups that it shares with others."""
+    module, _, name = where.partition(".")
     parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(function=name.replace("-", "_"))
+    parser.set_defaults(module=module)
     if "recipe" in groups:
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         parser.add_argument(
@@ -102,33 +103,35 @@ def _command(commands: Commands, name: str, text: str, *groups: str) -> argparse
 def _add_recipe_commands(commands: Commands) -> None:
     _command(
         commands,
-        "check",
+        "recipes.check",
         "find every problem of a recipe: one line each, with file and line",
         "recipe",
         "cluster",
         "root",
         "json",
     )
-    _command(commands, "plan", "show the stages and what is done already", "recipe", "cluster", "root", "json")
-    render = _command(commands, "render", "write the sbatch scripts into a folder", "recipe", "cluster", "root", "json")
+    _command(commands, "recipes.plan", "show the stages and what is done already", "recipe", "cluster", "root", "json")
+    render = _command(
+        commands, "recipes.render", "write the sbatch scripts into a folder", "recipe", "cluster", "root", "json"
+    )
     render.add_argument("-o", "--output", metavar="DIR", required=True, help="a new folder, or one rendered before")
-    run = _command(commands, "run", "run or submit what is not done, and follow it", "recipe", "cluster", "root")
+    run = _command(commands, "runs.run", "run or submit what is not done, and follow it", "recipe", "cluster", "root")
     run.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
     run.add_argument("--detach", action="store_true", help="do not follow")
 
 
 def _add_run_commands(commands: Commands) -> None:
-    _command(commands, "status", "what each stage of a run is doing", "run", "root", "json")
-    _command(commands, "watch", "follow a run", "run", "root")
-    logs = _command(commands, "logs", "print a stage's log", "run", "root")
+    _command(commands, "runs.status", "what each stage of a run is doing", "run", "root", "json")
+    _command(commands, "runs.watch", "follow a run", "run", "root")
+    logs = _command(commands, "runs.logs", "print a stage's log", "run", "root")
     logs.add_argument("--stage", metavar="STAGE", help="default: the one that failed or runs")
     logs.add_argument("--step", metavar="STEP", help="one component of the stage")
     logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
-    _command(commands, "cancel", "stop a run's stages; they save first", "run", "root", "json")
-    resume = _command(commands, "resume", "go on with a run, as it was planned", "run", "root")
+    _command(commands, "runs.cancel", "stop a run's stages; they save first", "run", "root", "json")
+    resume = _command(commands, "runs.resume", "go on with a run, as it was planned", "run", "root")
     resume.add_argument("--detach", action="store_true", help="do not follow")
-    _command(commands, "report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
+    _command(commands, "runs.report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
 
 
 def _count(text: str) -> int:
@@ -139,7 +142,7 @@ def _count(text: str) -> int:
 
 
 def _add_checkpoint_commands(commands: Commands) -> None:
-    convert = _command(commands, "convert", "convert a checkpoint, verified", "json")
+    convert = _command(commands, "checkpoints.convert", "convert a checkpoint, verified", "json")
     convert.add_argument(
         "source",
         metavar="SRC",
@@ -152,7 +155,7 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         ("diff", "weight change between two Hugging Face checkpoints"),
         ("cka", "representation similarity of two checkpoints, by layer"),
     ):
-        parser = _command(commands, name, text, "json")
+        parser = _command(commands, f"checkpoints.{name}", text, "json")
         parser.add_argument("a", metavar="A", help="checkpoint before: a folder with config.json and safetensors")
         parser.add_argument("b", metavar="B", help="checkpoint after")
         if name == "cka":
@@ -160,14 +163,14 @@ def _add_checkpoint_commands(commands: Commands) -> None:
 
 
 def _add_listing_commands(commands: Commands) -> None:
-    _command(commands, "recipes", "list the shipped recipes", "json")
-    _command(commands, "clusters", "list the cluster profiles", "json")
-    _command(commands, "schema", "print the recipe's JSON schema, for editors")
-    _command(commands, "doctor", "what this machine has and lacks", "root", "json")
+    _command(commands, "recipes.recipes", "list the shipped recipes", "json")
+    _command(commands, "machine.clusters", "list the cluster profiles", "json")
+    _command(commands, "recipes.schema", "print the recipe's JSON schema, for editors")
+    _command(commands, "machine.doctor", "what this machine has and lacks", "root", "json")
 
 
 def _add_devcluster_commands(commands: Commands) -> None:
-    parser = _command(commands, "devcluster", "a real Slurm of several nodes on this machine, to try things on")
+    parser = _command(commands, "machine.devcluster", "a real Slurm of several nodes on this machine, to try things on")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in (
         ("up", "start it, or say that it runs; writes the cluster profile `dev`"),

@@ -16,12 +16,18 @@ from launcher.spec import SpecError, StageSpec, decode, encode
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a plan: its spec, the stages it waits for, what it asks of the cluster, whether the plan added it."""
+    """A stage of a plan: its spec, the stages it waits for, what it asks of the cluster, whether the plan added it.
+
+    `part_of` names the stage of the recipe that was fanned out into this one and others like it; `not_built` says why
+    this version plans and renders the stage but cannot run it.
+    """
 
     spec: StageSpec
     depends: tuple[str, ...]
     resources: Resources
     inserted: bool = False
+    part_of: str | None = None
+    not_built: str | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class Step:
 
     `argv` may hold the placeholders `{python}`, `{stage_json}`, `{attempt_dir}`, `{host:NAME}` and `{port:NAME}`,
     which `launcher.steps` fills in when they are known. `ntasks` counts all tasks, `gpus` and `cpus` are per node and
-    per task. `gpus` 0 asks for none explicitly.
+    per task. `gpus` 0 asks for none explicitly. The step's nodes are those from the allocation's node `first_node` on,
+    counted from 0; in a heterogeneous job, those of its component `het_group`.
     """
 
     name: str
@@ -103,6 +104,8 @@ class Step:
     image: str | None = None
     mounts: tuple[str, ...] = ()
     probe: Probe | None = None
+    first_node: int = 0
+    het_group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class StageSpec:
     """One stage of a plan; as `stage.json` it is the whole contract between login side and job.
 
     `config` is the plain-JSON form of the kind's dataclass in `launcher.configs`. All paths are relative to the
-    store's root. The artifact's folder is the parent of every output's path.
+    store's root. The artifact's folder is the parent of every output's path. `secrets` names variables of the
+    submitting shell that the steps need; their values stand in no file.
     """
 
     run: str
@@ -150,6 +154,7 @@ class StageSpec:
     limits: Limits = Limits()
     runtime: Runtime = Runtime()
     snapshot: str | None = None
+    secrets: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property

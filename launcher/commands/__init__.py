@@ -1,0 +1,1 @@
+"""What each command does: reads its arguments, calls the part that does the work, prints. Side effects stand here."""

@@ -1,0 +1,153 @@
+"""Commands on a recipe, before anything runs: check, plan, render, and the listings of recipes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from launcher import store
+from launcher.commands.shared import print_json, profile_of, records_of, root_of, slurm_profile
+from launcher.errors import UserError
+from launcher.run_record import PlannedStage, RunRecord
+
+
+def check(args: argparse.Namespace) -> int:
+    """Find every problem of a recipe."""
+    try:
+        records = records_of(args, profile_of(args))
+    except UserError as error:
+        if not args.json:
+            raise
+        print_json({"problems": list(error.problems)})
+        return error.exit_code
+    if args.json:
+        print_json({"problems": []})
+    else:
+        for record in records:
+            print(f"{record.recipe}: run {record.run}: {len(record.stages)} stages, no problem found")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Show the stages and what is done already."""
+    root = root_of(args)
+    records = records_of(args, profile_of(args))
+    if args.json:
+        print_json([_plan_json(root, record) for record in records])
+        return 0
+    from rich.console import Console
+
+    for record in records:
+        Console().print(_plan_table(root, record))
+    return 0
+
+
+def _is_done(root: Path, stage: PlannedStage) -> bool:
+    return store.read_receipt(root, stage.spec.artifact) is not None
+
+
+def _plan_json(root: Path, record: RunRecord) -> dict[str, Any]:
+    from launcher.spec import encode
+
+    stages = [
+        {
+            "stage": s.spec.stage,
+            "kind": s.spec.kind,
+            "inserted": s.inserted,
+            "depends": list(s.depends),
+            "inputs": encode(s.spec.inputs),
+            "outputs": encode(s.spec.outputs),
+            "fingerprint": s.spec.fingerprint,
+            "resources": encode(s.resources),
+            "tokens": _tokens(s),
+            "done": _is_done(root, s),
+        }
+        for s in record.stages
+    ]
+    return {"run": record.run, "recipe": record.recipe, "cluster": record.cluster, "stages": stages}
+
+
+def _tokens(stage: PlannedStage) -> int | None:
+    config = stage.spec.config
+    if stage.spec.kind != "train":
+        return None
+    return int(config["train_iters"] * config["global_batch_size"] * config["seq_length"])
+
+
+def _reads(record: RunRecord, stage: PlannedStage) -> str:
+    """What a stage reads, a line each: the stage that makes it, or its path."""
+    makers = {s.spec.fingerprint: s.spec.stage for s in record.stages}
+    found = dict.fromkeys(makers.get(i.fingerprint, i.path) for i in stage.spec.inputs.values())
+    return "\n".join(found) or "-"
+
+
+def _plan_table(root: Path, record: RunRecord) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from launcher.units import format_count
+
+    title = f"run {record.run} on {record.cluster}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", "tokens", ""):
+        table.add_column(column, justify="right" if column in ("nodes\n×GPUs", "tokens") else "left", no_wrap=True)
+    if any(stage.inserted for stage in record.stages):
+        table.caption, table.caption_justify = "Conversions are inserted by the plan.", "left"
+    for stage in record.stages:
+        spec, tokens = stage.spec, _tokens(stage)
+        table.add_row(
+            spec.stage,
+            spec.kind,
+            Text(_reads(record, stage)),
+            "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
+            f"{stage.resources.nodes}×{stage.resources.gpus_per_node}",
+            format_count(tokens) if tokens else "",
+            "[green]done[/]" if _is_done(root, stage) else "",
+        )
+    return table
+
+
+def render(args: argparse.Namespace) -> int:
+    """Write the sbatch scripts into a folder."""
+    from launcher.render import render_plan
+
+    profile = slurm_profile(args)
+    records = records_of(args, profile)
+    target = Path(args.output)
+    targets = [target if len(records) == 1 else target / record.run for record in records]
+    for record, folder in zip(records, targets, strict=True):
+        render_plan(record, profile, folder, root_of(args))
+    if args.json:
+        print_json([{"run": r.run, "folder": str(f)} for r, f in zip(records, targets, strict=True)])
+    else:
+        for folder in targets:
+            print(f"{folder}: rendered; submit by hand with {folder}/submit.sh")
+    return 0
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """List the shipped recipes."""
+    from launcher.recipe.load import list_recipes
+
+    found = list_recipes()
+    if args.json:
+        print_json(found)
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "stages", "what it is")
+    for recipe in found:
+        table.add_row(recipe["name"], str(len(recipe["stages"])), recipe["description"])
+    Console().print(table)
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the recipe's JSON schema."""
+    from launcher.recipe.schema import json_schema
+
+    print_json(json_schema())
+    return 0
