@@ -1,4 +1,4 @@
-"""A lint over every script of every shipped recipe on every Slurm profile: what no script may hold, whatever made it."""
+"""A lint over every script of every shipped recipe on every Slurm profile."""
 
 from __future__ import annotations
 
