@@ -154,6 +154,14 @@ def requeue(job: str) -> str | None:
     return None if answer.ok else answer.err or "no answer"
 
 
+def hostnames(nodes: str) -> list[str]:
+    """A node list such as `n[1-3]` as names, in its order. Raises WorldError where scontrol does not say."""
+    answer = call("scontrol", "show", "hostnames", nodes)
+    if not answer.ok or not answer.out.strip():
+        raise WorldError(f"scontrol show hostnames {nodes}: {answer.err or 'no answer'}")
+    return answer.out.split()
+
+
 def bad_nodes(nodes: str) -> tuple[str, ...]:
     """Of a node list, those that are down, draining, failing or do not respond."""
     answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=5.0)

@@ -164,7 +164,7 @@ def test_external_checkpoints_are_converted_under_their_own_name() -> None:
         ),
         (stage("mid", "train", **{**TRAIN, "data": {"prepare": 1.0}}), "name a source of prepare: prepare/text"),
         (stage("rl", "rl", **{**RL, "prompts": "prepare/held"}, checkpoint="mid"), "no problem set held in prepare"),
-        (stage("rl", "rl", **{**RL, "backend": "nemo-rl"}, checkpoint="mid"), "backend nemo-rl is not built yet"),
+        (stage("rl", "rl", **{**RL, "backend": "open-instruct"}, checkpoint="mid"), "backend open-instruct is not"),
         (stage("mid", "train", **TRAIN, checkpoint="rl"), "in a circle: mid -> rl -> mid"),
         (
             stage("mid", "train", **{**TRAIN, "model": {**MODEL, "config": {"hidden_size": 9}}}, checkpoint="base"),
