@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from launcher.cluster import Profile, check_resources
@@ -13,6 +14,9 @@ from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
+
+
+_OWN = {f.name for f in fields(Component)}
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -26,7 +30,8 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     for planned in stages:
         for part, resources in planned.parts.items():
             for key, message in check_resources(resources, planned.spec, profile):
-                inner = f"components.{part}.{key}" if part else key
+                own = f"components.{part}"  # which has no key for what it shares with the stage
+                inner = (f"{own}.{key}" if key in _OWN else own) if part else key
                 path = f"stages.{planned.spec.stage}.resources.{inner}"
                 found.append(f"{recipe.where(path)}: {path}: {message}")
     return found

@@ -335,7 +335,7 @@ def _outside(spec: StageSpec) -> list[str]:
     """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
-        paths += [part["path"] for key in ("sources", "problems") for part in spec.config[key].values()]
+        paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
         paths.append(spec.config["tokenizer"]["path"])
     return [path for path in paths if path and os.path.isabs(path)]
 

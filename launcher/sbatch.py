@@ -138,7 +138,9 @@ def _quoted(value: str) -> str:
 def _shown_steps(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
     place = slurm_place(spec, root, profile.python)
-    example = slurm_place(spec, root, profile.python, SlurmAttempt("0", "0", "-", {s.name: "-" for s in spec.steps}))
+    example = slurm_place(
+        spec, root, profile.python, SlurmAttempt("0", "0", "-", hosts={s.name: "-" for s in spec.steps})
+    )
     yield ""
     yield "# The supervisor starts on the first node and runs:"
     for step in spec.steps:

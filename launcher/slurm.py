@@ -121,7 +121,8 @@ _SACCT = "JobIDRaw,State,Reason,NodeList"
 def parse_squeue(text: str) -> list[Job]:
     """Lines of `squeue --format=%i|%T|%r|%N`."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
-    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
+    # A part of a heterogeneous job is LEADER+N; the leader, which has the batch script, stands for all.
+    return [Job(row[0].strip().removesuffix("+0"), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
 
 
 def parse_sacct(text: str) -> list[Job]:

@@ -70,7 +70,8 @@ def fill(argv: tuple[str, ...], place: Place) -> tuple[str, ...]:
         kind, _, name = match[1].partition(":")
         found = str(getattr(place, f"{kind}s")[name] if name else getattr(place, kind))
         if match.string[: match.start()].endswith('"') and _UNQUOTABLE.search(found):
-            raise UserError(f"{found}: XX {match.string.split('=')[0]}; choose another --root")
+            where = match.string.partition("=")[0]
+            raise UserError(f'{found}: " \\ and $ cannot be quoted in {where}; choose another --root')
         return found
 
     return tuple(_PLACEHOLDER.sub(value, word) for word in argv)
@@ -170,6 +171,18 @@ def slurm_place(spec: StageSpec, root: Path, python: str, attempt: SlurmAttempt 
     )
 
 
+def _nodes_of(step: Step, place: Place) -> dict[str, str | int]:
+    """Options that say which nodes of the job a step runs on; none where its nodes are the first or the only ones.
+
+    A server on the first node is told so by name: srun prefers nodes that are idle.
+    """
+    if step.het_group is not None:
+        return {"het-group": step.het_group}
+    if step.first_node:
+        return {"relative": step.first_node}
+    return {"nodelist": place.hosts[step.name]} if step.role == "server" and step.nodes == 1 else {}
+
+
 def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
     """The srun command of a step inside its allocation; ranks are srun's (`SLURM_PROCID`, read by the worker).
 
@@ -185,8 +198,7 @@ def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
         "kill-on-bad-exit": 0,
         "output": f"{place.attempt_dir}/{step.name}.%t.log",
         **({"mpi": runtime.mpi} if runtime.mpi else {}),
-        **({"relative": step.first_node} if step.first_node else {}),
-        **({"het-group": step.het_group} if step.het_group is not None else {}),
+        **_nodes_of(step, place),
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     workdir = os.path.dirname(place.stage_json)

@@ -61,7 +61,12 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
         ("lr: 5.0e-3", "lr: fast", ['stages.base.lr: expected a number, got "fast"']),
         ("checkpoint: base", "checkpoint: bsae", ["no stage bsae, did you mean base?"]),
         ("seq_length: 128", "seq_length: 100000", ["beyond the 256 positions"]),
-        ("backend: trl", "backend: nemo-rl", ["backend nemo-rl is not built yet; there is trl"]),
+        (
+            "backend: trl",
+            "backend: open-instruct",
+            ["backend open-instruct is not built yet; there is trl, nemo-aligner"],
+        ),
+        ("backend: trl", "backend: nemo-aligner", ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"]),
         ("kind: evaluate", "kind: evalute", ["evalute"]),
         ("model: llama-tiny", "model: lama-tiny", ["lama-tiny", "llama-tiny"]),
         ("seed: 0", "seed: [", ["mine.yaml:"]),

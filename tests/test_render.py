@@ -97,7 +97,8 @@ def test_the_paper_renders_for_every_profile_in_scripts_that_bash_can_read(
 ) -> None:
     if placement == "heterogeneous" and name == "nemotron-h-8b":
         return  # Ray's nodes are of one kind: tests/rl/test_nemo_rl.py
-    own = "{nodes: 1, cpus_per_task: 4}" if placement == "heterogeneous" else "{nodes: 0}"
+    partition = load_profile(cluster).partition
+    own = f"{{nodes: 1, partition: {partition}}}" if placement == "heterogeneous" else "{nodes: 0}"
     sets = [f"rl.resources.placement={placement}", f"rl.resources.components.reward-server={own}"]
     record = prism_record(name, load_profile(cluster), *(sets if name == "llama-3.1-8b" else []))
     render_plan(record, load_profile(cluster), tmp_path / "out", ROOT)

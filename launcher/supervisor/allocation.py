@@ -119,7 +119,7 @@ class SlurmJob:
         """The job that this process runs in, by its environment."""
         restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
         job, node = os.environ["SLURM_JOB_ID"], os.environ["SLURMD_NODENAME"]
-        attempt = SlurmAttempt(job, restarts, node, _hosts_elsewhere(spec))
+        attempt = SlurmAttempt(job, restarts, node, hosts=_hosts_elsewhere(spec))
         return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
 
     @property
