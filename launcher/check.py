@@ -15,7 +15,6 @@ from launcher.recipe import Recipe, Stage
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
 
-
 _OWN = {f.name for f in fields(Component)}
 
 
