@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,10 @@ class PlannedStage:
         asked, steps = self.resources, self.spec.steps
         main = [s for s in steps if not s.het_group]
         parts: dict[str | None, Resources] = {None: replace(asked, nodes=max(s.first_node + s.nodes for s in main))}
-        for step in steps:
-            if step.het_group:
-                own = asked.components.get(step.name, Component())
-                kept: tuple[str, ...] = (
-                    "gpus_per_node",
-                    "ntasks_per_node",
-                    "cpus_per_task",
-                    "mem",
-                    "partition",
-                    "image",
-                )
-                values: dict[str, Any] = {name: getattr(own, name) for name in kept}
-                values |= {name: getattr(asked, name) for name in ("time", "account", "qos")}
-                parts[step.name] = Resources(nodes=step.nodes, **values)
+        for step in (s for s in steps if s.het_group):
+            own = replace(asked.components.get(step.name, Component()), nodes=step.nodes)
+            values: dict[str, Any] = {f.name: getattr(own, f.name) for f in fields(own)}
+            parts[step.name] = replace(asked, **values, components={}, placement="shared")
         return parts
 
 

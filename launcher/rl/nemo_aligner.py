@@ -23,7 +23,7 @@ ELSEWHERE: Mapping[str, str] = {
     "ppo": "its critic starts from a reward model, which no stage makes",
 }
 _HYBRID = "its actors are Megatron's GPT models, which have no Mamba layers"
-_GRANITE = "NeMo 2.1 has none of Granite's four multipliers, and folding them into the weights is not built yet"
+_GRANITE = "NeMo 2.1 has none of Granite's four multipliers, and with them folded into its weights it learns otherwise"
 REFUSED: Mapping[str, str] = {"granite": _GRANITE, "granitemoehybrid": _HYBRID, "nemotron_h": _HYBRID}
 COMPONENTS = ("reward-server",)
 NOT_BUILT: str | None = (

@@ -9,13 +9,15 @@ from launcher.spec import Format, Step
 from launcher.stages import Need, worker_step
 
 VERSION = 1
+_NEMO = "conversion from and to nemo"
 #: What a checkpoint can be converted from and to, and why this version only plans it, None where it converts.
 CONVERSIONS: Mapping[tuple[Format, Format], str | None] = {
     ("hf", "megatron"): None,
     ("megatron", "hf"): None,
-    **dict.fromkeys(
-        [("hf", "nemo"), ("megatron", "nemo"), ("nemo", "hf"), ("nemo", "megatron")], "conversion from and to nemo"
-    ),
+    ("hf", "nemo"): _NEMO,
+    ("megatron", "nemo"): _NEMO,
+    ("nemo", "hf"): _NEMO,
+    ("nemo", "megatron"): _NEMO,
 }
 
 
