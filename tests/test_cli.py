@@ -266,3 +266,4 @@ def test_backends_are_listed_with_reasons() -> None:
     rows = json.loads(prism("backends", "--json").stdout)
     hybrid = [r for r in rows if (r["backend"], r["family"]) == ("nemo-aligner", "nemotron_h")]
     assert hybrid and all(r["state"] == "no" for r in hybrid) and any("Mamba" in r["reason"] for r in hybrid)
+    assert all("nemotron-h-8b" in r["models"] for r in hybrid)

@@ -94,7 +94,8 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
     title = f"run {record.run} on {record.cluster}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", "tokens", ""):
-        table.add_column(column, justify="right" if column in ("nodes\n×GPUs", "tokens") else "left", no_wrap=True)
+        number = column in ("nodes\n×GPUs", "tokens")
+        table.add_column(column, justify="right" if number else "left", no_wrap=column != "reads")
     table.caption, table.caption_justify = Text("\n".join(_caption(record))), "left"
     for stage in record.stages:
         spec, tokens = stage.spec, _tokens(stage)
@@ -145,7 +146,8 @@ def backends(args: argparse.Namespace) -> int:
     rows = list(matrix())
     if args.json:
         keys = ("backend", "algorithm", "family", "state", "reason")
-        print_json([dict(zip(keys, row, strict=True)) for row in rows])
+        models = _models()
+        print_json([{**dict(zip(keys, row, strict=True)), "models": models.get(row[2], [])} for row in rows])
         return 0
     from rich import box
     from rich.console import Console
@@ -160,6 +162,17 @@ def backends(args: argparse.Namespace) -> int:
     table.caption = "rendered: planned and rendered in full, and refused by run"
     Console().print(table)
     return 0
+
+
+def _models() -> dict[str, list[str]]:
+    """The shipped models by family."""
+    from launcher.data import data_dir
+    from launcher.recipe.document import read_document
+
+    found: dict[str, list[str]] = {}
+    for path in sorted((data_dir("recipes") / "models").glob("*.yaml")):
+        found.setdefault(read_document(path, str(path)).data["family"], []).append(path.stem)
+    return found
 
 
 def recipes(args: argparse.Namespace) -> int:

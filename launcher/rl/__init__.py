@@ -59,8 +59,9 @@ def matrix() -> Iterator[tuple[str, str, str, str, str]]:
 def _state(name: str, algorithm: str, family: str) -> tuple[str, str]:
     if name not in backends():
         return "no", "not built yet"
-    reasons = [message for _, message in refusals(name, algorithm, family)]
-    if reasons:
-        return "no", "; ".join(reasons)
-    not_built: str | None = backend(name).NOT_BUILT
-    return ("rendered", not_built) if not_built else ("works", "")
+    module = backend(name)
+    if algorithm not in module.ALGORITHMS:
+        return "no", module.ELSEWHERE.get(algorithm, f"it runs {', '.join(module.ALGORITHMS)}")
+    if family in module.REFUSED:
+        return "no", module.REFUSED[family]
+    return ("rendered", f"to be built: {module.NOT_BUILT}") if module.NOT_BUILT else ("works", "")

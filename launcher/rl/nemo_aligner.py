@@ -24,7 +24,11 @@ ELSEWHERE: Mapping[str, str] = {
 }
 _HYBRID = "its actors are Megatron's GPT models, which have no Mamba layers"
 _GRANITE = "NeMo 2.1 has none of Granite's four multipliers, and with them folded into its weights it learns otherwise"
-REFUSED: Mapping[str, str] = {"granite": _GRANITE, "granitemoehybrid": _HYBRID, "nemotron_h": _HYBRID}
+REFUSED: Mapping[str, str] = {
+    "granite": _GRANITE,
+    "granitemoehybrid": f"{_HYBRID} and none of Granite's multipliers",
+    "nemotron_h": _HYBRID,
+}
 COMPONENTS = ("reward-server",)
 NOT_BUILT: str | None = (
     "the reward server, prompts with the key `text`, and the worker that reports NeMo-Aligner's progress and takes "
