@@ -27,7 +27,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
-        for part, resources in planned.parts.items():
+        for part, resources in planned.job_parts.items():
             for key, message in check_resources(resources, planned.spec, profile):
                 own = f"components.{part}"  # which has no key for what it shares with the stage
                 inner = (f"{own}.{key}" if key in _OWN else own) if part else key

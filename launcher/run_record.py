@@ -39,7 +39,7 @@ class PlannedStage:
         return (*([f"not built yet: {self.not_built}"] if self.not_built else []), *([unseen] if self.absent else []))
 
     @property
-    def parts(self) -> Mapping[str | None, Resources]:
+    def job_parts(self) -> Mapping[str | None, Resources]:
         """What each part of the stage's job asks for: the main program's, under None, and those of components that are
         parts of a heterogeneous job."""
         asked, steps = self.resources, self.spec.steps

@@ -34,7 +34,7 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
     further = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
-    main, *others = (_resources(part, profile) for part in stage.parts.values())
+    main, *others = (_resources(part, profile) for part in stage.job_parts.values())
     header = {**main, "job_name": f"{spec.run}.{spec.stage}"}
     for values in (header, *others):
         _refuse_unquotable({**values, **further, "output": str(folder)})

@@ -278,8 +278,8 @@ def test_a_job_has_the_nodes_of_all_its_components() -> None:
             for s in plan(*(replace(s, resources=asked) if s.name == "rl" else s for s in stages)).values()
             if s.spec.stage == "rl"
         )
-        assert {name: (part.nodes, part.gpus_per_node) for name, part in rl.parts.items()} == want
-        assert all(part.time == "6:00:00" for part in rl.parts.values())
+        assert {name: (part.nodes, part.gpus_per_node) for name, part in rl.job_parts.items()} == want
+        assert all(part.time == "6:00:00" for part in rl.job_parts.values())
 
 
 def test_where_components_run_changes_no_fingerprint() -> None:

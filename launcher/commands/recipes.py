@@ -104,7 +104,7 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
             spec.kind,
             Text(_reads(record, stage)),
             "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
-            "\n".join(f"{part.nodes}×{part.gpus_per_node}" for part in stage.parts.values()),
+            "\n".join(f"{part.nodes}×{part.gpus_per_node}" for part in stage.job_parts.values()),
             format_count(tokens) if tokens else "",
             Text("done", "green") if _is_done(root, stage) else Text(_mark(stage), "yellow"),
         )
