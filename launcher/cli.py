@@ -164,6 +164,9 @@ def _add_checkpoint_commands(commands: Commands) -> None:
 
 def _add_listing_commands(commands: Commands) -> None:
     _command(commands, "recipes.recipes", "list the shipped recipes", "json")
+    _command(
+        commands, "recipes.backends", "which model × algorithm × RL backend works, and why another does not", "json"
+    )
     _command(commands, "machine.clusters", "list the cluster profiles", "json")
     _command(commands, "recipes.schema", "print the recipe's JSON schema, for editors")
     _command(commands, "machine.doctor", "what this machine has and lacks", "root", "json")

@@ -31,6 +31,8 @@ OWNED = {
     **dict.fromkeys(("wrap", "parsable", "wait", "test-only"), "nothing: scripts are files and submit.sh reads ids"),
     **dict.fromkeys(("container", "container-image", "container-mounts", "environment"), "runtime and images"),
 }
+#: Kinds of stage, and RL backends whose libraries need an image of their own.
+IMAGE_NAMES = (*KINDS, "rl-nemo-aligner", "rl-nemo-rl")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
@@ -75,7 +77,9 @@ class Profile:
     python: str = option("python3", "Interpreter of the workers: in the image where there is one.")
     host_python: str | None = option(None, "Python 3.10 or newer on the nodes, outside images; null: `python`.")
     code: str | None = option(None, "Folder with the `launcher` package as nodes see it; null: it is installed there.")
-    images: Mapping[str, str] = option({}, "Container image by kind of stage.")
+    images: Mapping[str, str] = option(
+        {}, "Container image by kind of stage; rl-nemo-aligner and rl-nemo-rl for those backends."
+    )
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
     limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
@@ -122,8 +126,9 @@ def _profile_problems(profile: Profile) -> Problems:
     if profile.mem and not _MEMORY.fullmatch(profile.mem):
         yield "mem", f"{profile.mem!r} is no amount of memory; write 64G"
     for kind in profile.images:
-        if kind not in KINDS:
-            yield f"images.{kind}", f"no such kind of stage{did_you_mean(kind, KINDS)}; there is {', '.join(KINDS)}"
+        if kind not in IMAGE_NAMES:
+            hint = did_you_mean(kind, IMAGE_NAMES)
+            yield f"images.{kind}", f"no such kind of stage{hint}; there is {', '.join(IMAGE_NAMES)}"
     for key, names in (("env", profile.env), ("runtime.env_unset", profile.runtime.env_unset)):
         yield from ((key, f"{name!r} is no name of a variable") for name in names if not _NAME.fullmatch(name))
     for name, value in profile.env.items():
@@ -260,7 +265,7 @@ def check_resources(resources: Resources, spec: StageSpec, profile: Profile) -> 
     if resources.mem and not _MEMORY.fullmatch(resources.mem):
         yield "mem", f"{resources.mem!r} is no amount of memory; write 64G"
     mend = f"; set images.{spec.kind} in the profile of cluster {profile.name}, or image here"
-    for problem in image_problems(resources.image or profile.images.get(spec.kind), profile.runtime):
+    for problem in image_problems(resources.image or image_of(spec, profile), profile.runtime):
         yield "image", problem + (mend if problem == "no container image" else "")
 
 
@@ -323,14 +328,20 @@ def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> St
     outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
     own = (str(root), *([f"{code}:{code}:ro"] if code else []))
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
-    return replace(step, argv=argv, env=env, image=step.image or profile.images.get(spec.kind), mounts=mounts)
+    return replace(step, argv=argv, env=env, image=step.image or image_of(spec, profile), mounts=mounts)
+
+
+def image_of(spec: StageSpec, profile: Profile) -> str | None:
+    """The profile's image for a stage; an RL backend may have one of its own."""
+    own = profile.images.get(f"rl-{spec.config.get('backend')}") if spec.kind == "rl" else None
+    return own or profile.images.get(spec.kind)
 
 
 def _outside(spec: StageSpec) -> list[str]:
     """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
-        paths += [source["path"] for source in spec.config["sources"].values()]
+        paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
         paths.append(spec.config["tokenizer"]["path"])
     return [path for path in paths if path and os.path.isabs(path)]
 

@@ -49,12 +49,25 @@ def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False
 
     Raises UserError where another process drives this run, or drives another plan of it.
     """
+    _refuse_obstacles(root, record)
     _check_installed()
     if detach:
         return _detach(root, record)
     with claimed(root, record.run):
         _write(root, record)
         return Driver(root, record, slots).run()
+
+
+def _refuse_obstacles(root: Path, record: RunRecord) -> None:
+    """Refuse a plan with a stage that this version cannot run and that is not made yet."""
+    problems = [
+        f"stage {stage.spec.stage}: {why}"
+        for stage in record.stages
+        if stage.obstacles and store.read_receipt(root, stage.spec.artifact) is None
+        for why in stage.obstacles
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _check_installed() -> None:

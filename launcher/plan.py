@@ -102,12 +102,8 @@ def _names(words: Iterable[str]) -> str:
 
 
 def _outputs(stage: Stage) -> Mapping[str, Format]:
-    outputs: Mapping[str, Format] = kinds()[stage.kind].OUTPUTS
-    if not isinstance(stage.config, PrepareConfig):
-        return outputs
-    # A port that nothing fills is none: an empty one is taken for a fault of the worker.
-    filled = {"tokens": stage.config.sources, "prompts": stage.config.problems}
-    return {port: form for port, form in outputs.items() if filled.get(port, True)}
+    outputs: Mapping[str, Format] = kinds()[stage.kind].outputs(stage.config)
+    return outputs
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -149,8 +145,7 @@ def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> Non
             maker, inputs[need.port] = found
             depends.update({maker: None} if maker else {})
     facts = builder.inputs.facts.get(stage.name, {})
-    outputs = _outputs(stage)
-    _add(builder, stage, inputs, tuple(depends), outputs, facts, inserted=False)
+    _add(builder, stage, inputs, tuple(depends), facts, inserted=False)
 
 
 def _find(builder: _Builder, stage: Stage, need: Need) -> tuple[str | None, Input] | None:
@@ -182,7 +177,7 @@ def _converted(builder: _Builder, ref: str, maker: str | None, found: Input, tar
         config = ConvertConfig(checkpoint=ref, source=found.format, target=target)
         stage = Stage(name, "convert", config, Resources(), seed=0)
         depends = (maker,) if maker else ()
-        _add(builder, stage, {"checkpoint": found}, depends, {"checkpoint": target}, {}, inserted=True)
+        _add(builder, stage, {"checkpoint": found}, depends, {}, inserted=True)
     spec = builder.planned[name].spec
     return name, Input(spec.outputs["checkpoint"].path, target, spec.fingerprint)
 
@@ -197,7 +192,6 @@ def _add(
     stage: Stage,
     inputs: Mapping[str, Input],
     depends: tuple[str, ...],
-    outputs: Mapping[str, Format],
     facts: Mapping[str, str],
     inserted: bool,
 ) -> None:
@@ -215,13 +209,22 @@ def _add(
         config=encode(stage.config),
         seed=stage.seed,
         inputs=inputs,
-        outputs={port: Output(f"{artifact}/{port}", form) for port, form in outputs.items()},
+        outputs={port: Output(f"{artifact}/{port}", form) for port, form in _outputs(stage).items()},
         steps=module.steps(stage.config, stage.resources),
         limits=builder.limits,
         runtime=builder.runtime,
         secrets=builder.recipe.secrets,
     )
-    builder.planned[stage.name] = PlannedStage(spec, depends, stage.resources, inserted)
+    absent = {a.path for a in builder.inputs.absent if a.stage in (stage.name, None)}
+    read = {i.path for i in inputs.values()} | {a.path for a in builder.inputs.absent if a.stage == stage.name}
+    builder.planned[stage.name] = PlannedStage(
+        spec,
+        depends,
+        stage.resources,
+        inserted,
+        not_built=module.not_built(stage.config),
+        absent=tuple(sorted(absent & read)),
+    )
 
 
 def fingerprint(

@@ -164,6 +164,12 @@ def _submit_lines(record: RunRecord, root: Path) -> Iterator[str]:
     yield "#!/bin/bash"
     yield f"{_MARK}: run {record.run} for cluster {record.cluster}."
     yield "# Submits every stage after those it reads; when one fails for good, those behind it are cancelled."
+    obstacles = [f"stage {stage.spec.stage}: {why}" for stage in record.stages for why in stage.obstacles]
+    if obstacles:
+        yield "echo 'submit.sh: rendered to be read; this cannot be run as it is:' >&2"
+        yield from (f"echo {shlex.quote(line)} >&2" for line in obstacles)
+        yield "exit 2"
+        return
     yield f"run={run}"
     yield _FUNCTIONS
     for stage in record.stages:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import Resources
+from launcher.configs import Component, Resources
 from launcher.errors import UserError
 from launcher.spec import SpecError, StageSpec, decode, encode
 
@@ -19,7 +19,8 @@ class PlannedStage:
     """A stage of a plan: its spec, the stages it waits for, what it asks of the cluster, whether the plan added it.
 
     `part_of` names the stage of the recipe that was fanned out into this one and others like it; `not_built` says why
-    this version plans and renders the stage but cannot run it.
+    this version plans and renders the stage but cannot run it; `absent` lists what it reads that was not there when it
+    was planned, so that its fingerprint is not the one that it will run with.
     """
 
     spec: StageSpec
@@ -28,6 +29,27 @@ class PlannedStage:
     inserted: bool = False
     part_of: str | None = None
     not_built: str | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """Why the stage cannot be run as it was planned; none for most."""
+        more = f" and {len(self.absent) - 2} more" if len(self.absent) > 2 else ""
+        unseen = f"not there when this was planned: {', '.join(self.absent[:2])}{more}"
+        return (*([f"not built yet: {self.not_built}"] if self.not_built else []), *([unseen] if self.absent else []))
+
+    @property
+    def job_parts(self) -> Mapping[str | None, Resources]:
+        """What each part of the stage's job asks for: the main program's, under None, and those of components that are
+        parts of a heterogeneous job."""
+        asked, steps = self.resources, self.spec.steps
+        main = [s for s in steps if not s.het_group]
+        parts: dict[str | None, Resources] = {None: replace(asked, nodes=max(s.first_node + s.nodes for s in main))}
+        for step in (s for s in steps if s.het_group):
+            own = replace(asked.components.get(step.name, Component()), nodes=step.nodes)
+            values: dict[str, Any] = {f.name: getattr(own, f.name) for f in fields(own)}
+            parts[step.name] = replace(asked, **values, components={}, placement="shared")
+        return parts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from submitit.slurm.slurm import _make_sbatch_string  # private; pyproject.toml pins the version, golden files hold it
+# Private; pyproject.toml pins the version, golden files hold it.
+from submitit.slurm.slurm import _as_sbatch_flag, _make_sbatch_string
 
 from launcher import store
 from launcher.cluster import Profile, code_folder
@@ -33,8 +34,10 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
     further = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
-    header = {**_resources(stage.resources, profile), "job_name": f"{spec.run}.{spec.stage}"}
-    _refuse_unquotable({**header, **further, "output": str(folder)})
+    main, *others = (_resources(part, profile) for part in stage.job_parts.values())
+    header = {**main, "job_name": f"{spec.run}.{spec.stage}"}
+    for values in (header, *others):
+        _refuse_unquotable({**values, **further, "output": str(folder)})
     interpreter = shlex.quote(profile.host_python or profile.python)
     text: str = _make_sbatch_string(
         # `exec`: Slurm signals the process of the batch script, which must be the supervisor and not bash.
@@ -44,7 +47,11 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,
-        setup=[*_setup(spec, profile, root), *_shown_steps(spec, profile, root)],
+        setup=[
+            *(line for part in others for line in _job_part({**part, **further})),
+            *_setup(spec, profile, root),
+            *_shown_steps(spec, profile, root),
+        ],
         additional_parameters={
             "signal": f"B:USR2@{profile.signal_lead_s}",
             "requeue": True,
@@ -52,7 +59,22 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
             **further,
         },
     )
-    return text
+    return text.replace("\n", "\n" + "".join(f"# {line}\n" for line in _obstacles(stage)), 1)
+
+
+def _obstacles(stage: PlannedStage) -> Iterator[str]:
+    """What a reader must know first of a script that cannot be run as it is."""
+    if stage.obstacles:
+        yield "Rendered to be read. This cannot be run as it is:"
+        yield from (_shown(f"  {why}") if _REFUSED.search(why) else f"  {why}" for why in stage.obstacles)
+
+
+def _job_part(values: dict[str, Any]) -> Iterator[str]:
+    """The options of a further part of a heterogeneous job; sbatch reads on up to the first command."""
+    yield "#SBATCH hetjob"
+    for name, value in sorted(values.items()):
+        if value is not None:
+            yield _as_sbatch_flag(name, value)
 
 
 def _resources(resources: Resources, profile: Profile) -> dict[str, Any]:
@@ -116,7 +138,9 @@ def _quoted(value: str) -> str:
 def _shown_steps(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
     place = slurm_place(spec, root, profile.python)
-    example = slurm_place(spec, root, profile.python, SlurmAttempt("0", "0", "-"))
+    example = slurm_place(
+        spec, root, profile.python, SlurmAttempt("0", "0", "-", hosts={s.name: "-" for s in spec.steps})
+    )
     yield ""
     yield "# The supervisor starts on the first node and runs:"
     for step in spec.steps:

@@ -121,7 +121,8 @@ _SACCT = "JobIDRaw,State,Reason,NodeList"
 def parse_squeue(text: str) -> list[Job]:
     """Lines of `squeue --format=%i|%T|%r|%N`."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
-    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
+    # A part of a heterogeneous job is LEADER+N; the leader, which has the batch script, stands for all.
+    return [Job(row[0].strip().removesuffix("+0"), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
 
 
 def parse_sacct(text: str) -> list[Job]:
@@ -152,6 +153,14 @@ def requeue(job: str) -> str | None:
     """Put the job back into the queue; returns what Slurm said where it refused."""
     answer = call("scontrol", "requeue", job)
     return None if answer.ok else answer.err or "no answer"
+
+
+def hostnames(nodes: str) -> list[str]:
+    """A node list such as `n[1-3]` as names, in its order. Raises WorldError where scontrol does not say."""
+    answer = call("scontrol", "show", "hostnames", nodes)
+    if not answer.ok or not answer.out.strip():
+        raise WorldError(f"scontrol show hostnames {nodes}: {answer.err or 'no answer'}")
+    return answer.out.split()
 
 
 def bad_nodes(nodes: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from launcher import local, store
 from launcher.attempts import attempts
+from launcher.errors import UserError
 from launcher.local import cancel_run, run_local
 from launcher.run_record import RunRecord, read_run, write_run
 from launcher.spec import StageSpec
@@ -84,6 +86,19 @@ def test_stages_follow_what_they_read_and_a_second_run_makes_nothing(run: Driven
     assert run.states() == dict.fromkeys("abc", "done")
     assert run.driven()[0] == 0
     assert [run.count(name) for name in "abc"] == [1, 1, 1]
+
+
+def test_what_this_version_cannot_run_is_refused_by_name_before_anything_starts(run: Driven) -> None:
+    record = run.plan(("a", (), {}), ("b", ("a",), {}))
+    stages = (record.stages[0], replace(record.stages[1], not_built="the reward server"))
+    with pytest.raises(UserError, match="stage b: not built yet: the reward server"):
+        run_local(run.root, replace(record, stages=stages), 2)
+    unseen = (replace(record.stages[0], absent=("/data/text",)), record.stages[1])
+    with pytest.raises(UserError, match="stage a: not there when this was planned: /data/text"):
+        run_local(run.root, replace(record, stages=unseen), 2)
+    assert not (run.root / "artifacts").exists() and not list(run.root.glob("runs/run/stages/*/local.*"))
+    assert run.driven()[0] == 0  # what is made already needs no running
+    assert run_local(run.root, replace(record, stages=stages), 2) == 0
 
 
 def test_what_does_not_depend_on_a_failure_is_made(run: Driven) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.check import check_recipe
 from launcher.cluster import Profile, load_profile, profile_files
 from launcher.errors import UserError
 from launcher.inputs import External, Inputs, resolve_inputs
@@ -44,6 +45,26 @@ def golden_record(profile: Profile) -> RunRecord:
     return RunRecord(recipe.name, "recipe.yaml", (), profile.name, recipe.resolved, stages, 0.0, {})
 
 
+#: The full-scale recipes with their base models, rendered as if both were on this machine.
+PRISM = {
+    "llama-3.1-8b": External("/scratch/datasets/models/Llama-3.1-8B", "hf", "0123456789abcdef0123", "llama"),
+    "nemotron-h-8b": External("/scratch/datasets/models/Nemotron-H-8B-Base-8K", "hf", "0123456789abcdef0123", None),
+}
+
+
+def prism_record(name: str, profile: Profile, *sets: str) -> RunRecord:
+    """A full-scale recipe's run, planned without a look at this machine."""
+    (recipe,) = load_recipes(CHECKOUT / "recipes" / "prism" / f"{name}.yaml", sets, f"prism-{name}")
+    stages = build_plan(recipe, Inputs({PRISM[name].path: PRISM[name]}, {}), profile.limits, profile.runtime)
+    assert check_recipe(recipe, stages, profile) == []
+    return RunRecord(recipe.name, f"prism/{name}.yaml", sets, profile.name, recipe.resolved, stages, 0.0, {})
+
+
+def prism_texts(name: str) -> dict[str, str]:
+    texts = files(prism_record(name, PYXIS), PYXIS, ROOT)
+    return {n: t for n, t in texts.items() if n.endswith((".sbatch", ".sh"))}
+
+
 def golden_texts(cluster: str) -> dict[str, str]:
     profile = load_profile(cluster)
     texts = files(golden_record(profile), profile, ROOT)
@@ -57,6 +78,35 @@ def test_scripts_are_the_golden_ones(cluster: str) -> None:
     assert sorted(got) == sorted(want), "other files than before; if that is meant: make golden"
     for name, text in got.items():
         assert text == want[name], f"{cluster}/{name} has changed; if that is meant: make golden, and look at the diff"
+
+
+@pytest.mark.parametrize("name", PRISM)
+def test_scripts_of_the_paper_are_the_golden_ones(name: str) -> None:
+    want = {path.name: path.read_text() for path in (GOLDEN / "prism" / name).glob("*")}
+    got = prism_texts(name)
+    assert sorted(got) == sorted(want), "other files than before; if that is meant: make golden"
+    for file, text in got.items():
+        assert text == want[file], f"{name}/{file} has changed; if that is meant: make golden, and look at the diff"
+
+
+@pytest.mark.parametrize("placement", ["shared", "heterogeneous"])
+@pytest.mark.parametrize("cluster", SLURM)
+@pytest.mark.parametrize("name", PRISM)
+def test_the_paper_renders_for_every_profile_in_scripts_that_bash_can_read(
+    name: str, cluster: str, placement: str, tmp_path: Path
+) -> None:
+    if placement == "heterogeneous" and name == "nemotron-h-8b":
+        return  # Ray's nodes are of one kind: tests/rl/test_nemo_rl.py
+    partition = load_profile(cluster).partition
+    own = f"{{nodes: 1, partition: {partition}}}" if placement == "heterogeneous" else "{nodes: 0}"
+    sets = [f"rl.resources.placement={placement}", f"rl.resources.components.reward-server={own}"]
+    record = prism_record(name, load_profile(cluster), *(sets if name == "llama-3.1-8b" else []))
+    render_plan(record, load_profile(cluster), tmp_path / "out", ROOT)
+    for script in [*(tmp_path / "out").glob("*.sbatch"), tmp_path / "out" / "submit.sh"]:
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), script
+    done = subprocess.run([str(tmp_path / "out" / "submit.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and "stage rl: not built yet" in done.stderr and done.stdout == ""
 
 
 # ------------------------------------------------------------------------------------------------- every profile, demo
@@ -273,6 +323,11 @@ def accept() -> None:
         (GOLDEN / cluster).mkdir()
         for name, text in golden_texts(cluster).items():
             (GOLDEN / cluster / name).write_text(text)
+    for recipe in PRISM:
+        shutil.rmtree(GOLDEN / "prism" / recipe, ignore_errors=True)
+        (GOLDEN / "prism" / recipe).mkdir(parents=True)
+        for name, text in prism_texts(recipe).items():
+            (GOLDEN / "prism" / recipe / name).write_text(text)
     print(f"{GOLDEN}: written; look at the difference before you commit it")
 
 

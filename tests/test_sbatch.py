@@ -9,18 +9,18 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from launcher.cluster import Profile, place_stage
-from launcher.configs import Resources
+from launcher.configs import Component, Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.sbatch import sbatch_text
-from launcher.spec import Limits, Runtime, SpecError, read_stage
+from launcher.spec import Limits, Runtime, SpecError, Step, read_stage
 from launcher.steps import SlurmAttempt, slurm_place, srun_argv
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
@@ -176,8 +176,14 @@ def commented(script: str) -> str:
 
 def words_of(shell: str, folder: Path) -> list[str]:
     """What srun would get as its arguments, were the text run in the attempt ATTEMPT."""
-    stub = 'srun() { printf "%s\\0" "$@"; }\n'
-    late = {"SLURM_JOB_ID": ATTEMPT.job, "SLURM_RESTART_COUNT": ATTEMPT.restarts, "SLURMD_NODENAME": ATTEMPT.node}
+    stub = 'srun() { printf "%s\\0" "$@"; }\nscontrol() { printf "%s\\n" $3; }\n'
+    lists = {"SLURM_JOB_NODELIST": "n1 n2 n3", "SLURM_JOB_NODELIST_HET_GROUP_1": "m1 m2"}
+    late = {
+        **lists,
+        "SLURM_JOB_ID": ATTEMPT.job,
+        "SLURM_RESTART_COUNT": ATTEMPT.restarts,
+        "SLURMD_NODENAME": ATTEMPT.node,
+    }
     env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **late}
     done = subprocess.run(["bash"], input=(stub + shell).encode(), capture_output=True, cwd=folder, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
@@ -273,3 +279,79 @@ def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     run = [word for step in stage.spec.steps for word in srun_argv(step, place, runtime)[1:]]
     assert words_of(shown, tmp_path) == run and len(run) > 30
     assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 2
+
+
+# -------------------------------------------------------------------------------------------------------- components
+
+
+def with_server(placement: Literal["shared", "heterogeneous"], profile: Profile = PROFILE, **own: Any) -> PlannedStage:
+    """The train stage on two nodes of four GPUs, with a server beside it that the main program knows by address."""
+    component = Component(**own)
+    asked = Resources(
+        nodes=2, gpus_per_node=4, ntasks_per_node=4, components={"server": component}, placement=placement
+    )
+    apart = placement == "heterogeneous"
+    main = replace(SPEC.steps[0], nodes=2, ntasks=8, gpus=4, het_group=0 if apart else None)
+    main = replace(main, argv=(*main.argv, "--to={host:server}:{port:server}", "it's {host:server}"))
+    server = Step(
+        name="server",
+        role="server",
+        argv=("x", "{port:server}"),
+        nodes=max(1, component.nodes),
+        first_node=2 if component.nodes and not apart else 0,
+        het_group=1 if apart else None,
+    )
+    stage = PlannedStage(replace(SPEC, steps=(server, main)), (), asked)
+    return place_stage(stage, profile, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("placement", "own", "host"),
+    [("shared", {}, "node7"), ("shared", {"nodes": 1}, "n3"), ("heterogeneous", {"nodes": 2}, "m1")],
+)
+def test_steps_of_components_are_shown_as_they_run(
+    placement: Literal["shared", "heterogeneous"], own: dict[str, Any], host: str, tmp_path: Path
+) -> None:
+    stage = with_server(placement, **own)
+    shown = words_of(commented(sbatch_text(stage, PROFILE, ROOT)), tmp_path)
+    attempt = replace(ATTEMPT, hosts={} if host == ATTEMPT.node else {"server": host})
+    place = slurm_place(stage.spec, ROOT, PROFILE.python, attempt)
+    assert shown == [w for step in stage.spec.steps for w in srun_argv(step, place, stage.spec.runtime)[1:]]
+    assert f"it's {host}" in shown
+
+
+def test_nodes_of_components_come_on_top() -> None:
+    assert header(sbatch_text(with_server("shared"), PROFILE, ROOT))["nodes"] == "2"
+    assert header(sbatch_text(with_server("shared", nodes=3), PROFILE, ROOT))["nodes"] == "5"
+
+
+def test_a_heterogeneous_job_states_everything_for_each_part() -> None:
+    profile = replace(PROFILE, cpu_partition="cpu&more", gpu_request="gres", sbatch={"nice": 5})
+    text = sbatch_text(with_server("heterogeneous", profile, nodes=2, mem="9G", cpus_per_task=3), profile, ROOT)
+    first, second = (header(part) for part in text.split("#SBATCH hetjob\n"))
+    assert (first["nodes"], first["gres"], first["partition"]) == ("2", "gpu:4", "gpu")
+    assert second == {
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "cpus-per-task": "3",
+        "mem": "9G",
+        "time": first["time"],
+        "partition": "cpu&more",
+        "account": "me",
+        "nice": "5",
+    }
+    before = text.split("#SBATCH hetjob")[0].splitlines()
+    assert all(line.startswith("#") or not line for line in before), "sbatch reads no options after a command"
+
+
+def test_a_value_of_a_component_that_a_directive_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot stand in an sbatch script"):
+        sbatch_text(with_server("heterogeneous", nodes=1, partition="a\nb"), PROFILE, ROOT)
+
+
+def test_what_cannot_be_run_says_so_at_its_top() -> None:
+    stage = replace(planned(), not_built="the trainer", absent=("/data/a\nrm -r x", "/data/b", "/data/c"))
+    lines = sbatch_text(stage, PROFILE, ROOT).split("\n")
+    assert lines[0] == "#!/bin/bash" and "cannot be run" in lines[1] and "not built yet: the trainer" in lines[2]
+    assert lines[3].startswith("# ") and "/data/b and 1 more" in lines[3] and lines[4] == ""
+    assert "cannot be run" not in text()

@@ -35,23 +35,28 @@ def profile_of(args: argparse.Namespace) -> Profile:
     return load_profile(args.cluster or "local")
 
 
-def records_of(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
-    """Every run that the recipe on the command line describes, planned and checked. Raises UserError."""
+def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = False) -> list[RunRecord]:
+    """Every run that the recipe on the command line describes, planned and checked. Raises UserError.
+
+    `elsewhere`: the plan is only looked at, so what it reads may lie on another machine.
+    """
     from launcher.recipe.load import load_recipes
 
     # A profile of the user's own is found again by its path, wherever the next command is typed.
     named = args.cluster or "local"
     cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
-    return [_record(recipe, profile, cluster) for recipe in load_recipes(args.recipe, args.overrides, args.name)]
+    recipes = load_recipes(args.recipe, args.overrides, args.name)
+    return [_record(recipe, profile, cluster, elsewhere) for recipe in recipes]
 
 
-def _record(recipe: Recipe, profile: Profile, cluster: str) -> RunRecord:
+def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:
     from launcher.check import check_recipe
     from launcher.inputs import resolve_inputs
     from launcher.plan import build_plan
 
-    stages = build_plan(recipe, resolve_inputs(recipe), profile.limits, profile.runtime)
-    problems = check_recipe(recipe, stages, profile)
+    inputs = resolve_inputs(recipe)
+    stages = build_plan(recipe, inputs, profile.limits, profile.runtime)
+    problems = [*check_recipe(recipe, stages, profile), *(a.message for a in inputs.absent if not elsewhere)]
     if problems:
         raise UserError(problems)
     return RunRecord(

@@ -318,17 +318,20 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 
 
 def _with_absolute_paths(config: Any, folder: Path) -> Any:
-    """Text and a tokenizer are found from the recipe's folder, wherever the command is typed and the worker runs."""
+    """Text, problems and a tokenizer are found from the recipe's folder or from the one that the stage names, wherever
+    the command is typed and the worker runs."""
     if not isinstance(config, PrepareConfig):
         return config
+    named = folder / Path(config.folder or ".").expanduser()
 
     def absolute(part: Any) -> Any:
         if not part.path or part.path.startswith("hf:"):
             return part
-        return replace(part, path=os.path.abspath(folder / Path(part.path).expanduser()))
+        return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
 
     sources = {name: absolute(source) for name, source in config.sources.items()}
-    return replace(config, sources=sources, tokenizer=absolute(config.tokenizer))
+    problems = {name: absolute(problem_set) for name, problem_set in config.problems.items()}
+    return replace(config, sources=sources, problems=problems, tokenizer=absolute(config.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------ models

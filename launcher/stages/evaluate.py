@@ -7,7 +7,11 @@ from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"scores": "scores"}
+
+
+def outputs(config: EvaluateConfig) -> dict[str, Format]:
+    """Its one port."""
+    return {"scores": "scores"}
 
 
 def needs(config: EvaluateConfig) -> tuple[Need, ...]:
@@ -22,3 +26,10 @@ def needs(config: EvaluateConfig) -> tuple[Need, ...]:
 def steps(config: EvaluateConfig, resources: Resources) -> tuple[Step, ...]:
     """One process."""
     return (worker_step("evaluate", resources),)
+
+
+def not_built(config: EvaluateConfig) -> str | None:
+    """Several samples a problem, and a part of the probability."""
+    if config.samples > 1 or config.top_p < 1:
+        return "several samples a problem (samples) and sampling from the likeliest words alone (top_p)"
+    return None

@@ -7,7 +7,11 @@ from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, split_ref, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"checkpoint": "megatron"}
+
+
+def outputs(config: TrainConfig) -> dict[str, Format]:
+    """Its one port."""
+    return {"checkpoint": "megatron"}
 
 
 def needs(config: TrainConfig) -> tuple[Need, ...]:
@@ -23,3 +27,8 @@ def needs(config: TrainConfig) -> tuple[Need, ...]:
 def steps(config: TrainConfig, resources: Resources) -> tuple[Step, ...]:
     """One process a rank."""
     return (worker_step("train", resources),)
+
+
+def not_built(config: TrainConfig) -> str | None:
+    """Everything is built."""
+    return None

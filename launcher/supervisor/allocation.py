@@ -16,7 +16,17 @@ import launcher
 from launcher import slurm, store
 from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
-from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
+from launcher.steps import (
+    SRUN_DEFAULTS,
+    Place,
+    SlurmAttempt,
+    is_elsewhere,
+    local_commands,
+    nodelist,
+    place_of,
+    slurm_place,
+    srun_argv,
+)
 from launcher.store import Owner
 from launcher.supervisor.processes import Process, SrunStep
 
@@ -60,11 +70,12 @@ class ThisMachine:
 
     def place(self) -> Place:
         """This machine, a free port for each step."""
-        return Place(
-            root=str(self.root),
-            stage_json=str(self.stage_json),
-            attempt_dir=str(self.attempt_dir),
-            python=sys.executable,
+        return place_of(
+            self.spec,
+            self.root,
+            self.stage_json,
+            self.attempt_dir,
+            sys.executable,
             hosts={step.name: "127.0.0.1" for step in self.spec.steps},
             ports={step.name: str(_free_port()) for step in self.spec.steps},
         )
@@ -107,7 +118,8 @@ class SlurmJob:
     def current(cls, spec: StageSpec, root: Path) -> SlurmJob:
         """The job that this process runs in, by its environment."""
         restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+        job, node = os.environ["SLURM_JOB_ID"], os.environ["SLURMD_NODENAME"]
+        attempt = SlurmAttempt(job, restarts, node, hosts=_hosts_elsewhere(spec))
         return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
 
     @property
@@ -121,7 +133,7 @@ class SlurmJob:
         return store.stage_dir(self.root, self.spec.run, self.spec.stage) / self.attempt.name
 
     def place(self) -> Place:
-        """The first node; ports from the job's id."""
+        """Each step's first node; ports from the job's id."""
         return slurm_place(self.spec, self.root, sys.executable, self.attempt)
 
     def start(self, step: Step, place: Place) -> list[Process]:
@@ -159,6 +171,13 @@ class SlurmJob:
     def requeue(self) -> str | None:
         """Put the job back into the queue; returns what Slurm said where it refused."""
         return slurm.requeue(self.job)
+
+
+def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
+    """First nodes of the steps that do not start on this one, by step."""
+    away = [step for step in spec.steps if is_elsewhere(step)]
+    nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
+    return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
 
 
 def _free_port() -> int:

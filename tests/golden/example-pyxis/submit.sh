@@ -52,8 +52,8 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare 5d0c939567b412a932c0
+submit prepare 9e422695ae52788adcc0
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain eb40e8a3a8b7934430ba prepare small-052cb9-to-megatron
-submit midtrain-to-hf d79683160cde1d84d946 midtrain
-submit evaluate 417f50eb0f00fba85f2c midtrain-to-hf prepare
+submit midtrain 51efa7f9cbb564aaeb61 prepare small-052cb9-to-megatron
+submit midtrain-to-hf e30bf4350d61a68ca0f5 midtrain
+submit evaluate 703e3854ed77ceffda56 midtrain-to-hf prepare
