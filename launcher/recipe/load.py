@@ -355,6 +355,20 @@ def _read_model(reader: _Reader, stage: str, model: Any) -> Any:
     return document.data if len(reader.problems) == before else None
 
 
+def read_model(name: str) -> ModelConfig:
+    """A model of ours by name, or a model's YAML file. Raises UserError with those there are, or with its problems."""
+    file = _model_file(name, Path())
+    if file is None:
+        known = model_names()
+        raise UserError(f"no model {name}{did_you_mean(name, known)}; there is {', '.join(known)}")
+    document = read_document(file, os.path.relpath(file))
+    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [])
+    model: ModelConfig | None = reader.decode(ModelConfig, document.data, "")
+    if model is None:
+        raise UserError(reader.problems)
+    return model
+
+
 def _model_file(name: str, folder: Path) -> Path | None:
     if name.endswith((".yaml", ".yml")):
         path = folder / name
