@@ -181,7 +181,9 @@ class Parallelism:
     pipeline_model_parallel_size: int = option(1, "Pipeline parallel size.", identity=False)
     context_parallel_size: int = option(1, "Context parallel size.", identity=False)
     sequence_parallel: bool = option(False, "Sequence parallelism over the tensor-parallel ranks.", identity=False)
-    recompute_activations: bool = option(False, "Selective activation recomputation.", identity=False)
+    recompute: Literal["none", "mlp", "full"] = option(
+        "none", "What backward computes again: nothing, MLPs, whole layers.", identity=False
+    )
 
     def __post_init__(self) -> None:
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from launcher.configs import Parallelism
 from launcher.fit.gpus import Gpu, default_mfu
 from launcher.fit.layers import Architecture, architecture_of, flops_per_token
 from launcher.fit.memory import Layout, Memory, Recompute, memory_of, needed_bytes
 from launcher.models.families import parameter_count
+from launcher.models.layout import split_problems
 from launcher.models.shape import ModelShape
 
 GIB = 2**30
@@ -74,63 +76,42 @@ def _rank(fit: Fit) -> tuple[bool, float, float, int, int, int]:
 
 def _candidates(task: Task) -> Iterator[Layout]:
     fixed = task.fixed or {}
-    hybrid = task.shape.hybrid_override_pattern is not None
-    kinds: tuple[Recompute, ...] = ("none", "mlp") if hybrid else ("none", "mlp", "full")
     sizes = ([fixed[name]] if name in fixed else choices for name, choices in
              (("tp", _TP), ("pp", _PP), ("cp", _CP), ("micro_batch_size", _MICRO)))  # fmt: skip
-    for tp, pp, cp, micro in itertools.product(*sizes):
+    for tp, pp, cp, micro, kind in itertools.product(*sizes, _RECOMPUTE_FACTOR):
         layout = Layout(
             gpus=task.gpus, tp=tp, pp=pp, cp=cp, micro_batch_size=micro,
-            global_batch_size=task.global_batch_size, seq_length=task.seq_length,
+            global_batch_size=task.global_batch_size, seq_length=task.seq_length, recompute=kind,
         )  # fmt: skip
         if not layout_problems(task, layout):
-            yield from (replace(layout, recompute=kind) for kind in kinds)
+            yield layout
 
 
 def layout_problems(task: Task, layout: Layout) -> list[str]:
-    """Why a layout cannot work, whatever the memory; megatron-core 0.16.1's rules."""
-    shape, tp, pp, cp = task.shape, layout.tp, layout.pp, layout.cp
-    found = [f"tensor_model_parallel_size {tp} does not divide the model's {what}" for what in _unsplit(shape, tp)]
+    """Why a layout cannot work, whatever the memory; each line starts with the size's name."""
+    tp, pp, cp = layout.tp, layout.pp, layout.cp
+    found = split_problems(task.shape, parallelism_of(layout), task.seq_length)
     if tp > task.gpus_per_node:
-        found.append(f"tensor_model_parallel_size {tp} is more than the {task.gpus_per_node} GPUs of a node")
-    if shape.num_layers % pp:
-        found.append(f"pipeline_model_parallel_size {pp} does not divide the model's {shape.num_layers} layers")
+        found.append(f"tensor_model_parallel_size: {tp} is more than the {task.gpus_per_node} GPUs of a node")
     if task.gpus % (tp * pp * cp):
         found.append(f"tensor x pipeline x context parallel size {tp * pp * cp} does not divide {task.gpus} GPUs")
     elif task.global_batch_size % (layout.dp * layout.micro_batch_size):
         found.append(
-            f"global_batch_size {task.global_batch_size} is no multiple of {layout.dp} data-parallel replicas x "
+            f"global_batch_size: {task.global_batch_size} is no multiple of {layout.dp} data-parallel replicas x "
             f"micro_batch_size {layout.micro_batch_size}"
         )
-    if cp > 1:
-        found += _context_problems(shape, layout)
-    if layout.sequence_parallel and task.seq_length % (tp * cp):
-        found.append(f"seq_length {task.seq_length} is no multiple of tensor x context parallel size {tp * cp}")
     return found
 
 
-def _unsplit(shape: ModelShape, tp: int) -> Iterator[str]:
-    counts = {
-        "attention heads": shape.num_attention_heads,
-        "query groups": shape.num_query_groups,
-        "rows of the padded vocabulary": shape.padded_vocab_size,
-        "MLP columns": shape.ffn_hidden_size,
-    }
-    if "M" in (shape.hybrid_override_pattern or ""):
-        counts |= {"Mamba heads": shape.mamba_num_heads, "Mamba groups": shape.mamba_num_groups}
-    yield from (f"{count} {what}" for what, count in counts.items() if count % tp)
-
-
-def _context_problems(shape: ModelShape, layout: Layout) -> Iterator[str]:
-    cp, name = layout.cp, f"context_parallel_size {layout.cp}"
-    if layout.seq_length % (2 * cp):
-        yield f"{name}: seq_length {layout.seq_length} is no multiple of twice that"
-    if "M" in (shape.hybrid_override_pattern or ""):
-        heads, groups = shape.mamba_num_heads // layout.tp, max(1, shape.mamba_num_groups // layout.tp)
-        if heads % cp:
-            yield f"{name} does not divide the {heads} Mamba heads of a rank"
-        if groups % cp and cp % groups:
-            yield f"{name} and the {groups} Mamba groups of a rank do not divide one another"
+def parallelism_of(layout: Layout) -> Parallelism:
+    """A layout as a recipe's `parallelism:`."""
+    return Parallelism(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+    )
 
 
 def _fit(task: Task, architecture: Architecture, layout: Layout) -> Fit:

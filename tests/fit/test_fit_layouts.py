@@ -57,7 +57,7 @@ def test_an_8b_model_needs_splitting_on_80_gib_and_not_on_141() -> None:
 def test_granite_4_h_has_one_mamba_group_and_no_tensor_parallelism() -> None:
     assert {f.layout.tp for f in find_layouts(task(GRANITE_H))} == {1}
     problems = layout_problems(task(GRANITE_H), Layout(gpus=32, tp=2, global_batch_size=128))
-    assert problems == ["tensor_model_parallel_size 2 does not divide the model's 1 Mamba groups"]
+    assert problems == ["tensor_model_parallel_size: 2 does not divide the model's 1 Mamba groups"]
 
 
 def test_hybrids_are_never_offered_full_recomputation() -> None:
@@ -69,7 +69,7 @@ def test_hybrids_are_never_offered_full_recomputation() -> None:
     ("sizes", "message"),
     [
         ({"tp": 16}, "more than the 8 GPUs of a node"),
-        ({"pp": 3}, "pipeline_model_parallel_size 3 does not divide the model's 32 layers"),
+        ({"pp": 3}, "pipeline_model_parallel_size: 3 does not divide the model's 32 layers"),
         ({"cp": 3}, "does not divide 32 GPUs"),
         ({"micro_batch_size": 3}, "no multiple of 32 data-parallel replicas x micro_batch_size 3"),
     ],

@@ -20,13 +20,17 @@ from torch import Tensor
 from launcher.configs import TrainConfig
 from launcher.progress import Diverged, StageJob, Stopped
 from launcher.workers.megatron import checkpoint
+from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
 from launcher.workers.megatron.parallel import sum_over_ranks
 
 
 @dataclass
 class Trainer:
-    """What a step needs: the wrapped model, its optimizer, the learning-rate schedule and the data."""
+    """What a step needs: the wrapped model, its optimizer, the learning-rate schedule and the data.
+
+    `positions` are those of a sequence that this rank holds: all, but for context parallelism.
+    """
 
     config: TrainConfig
     model: DistributedDataParallel
@@ -60,8 +64,8 @@ def build_trainer(config: TrainConfig, module: torch.nn.Module, blend: Blend) ->
     _mend_order(optimizer)
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.grad_scale_func = optimizer.scale_loss
-    positions = torch.arange(config.seq_length, device=torch.cuda.current_device())
-    positions = positions.expand(config.micro_batch_size, -1)
+    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    positions = context_positions(config.seq_length, *context).to(torch.cuda.current_device())
     return Trainer(config, model, optimizer, build_scheduler(config, optimizer), blend, positions)
 
 
@@ -189,13 +193,17 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
 def _forward(positions: Tensor, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
     device = torch.cuda.current_device()
     tokens, labels = (t.to(device, non_blocking=True) for t in next(batches))
-    losses = model(tokens, positions, None, labels=labels)
+    if len(positions) < tokens.shape[1]:
+        tokens, labels = tokens[:, positions], labels[:, positions]
+    losses = model(tokens, positions.expand(len(tokens), -1), None, labels=labels)
     return losses, _mean
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.float().mean()
-    return mean, mean.detach().clone()  # the schedule divides the first in place
+    # The schedule divides the first in place, and multiplies it by the ranks that share a sequence: gradients are
+    # averaged over those too.
+    return mean / parallel_state.get_context_parallel_world_size(), mean.detach().clone()
 
 
 def report(job: StageJob, config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:

@@ -17,6 +17,7 @@ from launcher.models.shape import ModelShape
 from launcher.progress import StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
 from launcher.workers.megatron.data import Blend, read_sources
+from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
@@ -91,5 +92,7 @@ def _facts(config: TrainConfig, blend: Blend, parameters: int) -> dict[str, Any]
             "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
             "context_parallel_size": layout.context_parallel_size,
             "sequence_parallel": layout.sequence_parallel,
+            "recompute": layout.recompute,
         },
+        "kernels": kernels(),
     }
