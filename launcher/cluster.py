@@ -75,6 +75,7 @@ class Profile:
     python: str = option("python3", "Interpreter of the workers: in the image where there is one.")
     host_python: str | None = option(None, "Python 3.10 or newer on the nodes, outside images; null: `python`.")
     code: str | None = option(None, "Folder with the `launcher` package as nodes see it; null: it is installed there.")
+    gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     images: Mapping[str, str] = option({}, "Container image by kind of stage.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")

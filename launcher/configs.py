@@ -211,7 +211,9 @@ class TrainConfig:
     clip_grad: float = option(1.0, "Largest gradient norm.")
     precision: Literal["bf16", "fp32"] = option("bf16", "Precision of compute.")
     micro_batch_size: int = option(1, "Sequences a rank takes at once.", identity=False)
-    parallelism: Parallelism = option(Parallelism(), "The parallel layout.", identity=False)
+    parallelism: Parallelism | Literal["auto"] = option(
+        Parallelism(), "The parallel layout; auto: the first that `prism-launch fit` finds.", identity=False
+    )
     save_interval: int = option(500, "Steps between checkpoints to resume from.", identity=False)
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
 

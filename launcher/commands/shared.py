@@ -47,9 +47,11 @@ def records_of(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
 
 def _record(recipe: Recipe, profile: Profile, cluster: str) -> RunRecord:
     from launcher.check import check_recipe
+    from launcher.fit.auto import with_layouts
     from launcher.inputs import resolve_inputs
     from launcher.plan import build_plan
 
+    recipe = with_layouts(recipe, profile.gpu)
     stages = build_plan(recipe, resolve_inputs(recipe), profile.limits, profile.runtime)
     problems = check_recipe(recipe, stages, profile)
     if problems:

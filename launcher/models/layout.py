@@ -12,7 +12,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what
     megatron-core without a GPU cannot do: `cpu_mode` does not reach what runs inside a backward pass.
     """
-    layout = config.parallelism
+    layout = _chosen(config)
     problems = [
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
@@ -20,6 +20,11 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     if cpu and layout.recompute != "none":
         problems.append("parallelism.recompute: needs GPUs; on a CPU set none")
     return problems
+
+
+def _chosen(config: TrainConfig) -> Parallelism:
+    assert config.parallelism != "auto", "`launcher.fit.auto` chooses before anything is checked"
+    return config.parallelism
 
 
 def split_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> list[str]:
@@ -89,7 +94,7 @@ def _recompute_problems(shape: ModelShape, layout: Parallelism) -> list[str]:
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
-    layout = config.parallelism
+    layout = _chosen(config)
     model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     if world_size % model_ranks:
         return [
