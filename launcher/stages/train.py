@@ -12,8 +12,10 @@ OUTPUTS: dict[str, Format] = {"checkpoint": "megatron"}
 
 def needs(config: TrainConfig) -> tuple[Need, ...]:
     """The blend's tokens, the tokenizer that made them, and the checkpoint if one is named."""
-    tokens = [item_need(ref, f"data.{ref}", "tokens") for ref in config.data]
-    makers = dict.fromkeys(split_ref(ref)[0] for ref in config.data)
+    held_out = [(ref, f"validation[{i}]") for i, ref in enumerate(config.validation)]
+    read = [*((ref, f"data.{ref}") for ref in config.data), *held_out]
+    tokens = [item_need(ref, where, "tokens") for ref, where in read]
+    makers = dict.fromkeys(split_ref(ref)[0] for ref, _ in read)
     tokenizers = [Need(f"{m}.tokenizer", m, "data", "tokenizer", ("tokenizer",)) for m in makers]
     start = config.checkpoint
     checkpoint = [Need("checkpoint", start, "checkpoint", "checkpoint", ("megatron",))] if start else []

@@ -32,7 +32,6 @@ from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_KEEP = 2
 # megatron-core hands results through a process of its own, for asynchronous saves: a second or more to start, and a
 # signal to the process group ends it. Here the writer is waited for, so a queue of this process will do.
 filesystem_async._results_queue = queue.Queue()
@@ -51,7 +50,15 @@ def _iteration(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def save_progress(folder: Path, iteration: int, model: nn.Module, optimizer: Any, scheduler: Any) -> Path:
+def save_progress(
+    folder: Path,
+    iteration: int,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    keep_last: int,
+    keep_every: int | None,
+) -> Path:
     """Write what a later attempt resumes from; all ranks call it. Returns the checkpoint's folder."""
     sharded = _progress_state(model, optimizer, scheduler, loading=False)
     path = folder / f"iter_{iteration:07d}"
@@ -59,7 +66,7 @@ def save_progress(folder: Path, iteration: int, model: nn.Module, optimizer: Any
     if dist.get_rank() == 0:
         os.replace(path.with_name(f"{path.name}.partial"), path)
         write_atomic(folder / TRACKER, str(iteration))
-        _prune(folder)
+        _prune(folder, keep_last, keep_every)
     dist.barrier()
     return path
 
@@ -118,10 +125,10 @@ def _write(sharded: dict[str, Any], path: Path) -> None:
         sync_tree(path)
 
 
-def _prune(folder: Path) -> None:
-    """Remove what a killed attempt left behind and all but the newest whole checkpoints."""
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove what a killed attempt left behind and all whole checkpoints but the newest and those of every so often."""
     whole = sorted((p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)), key=_iteration)
-    for path in whole[:-_KEEP]:
+    for path in (p for p in whole[:-keep_last] if not keep_every or _iteration(p) % keep_every):
         os.replace(path, path.with_name(f"{path.name}.gone"))  # a half-removed one must not look whole
     for path in folder.glob("iter_*.*"):
         shutil.rmtree(path, ignore_errors=True)

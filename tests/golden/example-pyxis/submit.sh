@@ -54,6 +54,6 @@ fi
 
 submit prepare 5d0c939567b412a932c0
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain eb40e8a3a8b7934430ba prepare small-052cb9-to-megatron
-submit midtrain-to-hf d79683160cde1d84d946 midtrain
-submit evaluate 417f50eb0f00fba85f2c midtrain-to-hf prepare
+submit midtrain 60f8f8f55bcad333e4c5 prepare small-052cb9-to-megatron
+submit midtrain-to-hf 2a84f1f3077e70ece1ad midtrain
+submit evaluate 4c787aeda08f408f1978 midtrain-to-hf prepare
