@@ -33,7 +33,7 @@ def test_held_out_losses_come_at_the_interval_and_the_end_and_change_nothing(roo
     measurements = {i: [row.get(f"validation/prepare/{n}") for n in ("one", "two")] for i, row in rows.items()}
     assert measurements[4] == [None, None]
     one, two = zip(*(measurements[i] for i in (3, 6, 8)), strict=True)
-    assert one[0] > one[1] > one[2] and one[2] < two[2], "it learns what it reads, and not the other text"
+    assert one[2] < two[2] - 0.1, "it learns what it reads, and not the other text"
     assert board(measured, "validation/prepare/two") == pytest.approx(dict(zip((3, 6, 8), two, strict=True)))
 
 
