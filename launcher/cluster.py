@@ -328,11 +328,13 @@ def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> St
 
 
 def _outside(spec: StageSpec) -> list[str]:
-    """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
+    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
         paths += [source["path"] for source in spec.config["sources"].values()]
         paths.append(spec.config["tokenizer"]["path"])
+    if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
+        paths.append(os.path.dirname(spec.config["entrypoint"]))
     return [path for path in paths if path and os.path.isabs(path)]
 
 

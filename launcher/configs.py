@@ -222,6 +222,10 @@ class TrainConfig:
     eval_interval: int = option(500, "Steps between those measurements; one comes at the end too.", identity=False)
     eval_iters: int = option(8, "Batches of each held-out source.", identity=False)
     loss_spike: float = option(4.0, "A loss this many times the median of 100 steps is divergence.", identity=False)
+    entrypoint: str | None = option(
+        None, "Megatron-LM's pretrain script, or one like it, to run in place of our loop.", identity=False
+    )
+    entrypoint_args: tuple[str, ...] = option((), "Words added to the script's arguments.")
     wandb_project: str | None = option(None, "Weights & Biases project; offline without WANDB_API_KEY.", identity=False)
 
     def __post_init__(self) -> None:
@@ -242,6 +246,7 @@ class TrainConfig:
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
             *_adam_checks(self),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
+            (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             (self.keep_every is not None and self.keep_every < 1, "keep_every", "must be at least 1"),
             (self.loss_spike <= 1, "loss_spike", f"must be above 1, got {self.loss_spike}"),
             (not 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"must be within 0..1, got {self.min_lr_ratio}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import PrepareConfig
+from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.spec import Format
@@ -68,6 +69,8 @@ def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
+    if isinstance(stage.config, TrainConfig) and stage.config.entrypoint:
+        return _script_facts(recipe, stage, stage.config.entrypoint, problems)
     if not isinstance(stage.config, PrepareConfig):
         return {}
     facts = {
@@ -84,6 +87,16 @@ def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
             except OSError as error:
                 problems.append(f"{recipe.where(where)}: {where}: {path}: {error.strerror}")
     return facts
+
+
+def _script_facts(recipe: Recipe, stage: Stage, script: str, problems: list[str]) -> dict[str, str]:
+    """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
+    where = f"stages.{stage.name}.entrypoint"
+    try:
+        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
+    except OSError as error:
+        problems.append(f"{recipe.where(where)}: {where}: {script}: {error.strerror}")
+        return {}
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:

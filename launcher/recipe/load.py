@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources
+from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources, TrainConfig
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
@@ -318,7 +318,9 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 
 
 def _with_absolute_paths(config: Any, folder: Path) -> Any:
-    """Text and a tokenizer are found from the recipe's folder, wherever the command is typed and the worker runs."""
+    """What a config names by path is found from the recipe's folder, wherever the command is typed and it runs."""
+    if isinstance(config, TrainConfig) and config.entrypoint:
+        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
     if not isinstance(config, PrepareConfig):
         return config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.configs import Resources, TrainConfig
 from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, split_ref, worker_step
@@ -23,5 +25,8 @@ def needs(config: TrainConfig) -> tuple[Need, ...]:
 
 
 def steps(config: TrainConfig, resources: Resources) -> tuple[Step, ...]:
-    """One process a rank."""
-    return (worker_step("train", resources),)
+    """One process a rank: our loop, or the script that the recipe names."""
+    step = worker_step("train", resources)
+    if config.entrypoint is None:
+        return (step,)
+    return (replace(step, argv=("{python}", "-m", "launcher.workers.train_script", "{stage_json}")),)

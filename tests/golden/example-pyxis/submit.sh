@@ -54,6 +54,6 @@ fi
 
 submit prepare 5d0c939567b412a932c0
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain 60f8f8f55bcad333e4c5 prepare small-052cb9-to-megatron
-submit midtrain-to-hf 2a84f1f3077e70ece1ad midtrain
-submit evaluate 4c787aeda08f408f1978 midtrain-to-hf prepare
+submit midtrain 1229edc9b5654fef85de prepare small-052cb9-to-megatron
+submit midtrain-to-hf 3a46f4b40df3ea75ce5c midtrain
+submit evaluate d29d3ba05ce685430281 midtrain-to-hf prepare
