@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -119,12 +120,16 @@ def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamSchedu
 
 @dataclass(frozen=True)
 class Step:
-    """Figures of one step, the same on every rank; `stop` is true where any rank was asked to stop."""
+    """Figures of one step, the same on every rank.
+
+    `stop` is true where any rank was asked to stop, `written` where all have written their part of a checkpoint.
+    """
 
     loss: float
     lr: float
     grad_norm: float
-    stop: bool
+    stop: bool = False
+    written: bool = False
 
 
 def run(job: StageJob, trainer: Trainer) -> float:
@@ -133,16 +138,16 @@ def run(job: StageJob, trainer: Trainer) -> float:
     Raises Stopped after saving when asked to stop, and Diverged when a loss or gradient is not finite.
     """
     config, folder = trainer.config, job.workdir / "progress" / "checkpoints"
-    save = partial(checkpoint.save_progress, folder, model=trainer.model.module)
-    save = partial(save, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
-    save = partial(save, keep_last=config.keep_last, keep_every=config.keep_every)
+    saver = checkpoint.Saver(
+        folder, trainer.model.module, trainer.optimizer, trainer.scheduler, config.keep_last, config.keep_every
+    )
     start = resume(job, trainer, folder)
     metrics = open_metrics(job, config, start)
     loss, recent = math.nan, deque[float](maxlen=_SPIKE_STEPS)
     began = time.monotonic()
     for iteration in range(start + 1, config.train_iters + 1):
         step_began = time.monotonic()
-        step = train_step(trainer, iteration, job.stop_requested)
+        step = train_step(trainer, iteration, job.stop_requested, saver.is_written)
         loss = step.loss
         seconds = time.monotonic() - step_began
         if _is_wrong(step, recent, config.loss_spike):
@@ -152,9 +157,10 @@ def run(job: StageJob, trainer: Trainer) -> float:
         last = iteration == config.train_iters
         held_out = evaluate(trainer) if last or iteration % config.eval_interval == 0 else {}
         report(job, config, metrics, iteration, step, seconds, trainer.clock.take() | held_out)
-        if not last and (step.stop or iteration % config.save_interval == 0):
+        due = not last and (step.stop or iteration % config.save_interval == 0)
+        if step.written or due or last:
             with trainer.clock.part("checkpoint"):
-                save(iteration)
+                _save(saver, iteration, due, wait=step.stop or last)
         if step.stop and not last:
             metrics.close()
             raise Stopped(f"saved at step {iteration} of {config.train_iters} and stopped as asked")
@@ -162,6 +168,15 @@ def run(job: StageJob, trainer: Trainer) -> float:
             _log(config, iteration, step, (time.monotonic() - began) / (iteration - start))
     metrics.close()
     return loss
+
+
+def _save(saver: checkpoint.Saver, iteration: int, due: bool, wait: bool) -> None:
+    """Finish the checkpoint that is written, begin the one that is due, and wait for it before leaving."""
+    saver.finish()
+    if due:
+        saver.start(iteration)
+    if wait:
+        saver.finish()
 
 
 def _is_wrong(step: Step, recent: deque[float], factor: float) -> bool:
@@ -212,7 +227,7 @@ def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
     return done
 
 
-def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
+def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bool = False) -> Step:
     """One optimizer step on samples (iteration - 1) * global_batch_size and on."""
     config, model = trainer.config, trainer.model
     ranks = parallel_state.get_data_parallel_world_size()
@@ -242,8 +257,8 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
     trainer.scheduler.step(config.global_batch_size)
     # Losses are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
     mine = [float(x) for x in losses]
-    total, count, stops = sum_over_ranks([sum(mine), len(mine), float(stop)])
-    return Step(total / count, lr, float(grad_norm), stops > 0)
+    total, count, stops, parts = sum_over_ranks([sum(mine), len(mine), float(stop), float(written)])
+    return Step(total / count, lr, float(grad_norm), stops > 0, parts == dist.get_world_size())
 
 
 def _forward(positions: Tensor, clock: Clock, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
