@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe_commands(commands)
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
+    _add_fit_command(commands)
     _add_listing_commands(commands)
     _add_devcluster_commands(commands)
     return parser
@@ -160,6 +161,25 @@ def _add_checkpoint_commands(commands: Commands) -> None:
         parser.add_argument("b", metavar="B", help="checkpoint after")
         if name == "cka":
             parser.add_argument("--texts", required=True, metavar="FILE", help="one text a line")
+
+
+def _add_fit_command(commands: Commands) -> None:
+    fit = _command(commands, "fit.fit", "the layouts of a model that fit on some GPUs, best first", "json")
+    fit.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint's folder or its config.json")
+    fit.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    fit.add_argument("--gpu", default="h100-80gb", metavar="TYPE", help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    fit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="bounds tensor parallelism; default: 8")
+    fit.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="where the type's own figure is wrong")
+    fit.add_argument("--seq-length", type=int, default=8192, metavar="N", help="tokens in a sequence; default: 8192")
+    fit.add_argument(
+        "--global-batch-size", type=int, default=128, metavar="N", help="sequences in a step; default: 128"
+    )
+    fit.add_argument(
+        "--tokens", type=float, default=27e9, metavar="N", help="to train on; default: 27e9, as PRISM has it"
+    )
+    fit.add_argument("--mfu", type=float, metavar="SHARE", help="of the bf16 peak; default: what public runs reach")
+    for size in ("tensor-model-parallel", "pipeline-model-parallel", "context-parallel", "micro-batch"):
+        fit.add_argument(f"--{size}-size", type=int, metavar="N", help="this size alone; default: all that can work")
 
 
 def _add_listing_commands(commands: Commands) -> None:

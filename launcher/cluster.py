@@ -80,6 +80,7 @@ class Profile:
     images: Mapping[str, str] = option(
         {}, "Container image by kind of stage; rl-nemo-aligner and rl-nemo-rl for those backends."
     )
+    gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
     limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
@@ -338,11 +339,13 @@ def image_of(spec: StageSpec, profile: Profile) -> str | None:
 
 
 def _outside(spec: StageSpec) -> list[str]:
-    """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
+    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
         paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
         paths.append(spec.config["tokenizer"]["path"])
+    if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
+        paths.append(os.path.dirname(spec.config["entrypoint"]))
     return [path for path in paths if path and os.path.isabs(path)]
 
 

@@ -234,7 +234,9 @@ class Parallelism:
     pipeline_model_parallel_size: int = option(1, "Pipeline parallel size.", identity=False)
     context_parallel_size: int = option(1, "Context parallel size.", identity=False)
     sequence_parallel: bool = option(False, "Sequence parallelism over the tensor-parallel ranks.", identity=False)
-    recompute_activations: bool = option(False, "Selective activation recomputation.", identity=False)
+    recompute: Literal["none", "mlp", "full"] = option(
+        "none", "What backward computes again: nothing, MLPs, whole layers.", identity=False
+    )
 
     def __post_init__(self) -> None:
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -262,9 +264,22 @@ class TrainConfig:
     clip_grad: float = option(1.0, "Largest gradient norm.")
     precision: Literal["bf16", "fp32"] = option("bf16", "Precision of compute.")
     micro_batch_size: int = option(1, "Sequences a rank takes at once.", identity=False)
-    parallelism: Parallelism = option(Parallelism(), "The parallel layout.", identity=False)
+    parallelism: Parallelism | Literal["auto"] = option(
+        Parallelism(), "The parallel layout; auto: the first that `prism-launch fit` finds.", identity=False
+    )
     save_interval: int = option(500, "Steps between checkpoints to resume from.", identity=False)
+    keep_last: int = option(2, "Checkpoints to resume from that are kept.", identity=False)
+    keep_every: int | None = option(None, "Keep those of every so many steps besides, until the end.", identity=False)
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
+    validation: tuple[str, ...] = option((), "STAGE/SOURCE of held-out text whose losses are measured.")
+    eval_interval: int = option(500, "Steps between those measurements; one comes at the end too.", identity=False)
+    eval_iters: int = option(8, "Batches of each held-out source.", identity=False)
+    loss_spike: float = option(4.0, "A loss this many times the median of 100 steps is divergence.", identity=False)
+    entrypoint: str | None = option(
+        None, "Megatron-LM's pretrain script, or one like it, to run in place of our loop.", identity=False
+    )
+    entrypoint_args: tuple[str, ...] = option((), "Words added to the script's arguments.")
+    wandb_project: str | None = option(None, "Weights & Biases project; offline without WANDB_API_KEY.", identity=False)
 
     def __post_init__(self) -> None:
         positive = (
@@ -273,7 +288,10 @@ class TrainConfig:
             "train_iters",
             "micro_batch_size",
             "save_interval",
+            "keep_last",
             "log_interval",
+            "eval_interval",
+            "eval_iters",
         )
         _refuse(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
@@ -281,6 +299,9 @@ class TrainConfig:
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
             *_adam_checks(self),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
+            (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
+            (self.keep_every is not None and self.keep_every < 1, "keep_every", "must be at least 1"),
+            (self.loss_spike <= 1, "loss_spike", f"must be above 1, got {self.loss_spike}"),
             (not 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"must be within 0..1, got {self.min_lr_ratio}"),
             (not 0 <= self.lr_warmup_fraction < 1, "lr_warmup_fraction", "must be within 0..1"),
             (

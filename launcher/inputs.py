@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import PrepareConfig
+from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.spec import Format
@@ -95,6 +96,8 @@ def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
+    if isinstance(stage.config, TrainConfig) and stage.config.entrypoint:
+        return _script_facts(recipe, stage, stage.config.entrypoint, absent)
     if not isinstance(stage.config, PrepareConfig):
         return {}
     facts = {
@@ -113,6 +116,16 @@ def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]
                 absent.append(Absent(path, stage.name, f"{recipe.where(where)}: {where}: {path}: {error.strerror}"))
                 facts[key] = "absent"
     return facts
+
+
+def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent]) -> dict[str, str]:
+    """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
+    where = f"stages.{stage.name}.entrypoint"
+    try:
+        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
+    except OSError as error:
+        absent.append(Absent(script, stage.name, f"{recipe.where(where)}: {where}: {script}: {error.strerror}"))
+        return {"entrypoint": "absent"}
 
 
 def checkpoint_path(ref: str, relative_to: Path) -> Path:

@@ -51,9 +51,11 @@ def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = 
 
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:
     from launcher.check import check_recipe
+    from launcher.fit.auto import with_layouts
     from launcher.inputs import resolve_inputs
     from launcher.plan import build_plan
 
+    recipe = with_layouts(recipe, profile.gpu)
     inputs = resolve_inputs(recipe)
     stages = build_plan(recipe, inputs, profile.limits, profile.runtime)
     problems = [*check_recipe(recipe, stages, profile), *(a.message for a in inputs.absent if not elsewhere)]

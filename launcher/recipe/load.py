@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources
+from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources, TrainConfig
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
@@ -318,8 +318,10 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 
 
 def _with_absolute_paths(config: Any, folder: Path) -> Any:
-    """Text, problems and a tokenizer are found from the recipe's folder or from the one that the stage names, wherever
+    """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
     the command is typed and the worker runs."""
+    if isinstance(config, TrainConfig) and config.entrypoint:
+        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
     if not isinstance(config, PrepareConfig):
         return config
     named = folder / Path(config.folder or ".").expanduser()
@@ -356,6 +358,20 @@ def _read_model(reader: _Reader, stage: str, model: Any) -> Any:
     before = len(reader.problems)
     reader.decode(ModelConfig, document.data, f"{stage}.model")
     return document.data if len(reader.problems) == before else None
+
+
+def read_model(name: str) -> ModelConfig:
+    """A model of ours by name, or a model's YAML file. Raises UserError with those there are, or with its problems."""
+    file = _model_file(name, Path())
+    if file is None:
+        known = model_names()
+        raise UserError(f"no model {name}{did_you_mean(name, known)}; there is {', '.join(known)}")
+    document = read_document(file, os.path.relpath(file))
+    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [])
+    model: ModelConfig | None = reader.decode(ModelConfig, document.data, "")
+    if model is None:
+        raise UserError(reader.problems)
+    return model
 
 
 def _model_file(name: str, folder: Path) -> Path | None:

@@ -54,6 +54,6 @@ fi
 
 submit prepare 9e422695ae52788adcc0
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain 51efa7f9cbb564aaeb61 prepare small-052cb9-to-megatron
-submit midtrain-to-hf e30bf4350d61a68ca0f5 midtrain
-submit evaluate 703e3854ed77ceffda56 midtrain-to-hf prepare
+submit midtrain 5f02165e0e921397c33f prepare small-052cb9-to-megatron
+submit midtrain-to-hf d83ad36e58d6eea0325f midtrain
+submit evaluate ede979b08a5049a12e84 midtrain-to-hf prepare

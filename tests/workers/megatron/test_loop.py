@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,14 @@ from launcher.workers.megatron.loop import build_scheduler
 from launcher.workers.megatron.parallel import process_groups
 
 Reference = Callable[..., ts.TrainStage]
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "tflops_per_rank", "memory_gib")
 
 
 def same_run(stage: ts.TrainStage, reference: ts.TrainStage) -> None:
     """Assert that two finished stages are bit by bit the same, times apart."""
     rows, wanted = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in s.metrics()] for s in (stage, reference)
+        [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("seconds_")} for row in s.metrics()]
+        for s in (stage, reference)
     )
     assert rows == wanted
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
@@ -98,11 +100,27 @@ def test_a_run_on_two_ranks_is_stopped_by_one_and_goes_on_with_another_layout(ro
 
 
 def test_a_signal_to_the_writers_of_a_checkpoint_does_no_harm(root: Path) -> None:
-    stage = ts.make_stage(root, "signalled", train_iters=4, save_interval=2)
+    stage = ts.make_stage(root, "signalled", train_iters=6, save_interval=2)
     assert ts.run(stage, ts.signal_in_save()) == [0], ts.log(stage)
     assert stage.ending()["class"] == "time-limit"
     assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
-    assert [row["iteration"] for row in stage.metrics()] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in stage.metrics()] == list(range(1, 7))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_own_step(
+    root: Path, reference: Reference
+) -> None:
+    """The writer takes longer than the steps between two checkpoints; then the run goes on from the first of them."""
+    stage = ts.make_stage(root, "overlapped", model=ts.model("nemotron-h-tiny"), save_interval=3)
+    assert ts.run(stage, ts.slow_writer(4.0)) == [0], ts.log(stage)
+    rows = stage.metrics()
+    assert sum(row.get("seconds_checkpoint", 0.0) for row in rows[:6]) < 4.0, "the last steps alone wait"
+    assert stage.saved() == ["iter_0000003", "iter_0000006"]
+    shutil.rmtree(stage.progress / "iter_0000006")
+    shutil.rmtree(stage.checkpoint)
+    assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
+    assert "after step 3" in ts.log(stage, 1)
+    same_run(stage, reference("nemotron-h-tiny"))
 
 
 def test_a_request_during_the_last_step_lets_the_run_finish(root: Path) -> None:
