@@ -25,9 +25,9 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
         for key, message in check_resources(planned.resources, planned.spec, profile):
-            path = f"stages.{planned.spec.stage}.resources.{key}"
+            path = f"stages.{planned.part_of or planned.spec.stage}.resources.{key}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _stage_problems(stage: Stage, cpu: bool) -> Iterator[tuple[str, str]]:

@@ -304,6 +304,10 @@ class EvaluateConfig:
     temperatures: tuple[float, ...] = option((0.0, 0.6, 1.0), "Sampling temperatures; 0 is greedy.")
     max_new_tokens: int = option(32, "Longest completion in tokens.")
     batch_size: int = option(128, "Prompts generated together; decides which random numbers each one gets.")
+    seeds: tuple[int, ...] = option((), "Sampling seeds, one evaluation each; empty: the stage's seed alone.")
+    fan_out: bool = option(
+        False, "A stage for each benchmark and seed, on Slurm one job array: what fails is redone alone.", identity=False
+    )
 
     def __post_init__(self) -> None:
         _refuse(
@@ -313,6 +317,11 @@ class EvaluateConfig:
             (any(t < 0 for t in self.temperatures), "temperatures", "must not be negative"),
             (self.max_new_tokens < 1, "max_new_tokens", f"must be at least 1, got {self.max_new_tokens}"),
             (self.batch_size < 1, "batch_size", f"must be at least 1, got {self.batch_size}"),
+            (any(s < 0 for s in self.seeds), "seeds", "must not be negative"),
+            *(
+                (len(set(values)) < len(values), name, "names one twice")
+                for name, values in (("benchmarks", self.benchmarks), ("seeds", self.seeds))
+            ),
         )
 
 

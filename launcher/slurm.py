@@ -139,6 +139,14 @@ def submit(script: str, *options: str) -> str:
     return job
 
 
+def count_jobs(user: str) -> int:
+    """How many jobs of a user wait or run, elements of arrays counted each. Raises WorldError for no answer."""
+    answer = call("squeue", "--noheader", "--array", f"--user={user}", "--format=%i")
+    if not answer.ok:
+        raise WorldError(f"squeue: {answer.err or 'no answer'}")
+    return len(answer.out.split())
+
+
 def cancel(jobs: Iterable[str]) -> None:
     """Cancel jobs; those that have ended are no failure. Raises WorldError where Slurm refuses."""
     wanted = sorted(set(jobs))

@@ -1,7 +1,7 @@
 """The stage kinds, one module each: what a config reads, the ports it fills, and the steps that do it.
 
 Every module has `VERSION` (raised when the same config gives another artifact), `OUTPUTS` (port to format),
-`needs(config)` and `steps(config, resources)`.
+`needs(config)` and `steps(config, resources)`; one whose stages may fan out also `parts(config, seed)`.
 """
 
 from __future__ import annotations
