@@ -306,7 +306,9 @@ class EvaluateConfig:
     batch_size: int = option(128, "Prompts generated together; decides which random numbers each one gets.")
     seeds: tuple[int, ...] = option((), "Sampling seeds, one evaluation each; empty: the stage's seed alone.")
     fan_out: bool = option(
-        False, "A stage for each benchmark and seed, on Slurm one job array: what fails is redone alone.", identity=False
+        False,
+        "A stage for each benchmark and seed, on Slurm one job array: what fails is redone alone.",
+        identity=False,
     )
 
     def __post_init__(self) -> None:

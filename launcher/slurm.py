@@ -130,13 +130,27 @@ def parse_sacct(text: str) -> list[Job]:
     return [Job(row[0].strip(), row[1].split()[0], row[2], nodes=row[3]) for row in rows if row[1]]
 
 
+class SubmitLimit(WorldError):
+    """Slurm takes no more jobs of this user for now: MaxSubmitJobs of an association or a QOS."""
+
+
 def submit(script: str, *options: str) -> str:
-    """Submit a script file; returns the job's id. Raises WorldError with what sbatch said."""
+    """Submit a script file; returns the job's id. Raises WorldError with what sbatch said, SubmitLimit as a kind."""
     answer = call("sbatch", "--parsable", *options, script, timeout=60.0)
     job = answer.out.strip().split(";")[0]
     if not answer.ok or not job.isdigit():
-        raise WorldError(f"{script}: sbatch: {answer.err or answer.out.strip() or 'no answer'}")
+        kind = SubmitLimit if "MaxSubmit" in answer.err else WorldError
+        raise kind(f"{script}: sbatch: {answer.err or answer.out.strip() or 'no answer'}")
     return job
+
+
+def test_only(script: str) -> str | None:
+    """Why sbatch would refuse a script; None where it would not, or cannot be asked. Submits nothing."""
+    answer = call("sbatch", "--test-only", script, timeout=60.0)
+    if answer.code in (0, None) or "MaxSubmit" in answer.err or "Unable to contact" in answer.err:
+        return None
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in answer.err.splitlines()]
+    return "; ".join(filter(None, lines)) or f"exit code {answer.code}"
 
 
 def count_jobs(user: str) -> int:

@@ -7,12 +7,13 @@ supervisor lives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher import store
 from launcher.attempts import Attempt, newest_attempt
+from launcher.caps import read_held
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.slurm import Job
 from launcher.store import Receipt
@@ -46,8 +47,17 @@ def stage_states(
 ) -> list[StageState]:
     """The state of every stage, in the plan's order; receipts in `done`, by stage, are not read again."""
     done, jobs = done or {}, jobs or {}
+    held = read_held(root, record.run)
     names = [stage.spec.stage for stage in record.stages]
-    return [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
+    found = [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
+    return [_held_back(s, held[s.stage]) if s.stage in held else s for s in found]
+
+
+def _held_back(state: StageState, why: str) -> StageState:
+    """A stage that the last `run` did not submit, unless a job makes it all the same."""
+    if state.state in ("done", "running", "queued"):
+        return state
+    return replace(state, state="waiting", exit_class=None, message=why)
 
 
 def run_state(stages: list[StageState]) -> State:

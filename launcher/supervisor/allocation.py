@@ -16,7 +16,7 @@ import launcher
 from launcher import slurm, store
 from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
-from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
+from launcher.steps import ARRAY_VARIABLES, SRUN_DEFAULTS, Place, SlurmAttempt, local_commands, slurm_place, srun_argv
 from launcher.store import Owner
 from launcher.supervisor.processes import Process, SrunStep
 
@@ -107,7 +107,10 @@ class SlurmJob:
     def current(cls, spec: StageSpec, root: Path) -> SlurmJob:
         """The job that this process runs in, by its environment."""
         restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+        number = os.environ["SLURM_JOB_ID"]
+        element = [os.environ.get(name) for name in ARRAY_VARIABLES]
+        job = "_".join(part for part in element if part) if all(element) else number
+        attempt = SlurmAttempt(job, restarts, os.environ["SLURMD_NODENAME"], number)
         return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
 
     @property
