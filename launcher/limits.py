@@ -308,11 +308,11 @@ def _bound_problems(request: Request, bounds: Bounds, where: str) -> Problems:
 # ------------------------------------------------------------------------------------------------------------- asking
 
 
-def read_site(user: str, accounts: Iterable[str]) -> Site:
-    """What Slurm says now; `accounts` are those whose own limits count besides the user's."""
+def read_site(user: str, accounts: Iterable[str]) -> Site | None:
+    """What Slurm says now, None where the controller does not answer; `accounts` are those whose own limits count besides the user's."""
     config = dict(re.findall(r"^(\w+)\s+= (.*)$", _said("scontrol", "show", "config"), re.MULTILINE))
     if not config:
-        return Site()
+        return None
     cluster = f"cluster={config.get('ClusterName', '').strip()}"
     wanted = "format=account,user,qos,maxwall,maxtres,grptres"
     mine = _asked_sacctmgr("assoc", cluster, f"user={user}", wanted)
@@ -364,6 +364,8 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
         return
     requests = {name: request_of(stage, profile) for name, stage in stages.items()}
     site = read_site(getpass.getuser(), {r.account for r in requests.values() if r.account})
+    if site is None:
+        return
     problems = [
         f"stages.{stages[name].part_of or stages[name].spec.stage}.resources.{key}: {message}"
         for name, request in requests.items()

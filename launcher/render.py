@@ -108,7 +108,7 @@ def _replace(folder: Path, fresh: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- submit.sh
 
 
-_FUNCTIONS = """
+_FUNCTIONS = r"""
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()

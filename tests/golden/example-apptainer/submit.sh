@@ -42,8 +42,8 @@ ready() {  # STAGE
 known() {  # STAGE, its fingerprint and its job, so that `prism-launch status` and `run` know of it
     ids[$1]=$3
     submitted+=("$1")
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"}
-'         "$1" "$2" "$3" "$(date +%s)" "$(id -un)" >> "$run/jobs.jsonl"
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" >> "$run/jobs.jsonl"
     echo "$1: job $3"
 }
 
@@ -82,8 +82,9 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare 5d0c939567b412a932c0
+submit prepare 0361f6676d7f9c415acb
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain eb40e8a3a8b7934430ba prepare small-052cb9-to-megatron
-submit midtrain-to-hf d79683160cde1d84d946 midtrain
-submit evaluate ca685a003cdcf4f7c979 midtrain-to-hf prepare
+submit midtrain 2f0594462915ed8e9ecb prepare small-052cb9-to-megatron
+submit midtrain-to-hf 8fde4589c2e0de2ba101 midtrain
+submit evaluate ce00ff751e03bd752cf0 midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 cd25d3a157fe05242ac9 sweep.held-out.1 a377412e9f88a6d72b28 sweep.easy.0 68ef05af22a85cdb836e sweep.easy.1 50716ee368808d08a6a3 -- midtrain-to-hf prepare
