@@ -60,7 +60,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm tells it. `reason` says why it waits or how it ended, `ended` when, in seconds since the epoch."""
+    """A job as Slurm tells it. `reason` says why it waits or how it ended, `ended` when, in seconds since the epoch.
+
+    `excluded` are nodes that it may not run on (scontrol alone tells), `time_left` is until its limit, as D-H:M:S.
+    """
 
     id: str
     state: str
@@ -69,6 +72,8 @@ class Job:
     nodes: str = ""
     preempted: bool = False
     ended: float | None = None
+    excluded: str = ""
+    time_left: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -107,7 +112,7 @@ _STATE = re.compile(
     r"(?:FailedNode=\S* )?Dependency=\S* Requeue=\d+ Restarts=(\d+) "
 )
 _ENDTIME = re.compile(r" StartTime=\S+ EndTime=(\S+) ")
-_NODES = re.compile(r" ReqNodeList=\S+ ExcNodeList=\S+ NodeList=(\S*) ")
+_NODES = re.compile(r" ReqNodeList=\S+ ExcNodeList=(\S+) NodeList=(\S*) ")
 
 
 def parse_show_job(text: str) -> Job | None:
@@ -124,7 +129,8 @@ def parse_show_job(text: str) -> Job | None:
         state=state[1].split(",")[0],
         reason=state[2],
         restarts=int(state[3]),
-        nodes=_value(nodes[1] if nodes else ""),
+        nodes=_value(nodes[2] if nodes else ""),
+        excluded=_value(nodes[1] if nodes else ""),
         preempted=bool(preempted and _value(preempted[1])),
     )
     return _with_end(job, ended[1] if ended else "")
@@ -165,28 +171,27 @@ def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
     return found
 
 
-_SQUEUE = "%i|%T|%N|%e|%r"
+_SQUEUE = "%i|%T|%N|%e|%L|%r"
 _SACCT = "JobID,State,NodeList,End,Reason"
 
 
 def parse_squeue(text: str) -> list[Job]:
-    """Lines of `squeue --array --format=%i|%T|%N|%e|%r`; the reason, which may hold anything, is last."""
-    return [_row(*fields) for fields in _rows(text)]
+    """Lines of `squeue --array --format=%i|%T|%N|%e|%L|%r`; the reason, which may hold anything, is last."""
+    rows = (line.split("|", 5) for line in text.splitlines())
+    return [
+        _row(i, state, nodes, end, why, left) for i, state, nodes, end, left, why in (r for r in rows if len(r) == 6)
+    ]
 
 
 def parse_sacct(text: str) -> list[Job]:
     """Lines of `sacct --parsable2 --format=JobID,State,NodeList,End,Reason`; `CANCELLED by 1000` is CANCELLED."""
-    return [_row(*fields) for fields in _rows(text)]
+    rows = (line.split("|", 4) for line in text.splitlines())
+    return [_row(*fields) for fields in rows if len(fields) == 5 and fields[1].strip()]
 
 
-def _rows(text: str) -> Iterator[list[str]]:
-    split = (line.split("|", 4) for line in text.splitlines())
-    return (fields for fields in split if len(fields) == 5 and fields[1].strip())
-
-
-def _row(job: str, state: str, nodes: str, end: str, reason: str) -> Job:
+def _row(job: str, state: str, nodes: str, end: str, reason: str, left: str = "") -> Job:
     word = state.split()[0].split(",")[0].rstrip("+")
-    return _with_end(Job(job.strip(), word, _value(reason), nodes=_value(nodes)), end)
+    return _with_end(Job(job.strip(), word, _value(reason), nodes=_value(nodes), time_left=left.strip()), end)
 
 
 def _by_asked_id(wanted: Iterable[str], told: Iterable[Job]) -> dict[str, Job]:
@@ -219,9 +224,12 @@ def submit(script: str, *options: str) -> str:
     """
     answer = call("sbatch", "--parsable", *options, script, timeout=60.0)
     job = answer.out.strip().split(";")[0]
-    if not answer.ok or not job.isdigit():
-        raise answer.error(f"{script}: sbatch")
-    return job
+    if answer.ok and job.isdigit():
+        return job
+    error = answer.error(f"{script}: sbatch")
+    if isinstance(error, NoAnswer):
+        raise NoAnswer(f"{error}; run again later: a job that it took in all the same is found and joined")
+    raise error
 
 
 def own_scripts() -> Mapping[str, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from launcher.cluster import Profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import sbatch_text
-from launcher.spec import stage_text
+from launcher.spec import encode, stage_text
 from launcher.state import Jobs, stage_states
 
 JOBS = "jobs.jsonl"
@@ -63,9 +63,22 @@ def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str
     WorldError with what sbatch said; what has been submitted by then stays, and the next call joins it.
     """
     with claimed(root, record.run):
+        _find_lost(root, record)
         _refuse_other_plans(root, record)
         write_run(root, record)
         return _submit_stages(root, record, profile)
+
+
+def _find_lost(root: Path, record: RunRecord) -> None:
+    """Write down jobs that Slurm took in without our hearing of it: sbatch timed out, or its caller was killed."""
+    known = {s.job.partition("_")[0] for s in read_submitted(root, record.run)}
+    scripts = slurm.own_scripts()
+    for stage in record.stages:
+        folder = store.stage_dir(root, record.run, stage.spec.stage)
+        lost = [job for job in scripts.get(str(folder / "job.sbatch"), ()) if job not in known]
+        fingerprint = (store.read_json(folder / "stage.json") or {}).get("fingerprint", "")
+        for job in lost:
+            _write_down(root, record.run, Submitted(stage.spec.stage, fingerprint, job, time.time()))
 
 
 def _refuse_other_plans(root: Path, record: RunRecord) -> None:
@@ -93,7 +106,8 @@ def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str,
         if states[name] == "done":
             continue
         if name in known and states[name] in ("queued", "running"):
-            waiting_for[name] = known[name].id
+            # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
+            waiting_for |= {name: known[name].id} if known[name].is_active else {}
             continue
         after = [waiting_for[d] for d in stage.depends if d in waiting_for]
         waiting_for[name] = submitted[name] = _submit_stage(root, stage, profile, after)
@@ -107,12 +121,15 @@ def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: list
     store.write_atomic(script, sbatch_text(stage, profile, root))
     options = [f"--dependency=afterok:{':'.join(after)}"] if after else []
     job = slurm.submit(str(script), *options)
-    facts = {"stage": stage.spec.stage, "fingerprint": stage.spec.fingerprint, "job": job, "time": time.time()}
-    with (store.run_dir(root, stage.spec.run) / JOBS).open("a") as file:
-        file.write(json.dumps(facts) + "\n")
+    _write_down(root, stage.spec.run, Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time()))
+    return job
+
+
+def _write_down(root: Path, run: str, submitted: Submitted) -> None:
+    with (store.run_dir(root, run) / JOBS).open("a") as file:
+        file.write(json.dumps(encode(submitted)) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    return job
 
 
 def cancel_jobs(root: Path, record: RunRecord) -> list[str]:

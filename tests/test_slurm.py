@@ -46,7 +46,7 @@ SHOWN = [line for line in told("scontrol.txt").splitlines() if line]
                 "512", "OUT_OF_MEMORY", "OutOfMemory", nodes="gpu[007-008]", ended=local_time("2026-01-31 23:59:59")
             ),
         ),
-        (8, slurm.Job("513", "REQUEUED", "Node_gpu008_failed", 3, "gpu[007-008]")),
+        (8, slurm.Job("513", "REQUEUED", "Node_gpu008_failed", 3, "gpu[007-008]", excluded="gpu[003,008]")),
         (9, slurm.Job("514", "EXPEDITING", "None", nodes="gpu[007-008]")),
     ],
 )
@@ -66,7 +66,7 @@ def test_what_is_no_job_is_none(text: str) -> None:
 
 def test_squeue() -> None:
     jobs = {job.id: job for job in slurm.parse_squeue(told("squeue.txt"))}
-    assert jobs["501"] == slurm.Job("501", "RUNNING", nodes="gpu[007-008]")
+    assert jobs["501"] == slurm.Job("501", "RUNNING", nodes="gpu[007-008]", time_left="22:57:57")
     assert jobs["503"].reason.endswith("| try later") and jobs["503"].nodes == ""
     assert jobs["77_1"].ended == local_time("2026-01-31 23:11:00")
     ended = {"77_0", "77_1", "506"}
@@ -138,7 +138,7 @@ def test_jobs_are_known_by_the_ids_that_were_asked(answers: Callable[..., Path])
 
 
 def test_without_accounting_the_queue_alone_is_known(answers: Callable[..., Path]) -> None:
-    answers("squeue", "501|RUNNING|n1|N/A|None\n")
+    answers("squeue", "501|RUNNING|n1|N/A|1:00|None\n")
     answers("sacct", err="Slurm accounting storage is disabled", code=1)
     assert list(slurm.job_states(["501", "402"])) == ["501"]
 
