@@ -86,7 +86,7 @@ class Profile:
     images: Mapping[str, str] = option({}, "Container image by kind of stage.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
-    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
+    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation, visibility_s.")
 
     def __post_init__(self) -> None:
         _raise([*_profile_problems(self), *(_slurm_problems if self.scheduler == "slurm" else _local_problems)(self)])

@@ -21,7 +21,7 @@ from launcher.cluster import Profile
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import Script, array_option, sbatch_text, scripts_of
-from launcher.spec import stage_text
+from launcher.spec import encode, stage_text
 from launcher.state import Jobs, stage_states
 
 JOBS = "jobs.jsonl"
@@ -78,6 +78,7 @@ def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str
     been submitted by then stays, and the next call joins it.
     """
     with claimed(root, record.run, patience_s=PATIENCE_S):
+        _find_lost(root, record, profile)
         _refuse_other_plans(root, record)
         write_run(root, record)
         return _submit_stages(root, record, profile, {s.spec.stage for s in record.stages})
@@ -96,6 +97,29 @@ def submit_held(root: Path, record: RunRecord, profile: Profile) -> dict[str, st
             return _submit_stages(root, record, profile, set(held))
     except UserError:
         return {}
+
+
+def _find_lost(root: Path, record: RunRecord, profile: Profile) -> None:
+    """Write down jobs that Slurm took in without our hearing of it: sbatch timed out, or its caller was killed."""
+    known = {s.job.partition("_")[0] for s in read_submitted(root, record.run)}
+    jobs = slurm.own_scripts()
+    for script in scripts_of(record.stages, profile):
+        for job in jobs.get(str(_script_file(root, script)), ()):
+            if job not in known:
+                _write_down(root, record.run, _lost(root, script, job))
+
+
+def _lost(root: Path, script: Script, job: str) -> list[Submitted]:
+    """The jobs that one unheard call of sbatch made: of an array those elements that Slurm knows."""
+    ids = [f"{job}_{i}" if script.is_array else job for i in range(len(script.stages))]
+    there = slurm.job_states(ids)
+    folders = [store.stage_dir(root, s.spec.run, s.spec.stage) for s in script.stages]
+    prints = [(store.read_json(f / "stage.json") or {}).get("fingerprint", "") for f in folders]
+    return [
+        Submitted(stage.spec.stage, fingerprint, id, time.time(), getpass.getuser())
+        for stage, fingerprint, id in zip(script.stages, prints, ids, strict=True)
+        if id in there
+    ]
 
 
 def _refuse_other_plans(root: Path, record: RunRecord) -> None:
@@ -180,7 +204,10 @@ def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[
         elements.setdefault(job.partition("_")[0], set()).add(job)
     done = {name for name, state in states.items() if state == "done"}
     now = _Submission(root, profile, _room(root, profile), done, elements)
-    now.waiting_for = {n: known[n].id for n in known if states[n] in ("queued", "running")}
+    busy = {n for n in known if states[n] in ("queued", "running")}
+    # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
+    now.waiting_for = {n: known[n].id for n in busy if known[n].is_active}
+    now.done.update(busy - now.waiting_for.keys())
     for script in scripts_of(record.stages, profile):
         names = wanted - now.done - set(now.waiting_for)
         now.submit(script, [s for s in script.stages if s.spec.stage in names])
@@ -206,7 +233,7 @@ def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: Sequ
     script = folder / "job.sbatch"
     store.write_atomic(script, sbatch_text(stage, profile, root))
     job = slurm.submit(str(script), *_dependency(after))
-    _write_down(root, [(stage, job)])
+    _write_down(root, stage.spec.run, [_submitted(stage, job)])
     return job
 
 
@@ -217,13 +244,21 @@ def _submit_array(
     for stage in stages:
         folder = store.stage_dir(root, stage.spec.run, stage.spec.stage)
         store.write_atomic(folder / "stage.json", stage_text(stage.spec))
-    path = script.folder(root) / f"{script.name}.sbatch"
+    path = _script_file(root, script)
     store.write_atomic(path, script.text(profile, root))
     indexes = script.indexes(stages)
     job = slurm.submit(str(path), f"--array={array_option(indexes, profile)}", *_dependency(after))
-    found = [(stage, f"{job}_{i}") for stage, i in zip(stages, indexes, strict=True)]
-    _write_down(root, found)
-    return {stage.spec.stage: element for stage, element in found}
+    found = [_submitted(stage, f"{job}_{i}") for stage, i in zip(stages, indexes, strict=True)]
+    _write_down(root, stages[0].spec.run, found)
+    return {s.stage: s.job for s in found}
+
+
+def _script_file(root: Path, script: Script) -> Path:
+    return script.folder(root) / (f"{script.name}.sbatch" if script.is_array else "job.sbatch")
+
+
+def _submitted(stage: PlannedStage, job: str) -> Submitted:
+    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), getpass.getuser())
 
 
 def _dependency(after: Iterable[str]) -> list[str]:
@@ -231,14 +266,9 @@ def _dependency(after: Iterable[str]) -> list[str]:
     return [f"--dependency=afterok:{ids}"] if ids else []
 
 
-def _write_down(root: Path, jobs: Sequence[tuple[PlannedStage, str]]) -> None:
-    facts = {"time": time.time(), "user": getpass.getuser()}
-    lines = [
-        json.dumps({"stage": stage.spec.stage, "fingerprint": stage.spec.fingerprint, "job": job, **facts})
-        for stage, job in jobs
-    ]
-    with (store.run_dir(root, jobs[0][0].spec.run) / JOBS).open("a") as file:
-        file.write("\n".join(lines) + "\n")
+def _write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:
+    with (store.run_dir(root, run) / JOBS).open("a") as file:
+        file.writelines(json.dumps(encode(job)) + "\n" for job in jobs)
         file.flush()
         os.fsync(file.fileno())
 

@@ -15,6 +15,7 @@ import os
 import queue
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.convert.metadata import read_metadata
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 
@@ -113,9 +115,25 @@ def _write(sharded: dict[str, Any], path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    try:
+        dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    except CheckpointException as error:
+        raise _not_written(path, error) from None
     if dist.get_rank() == 0:
         sync_tree(path)
+
+
+def _not_written(path: Path, error: CheckpointException) -> Exception:
+    """Why a checkpoint could not be written: torch says on a full disk no more than that a position is unexpected."""
+    try:
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as found:
+        shutil.rmtree(path, ignore_errors=True)  # the run's own words need room too
+        return OSError(found.errno, f"the checkpoint was not written: {found.strerror}", str(path))
+    return WorldError(f"{path}: the checkpoint was not written: {str(error).strip().splitlines()[-1]}")
 
 
 def _prune(folder: Path) -> None:
