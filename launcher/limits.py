@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launcher import slurm, store
 from launcher.cluster import Profile
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
 from launcher.spec import did_you_mean
@@ -309,7 +309,10 @@ def _bound_problems(request: Request, bounds: Bounds, where: str) -> Problems:
 
 
 def read_site(user: str, accounts: Iterable[str]) -> Site | None:
-    """What Slurm says now, None where the controller does not answer; `accounts` are those whose own limits count besides the user's."""
+    """What Slurm says now; None where the controller does not answer.
+
+    The limits of `accounts` themselves count besides the user's; those of accounts above them are not looked at.
+    """
     config = dict(re.findall(r"^(\w+)\s+= (.*)$", _said("scontrol", "show", "config"), re.MULTILINE))
     if not config:
         return None
@@ -328,7 +331,10 @@ def read_site(user: str, accounts: Iterable[str]) -> Site | None:
 
 
 def _said(*argv: str) -> str:
-    answer = slurm.call(*argv)
+    try:
+        answer = slurm.call(*argv)
+    except WorldError:  # no Slurm here; the submission says so
+        return ""
     return answer.out if answer.ok else ""
 
 

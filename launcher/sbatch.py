@@ -64,11 +64,14 @@ class Script:
 
 
 def scripts_of(stages: Iterable[PlannedStage], profile: Profile) -> Iterator[Script]:
-    """The scripts of a plan, in its order; an array has at most `max_array` elements."""
+    """The scripts of a plan, in its order; an array has at most `max_array` elements.
+
+    Stages that are continued by chains of jobs are not put into arrays.
+    """
     names: dict[str, int] = {}
     for (part_of, _), group in itertools.groupby(stages, lambda s: (s.part_of, s.resources)):
         members = tuple(group)
-        if part_of is None:
+        if part_of is None or members[0].spec.limits.continuation == "chain":
             yield from (Script(stage.spec.stage, (stage,)) for stage in members)
             continue
         for first in range(0, len(members), profile.max_array):

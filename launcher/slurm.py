@@ -223,8 +223,9 @@ class SubmitLimit(WorldError):
 def submit(script: str, *options: str) -> str:
     """Submit a script file; returns the job's id, also where a federation adds its cluster (`123;cluster`).
 
-    Raises WorldError with what sbatch said, SubmitLimit for one kind of that; NoAnswer where the job may have been accepted all the same: a controller
-    that was busy for sbatch's whole time-out takes it in later, and `own_scripts` finds it.
+    Raises WorldError with what sbatch said, SubmitLimit for one kind of that; NoAnswer where the job may have been
+    accepted all the same: a controller that was busy for sbatch's whole time-out takes it in later, and `own_scripts`
+    finds it.
     """
     answer = call("sbatch", "--parsable", *options, script, timeout=60.0)
     job = answer.out.strip().split(";")[0]

@@ -179,7 +179,7 @@ class _Submission:
                 jobs = self._call(script, group[:count], after)
             except slurm.SubmitLimit:
                 count //= 2  # an array may be too large as a whole
-                self.room.refused = count == 0
+                self.room.refused = True
                 continue
             for job in jobs.values() if script.is_array else ():
                 self.elements.setdefault(job.partition("_")[0], set()).add(job)
