@@ -10,6 +10,7 @@ import getpass
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from launcher.cluster import Profile
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
-from launcher.spec import did_you_mean
+from launcher.spec import Step, did_you_mean
 from launcher.submit import stage_jobs
 from launcher.units import format_duration, parse_duration
 
@@ -307,6 +308,8 @@ def _bound_problems(request: Request, bounds: Bounds, where: str) -> Problems:
 
 # ------------------------------------------------------------------------------------------------------------- asking
 
+_SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "show")
+
 
 def read_site(user: str, accounts: Iterable[str]) -> Site | None:
     """What Slurm says now; None where the controller does not answer.
@@ -316,16 +319,30 @@ def read_site(user: str, accounts: Iterable[str]) -> Site | None:
     config = dict(re.findall(r"^(\w+)\s+= (.*)$", _said("scontrol", "show", "config"), re.MULTILINE))
     if not config:
         return None
-    cluster = f"cluster={config.get('ClusterName', '').strip()}"
-    wanted = "format=account,user,qos,maxwall,maxtres,grptres"
-    mine = _asked_sacctmgr("assoc", cluster, f"user={user}", wanted)
+    cluster, wanted = (
+        f"cluster={config.get('ClusterName', '').strip()}",
+        "format=account,user,qos,maxwall,maxtres,grptres",
+    )
     names = ",".join(sorted(set(accounts)))
-    whole = _asked_sacctmgr("assoc", cluster, f"account={names}", "user=", wanted) if names and mine else ""
+    questions = {
+        "partitions": ("scontrol", "show", "partition", "--oneliner", "--all"),
+        "nodes": ("sinfo", "--noheader", "--Node", "--all", "--format=%R|%N|%c|%m|%G"),
+        "mine": (*_SACCTMGR, "assoc", cluster, f"user={user}", wanted),
+        "whole": (*_SACCTMGR, "assoc", cluster, f"account={names}", "user=", wanted) if names else (),
+        "qos": (*_SACCTMGR, "qos", "format=name,maxwall,maxtres,grptres,maxtrespu,flags"),
+    }
+    with ThreadPoolExecutor() as pool:  # slurmdbd takes its time over each
+        said = dict(
+            zip(questions, pool.map(lambda words: _said(*words) if words else "", questions.values()), strict=True)
+        )
     return Site(
-        partitions=parse_partitions(_said("scontrol", "show", "partition", "--oneliner", "--all")),
-        nodes=parse_nodes(_said("sinfo", "--noheader", "--Node", "--all", "--format=%R|%N|%c|%m|%G")),
-        associations=(*parse_associations(mine), *(a for a in parse_associations(whole) if not a.user)),
-        qos=parse_qos(_asked_sacctmgr("qos", "format=name,maxwall,maxtres,grptres,maxtrespu,flags")),
+        partitions=parse_partitions(said["partitions"]),
+        nodes=parse_nodes(said["nodes"]),
+        associations=(
+            *parse_associations(said["mine"]),
+            *(a for a in parse_associations(said["whole"]) if not a.user),
+        ),
+        qos=parse_qos(said["qos"]),
         enforced=frozenset(config.get("AccountingStorageEnforce", "").strip().split(",")),
     )
 
@@ -336,10 +353,6 @@ def _said(*argv: str) -> str:
     except WorldError:  # no Slurm here; the submission says so
         return ""
     return answer.out if answer.ok else ""
-
-
-def _asked_sacctmgr(*words: str) -> str:
-    return _said("sacctmgr", "--noheader", "--parsable2", "--readonly", "show", *words)
 
 
 def request_of(stage: PlannedStage, profile: Profile) -> Request:
@@ -391,16 +404,21 @@ def _to_submit(root: Path, record: RunRecord) -> list[PlannedStage]:
 
 def _refused(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> Iterator[str]:
     """What `sbatch --test-only` says against scripts; those that differ in names alone are tried once."""
-    tried: set[str] = set()
+    # The options follow from these alone; the rest of a script is not looked at.
+    different = {
+        repr(
+            (s.is_array, s.stages[0].resources, s.stages[0].spec.limits, [_size(x) for x in s.stages[0].spec.steps])
+        ): s
+        for s in reversed(list(scripts_of(stages, profile)))
+    }
     with tempfile.TemporaryDirectory(prefix="prism-launch.") as folder:
-        for script in scripts_of(stages, profile):
-            text = script.text(profile, root)
-            options = "\n".join(re.findall(r"^#SBATCH (?!--(?:job-name|output|array)=).*$", text, re.MULTILINE))
-            if options in tried:
-                continue
-            tried.add(options)
-            path = Path(folder, f"{len(tried)}.sbatch")
-            path.write_text(text)
+        for script in reversed(different.values()):
+            path = Path(folder, "job.sbatch")
+            path.write_text(script.text(profile, root))
             why = slurm.test_only(str(path))
             if why is not None:
                 yield f"stages.{script.name.partition('.')[0]}: sbatch would refuse it: {why}"
+
+
+def _size(step: Step) -> tuple[int | None, ...]:
+    return (step.nodes, step.ntasks, step.gpus, step.cpus, step.het_group)
