@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_family_is_refused() -> None:
         plan(stage("prepare", "prepare", **PREPARE), stage("mid", "train", **TRAIN, checkpoint=ref), inputs=inputs)
 
 
-# ----------------------------------------------------------------------------------------------------------- fanning out
+# ---------------------------------------------------------------------------------------------------------- fanning out
 
 SETS = {"sources": {"text": {"kind": "python-stdlib"}}, "problems": {"easy": {"count": 5}, "hard": {"count": 5}}}
 
