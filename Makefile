@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test soak check bench golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What `make test` leaves out: repetitions, and faults that wait long on Slurm's own timers.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
 
 check: $(STAMP)
 	$(BIN)/ruff check .

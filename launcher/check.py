@@ -31,9 +31,9 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
             for key, message in check_resources(resources, planned.spec, profile):
                 own = f"components.{part}"  # which has no key for what it shares with the stage
                 inner = (f"{own}.{key}" if key in _OWN else own) if part else key
-                path = f"stages.{planned.spec.stage}.resources.{inner}"
+                path = f"stages.{planned.part_of or planned.spec.stage}.resources.{inner}"
                 found.append(f"{recipe.where(path)}: {path}: {message}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool) -> Iterator[tuple[str, str]]:

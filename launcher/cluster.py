@@ -59,6 +59,14 @@ class Profile:
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
     description: str = option("", "One line for `prism-launch clusters`.")
     poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
+    slurm_conf: str | None = option(None, "slurm.conf that Slurm's commands read; null: the shell's or the site's own.")
+    submit_rate: int | None = option(None, "Most calls of sbatch in a minute, over all runs in one root; null: no cap.")
+    max_submit: int | None = option(None, "Most jobs of a user in the queue, elements of arrays counted each; null.")
+    max_array: int = option(1001, "Most elements of a job array: the site's MaxArraySize.")
+    max_array_running: int | None = option(None, "Most elements of a job array that run at the same time; null.")
+    share_group: str | None = option(
+        None, "Group that may read and write the store, so that several people share one; null: you alone."
+    )
     slots: int = option(1, "local: processes that run side by side: each stage takes its tasks times their cores.")
     partition: str | None = option(None, "Partition of stages that name none; null: the site's default.")
     cpu_partition: str | None = option(None, "Partition of stages that ask for no GPU; null: `partition`.")
@@ -83,7 +91,7 @@ class Profile:
     gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
-    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
+    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation, visibility_s.")
 
     def __post_init__(self) -> None:
         _raise([*_profile_problems(self), *(_slurm_problems if self.scheduler == "slurm" else _local_problems)(self)])
@@ -122,8 +130,10 @@ def _time_problem(key: str, text: str | None) -> Problems:
 
 def _profile_problems(profile: Profile) -> Problems:
     yield from _time_problem("time", profile.time)
-    if profile.slots < 1:
-        yield "slots", f"must be at least 1, got {profile.slots}"
+    for key in ("slots", "submit_rate", "max_submit", "max_array", "max_array_running"):
+        count = getattr(profile, key)
+        if count is not None and count < 1:
+            yield key, f"must be at least 1, got {count}"
     if profile.mem and not _MEMORY.fullmatch(profile.mem):
         yield "mem", f"{profile.mem!r} is no amount of memory; write 64G"
     for kind in profile.images:
@@ -144,8 +154,10 @@ def _profile_problems(profile: Profile) -> Problems:
 
 def _local_problems(profile: Profile) -> Problems:
     slurm_only = ("partition", "cpu_partition", "partitions", "account", "qos", "constraint", "mem", "exclusive")
+    submission = ("slurm_conf", "submit_rate", "max_submit", "max_array", "max_array_running", "share_group")
     ignored = (
         *slurm_only,
+        *submission,
         "gpu_request",
         "gpu_type",
         "sbatch",
@@ -179,8 +191,10 @@ def _slurm_problems(profile: Profile) -> Problems:
         problem = mount_problem(mount)
         if problem:
             yield f"mounts[{i}]", problem
-    if profile.code and not profile.code.startswith("/"):
-        yield "code", f"{profile.code}: give the full path on the nodes"
+    for key in ("code", "slurm_conf"):
+        path = getattr(profile, key)
+        if path and not path.startswith("/"):
+            yield key, f"{path}: give the full path{' on the nodes' if key == 'code' else ''}"
     for i, line in enumerate(profile.setup):
         if line.lstrip().startswith("#SBATCH"):
             yield f"setup[{i}]", "sbatch options go under sbatch:"
@@ -199,6 +213,13 @@ def _option_problems(profile: Profile) -> Problems:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+
+def speak_to(profile: Profile) -> Profile:
+    """Let this process' Slurm commands, and all it starts, read the profile's `slurm_conf`; returns the profile."""
+    if profile.slurm_conf:
+        os.environ["SLURM_CONF"] = profile.slurm_conf
+    return profile
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -327,7 +348,7 @@ def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> St
     if profile.runtime.container == "none":
         return replace(step, argv=argv, env=env)
     outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
-    own = (str(root), *([f"{code}:{code}:ro"] if code else []))
+    own = (str(root), *([f"{code}:{code}:ro"] if code and not spec.snapshot else []))  # a snapshot lies in the root
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
     return replace(step, argv=argv, env=env, image=step.image or image_of(spec, profile), mounts=mounts)
 

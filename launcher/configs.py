@@ -400,6 +400,12 @@ class EvaluateConfig:
     top_p: float = option(1.0, "Sample from the likeliest words that together have this probability.")
     max_new_tokens: int = option(32, "Longest completion in tokens.")
     batch_size: int = option(128, "Prompts generated together; decides which random numbers each one gets.")
+    seeds: tuple[int, ...] = option((), "Sampling seeds, one evaluation each; empty: the stage's seed alone.")
+    fan_out: bool = option(
+        False,
+        "A stage for each benchmark and seed, on Slurm one job array: what fails is redone alone.",
+        identity=False,
+    )
 
     def __post_init__(self) -> None:
         _refuse(
@@ -411,6 +417,11 @@ class EvaluateConfig:
             (not 0 < self.top_p <= 1, "top_p", f"must be above 0 and at most 1, got {self.top_p}"),
             (self.max_new_tokens < 1, "max_new_tokens", f"must be at least 1, got {self.max_new_tokens}"),
             (self.batch_size < 1, "batch_size", f"must be at least 1, got {self.batch_size}"),
+            (any(s < 0 for s in self.seeds), "seeds", "must not be negative"),
+            *(
+                (len(set(values)) < len(values), name, "names one twice")
+                for name, values in (("benchmarks", self.benchmarks), ("seeds", self.seeds))
+            ),
         )
 
 

@@ -31,7 +31,7 @@ class _Builder:
     problems: list[str] = field(default_factory=list)
 
     def problem(self, stage: str, where: str, message: str) -> None:
-        path = f"stages.{stage}.{where}"
+        path = f"stages.{stage.partition('.')[0]}.{where}"  # a part's problem is that of the stage in the recipe
         self.problems.append(f"{self.recipe.where(path)}: {path}: {message}")
 
 
@@ -50,9 +50,9 @@ def build_plan(
     if builder.problems:
         raise UserError(builder.problems)
     for name in _order(builder, needs):
-        _plan_stage(builder, recipe.stages[name], needs[name])
+        _plan_parts(builder, recipe.stages[name], needs[name])
     if builder.problems:
-        raise UserError(builder.problems)
+        raise UserError(list(dict.fromkeys(builder.problems)))
     return tuple(builder.planned.values())
 
 
@@ -136,7 +136,18 @@ def _order(builder: _Builder, needs: Mapping[str, tuple[Need, ...]]) -> list[str
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> None:
+def _plan_parts(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> None:
+    """The stage, or each of those that it fans out into: STAGE.PART, a name that no stage of a recipe can have."""
+    module = kinds()[stage.kind]
+    parts = module.parts(stage.config, stage.seed) if hasattr(module, "parts") else {}
+    if not parts:
+        _plan_stage(builder, stage, needs)
+    for name, (config, seed) in parts.items():
+        part = replace(stage, name=f"{stage.name}.{name}", config=config, seed=seed)
+        _plan_stage(builder, part, _needs(builder, part), part_of=stage.name)
+
+
+def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...], part_of: str | None = None) -> None:
     inputs: dict[str, Input] = {}
     depends: dict[str, None] = {}
     for need in needs:
@@ -144,8 +155,8 @@ def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> Non
         if found is not None:
             maker, inputs[need.port] = found
             depends.update({maker: None} if maker else {})
-    facts = builder.inputs.facts.get(stage.name, {})
-    _add(builder, stage, inputs, tuple(depends), facts, inserted=False)
+    facts = builder.inputs.facts.get(part_of or stage.name, {})
+    _add(builder, stage, inputs, tuple(depends), facts, inserted=False, part_of=part_of)
 
 
 def _find(builder: _Builder, stage: Stage, need: Need) -> tuple[str | None, Input] | None:
@@ -194,6 +205,7 @@ def _add(
     depends: tuple[str, ...],
     facts: Mapping[str, str],
     inserted: bool,
+    part_of: str | None = None,
 ) -> None:
     module = kinds()[stage.kind]
     # A conversion does the same whoever asks for it under whatever name: its checkpoint is known by fingerprint.
@@ -215,13 +227,15 @@ def _add(
         runtime=builder.runtime,
         secrets=builder.recipe.secrets,
     )
-    absent = {a.path for a in builder.inputs.absent if a.stage in (stage.name, None)}
-    read = {i.path for i in inputs.values()} | {a.path for a in builder.inputs.absent if a.stage == stage.name}
+    absent = {a.path for a in builder.inputs.absent if a.stage in (part_of or stage.name, None)}
+    read = {i.path for i in inputs.values()}
+    read |= {a.path for a in builder.inputs.absent if a.stage == (part_of or stage.name)}
     builder.planned[stage.name] = PlannedStage(
         spec,
         depends,
         stage.resources,
         inserted,
+        part_of=part_of,
         not_built=module.not_built(stage.config),
         absent=tuple(sorted(absent & read)),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ class RunRecord:
         raise UserError(f"run {self.run}: no stage {name}; there is {names}")
 
 
+def refuse_unbuilt(records: Iterable[RunRecord]) -> None:
+    """Raises UserError with every stage that this version plans and renders but cannot run, each with the reason."""
+    problems = [
+        f"stages.{stage.part_of or stage.spec.stage}: {stage.not_built}"
+        for record in records
+        for stage in record.stages
+        if stage.not_built
+    ]
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+
+
 def write_run(root: Path, record: RunRecord) -> None:
     """Write `run.json`, atomically."""
     store.write_json(store.run_dir(root, record.run) / "run.json", encode(record))
@@ -103,10 +116,12 @@ def list_runs(root: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def claimed(root: Path, run: str) -> Iterator[None]:
-    """Hold the claim on a run. Raises UserError where another process has it."""
+def claimed(root: Path, run: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the claim on a run. Raises UserError where another process has it and keeps it for `patience_s`."""
     owner, folder = store.this_process(), store.driver_claim(root, run)
-    holder = store.claim(folder, owner)
+    end = time.monotonic() + patience_s
+    while (holder := store.claim(folder, owner)) is not None and time.monotonic() < end:
+        time.sleep(0.2)
     if holder is not None:
         gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
         at = f"{run} --root {root}"

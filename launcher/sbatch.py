@@ -1,10 +1,15 @@
-"""A planned stage as the text of its sbatch script: submitit's own text, with the steps to be read in it. Pure."""
+"""Planned stages as the text of their sbatch scripts: submitit's own text, with the steps to be read in it. Pure.
+
+One script a stage; the parts of a stage that fans out share one, as elements of a job array.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,102 @@ from launcher.containers import LEAKS
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.spec import StageSpec
-from launcher.steps import REFERENCE, SRUN_DEFAULTS, SlurmAttempt, slurm_place, srun_argv
+from launcher.steps import (
+    ARRAY_VARIABLES,
+    ELEMENT,
+    ELEMENT_STAGE,
+    REFERENCE,
+    SRUN_DEFAULTS,
+    SlurmAttempt,
+    slurm_place,
+    srun_argv,
+)
 from launcher.units import parse_duration, slurm_duration
 
 #: In an #SBATCH line a new line ends the directive and starts a command, and sbatch reads a backslash itself.
 _REFUSED = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True)
+class Script:
+    """One sbatch script: that of a stage, or of a job array whose element of index i is `stages[i]`."""
+
+    name: str
+    stages: tuple[PlannedStage, ...]
+    is_array: bool = False
+
+    def text(self, profile: Profile, root: Path) -> str:
+        """The script for stages placed on the profile's cluster."""
+        if self.is_array:
+            return array_text(self.stages, profile, root)
+        return sbatch_text(self.stages[0], profile, root)
+
+    def folder(self, root: Path) -> Path:
+        """Where the script and the logs of its jobs lie: the stage's folder, or that of the stage it is a part of."""
+        stage = self.stages[0]
+        return store.stage_dir(root, stage.spec.run, stage.part_of or stage.spec.stage)
+
+    def indexes(self, stages: Iterable[PlannedStage]) -> list[int]:
+        """The elements that stand for these stages. They stay the same when only some are submitted again."""
+        wanted = {s.spec.stage for s in stages}
+        return [i for i, s in enumerate(self.stages) if s.spec.stage in wanted]
+
+
+def scripts_of(stages: Iterable[PlannedStage], profile: Profile) -> Iterator[Script]:
+    """The scripts of a plan, in its order; an array has at most `max_array` elements.
+
+    Stages that are continued by chains of jobs are not put into arrays.
+    """
+    names: dict[str, int] = {}
+    for (part_of, _), group in itertools.groupby(stages, lambda s: (s.part_of, s.resources)):
+        members = tuple(group)
+        if part_of is None or members[0].spec.limits.continuation == "chain":
+            yield from (Script(stage.spec.stage, (stage,)) for stage in members)
+            continue
+        for first in range(0, len(members), profile.max_array):
+            number = names[part_of] = names.get(part_of, -1) + 1
+            name = f"{part_of}.{number}" if number else part_of
+            yield Script(name, members[first : first + profile.max_array], is_array=True)
+
+
+def array_option(indexes: Sequence[int], profile: Profile) -> str:
+    """The value of sbatch's --array: `0-3,7%2`."""
+    runs: list[list[int]] = []
+    for i in sorted(indexes):
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{text}%{profile.max_array_running}" if profile.max_array_running else text
+
+
+def array_text(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> str:
+    """The script of a job array, as `sbatch_text`; each element becomes the supervisor of one of the stages.
+
+    They differ in their names and `stage.json` alone: what they ask and what they run is the same.
+    """
+    spec = stages[0].spec
+    parent = stages[0].part_of or spec.stage
+    above = store.stage_dir(root, spec.run, parent).parent
+    folder = f'{shlex.quote(str(above))}/"{ELEMENT_STAGE}"'
+    return _text(
+        stages[0],
+        profile,
+        name=parent,
+        folder=above / parent,
+        lines=[
+            "# The stage of each element.",
+            "stages=(",
+            *(f"    {shlex.quote(s.spec.stage)}" for s in stages),
+            ")",
+            "stage=${stages[${SLURM_ARRAY_TASK_ID:?submit this with --array}]:?there is no such element}",
+            *_setup(spec, profile, root, folder),
+            *_shown_steps(replace(spec, stage=ELEMENT_STAGE), profile, root, ELEMENT),
+        ],
+        stage_json=f"{folder}/stage.json",
+        array=array_option(range(len(stages)), profile),
+    )
 
 
 def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
@@ -33,29 +129,54 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
     """
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
+    return _text(
+        stage,
+        profile,
+        name=spec.stage,
+        folder=folder,
+        lines=[
+            "# What a job that submits this from within an array hands on.",
+            f"unset {' '.join(ARRAY_VARIABLES)}",
+            *_setup(spec, profile, root, _quoted(str(folder))),
+            *_shown_steps(spec, profile, root, SlurmAttempt()),
+        ],
+        stage_json=shlex.quote(str(folder / "stage.json")),
+    )
+
+
+def _text(
+    stage: PlannedStage,
+    profile: Profile,
+    *,
+    name: str,
+    folder: Path,
+    lines: list[str],
+    stage_json: str,
+    array: str | None = None,
+) -> str:
+    """submitit's text with our lines before its command; `stage_json` stands in it as it is."""
+    spec = stage.spec
     further = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
     main, *others = (_resources(part, profile) for part in stage.job_parts.values())
-    header = {**main, "job_name": f"{spec.run}.{spec.stage}"}
+    header = {**main, "job_name": f"{spec.run}.{name}"}
     for values in (header, *others):
         _refuse_unquotable({**values, **further, "output": str(folder)})
     interpreter = shlex.quote(profile.host_python or profile.python)
     text: str = _make_sbatch_string(
         # `exec`: Slurm signals the process of the batch script, which must be the supervisor and not bash.
-        command=f"exec {interpreter} -u -m launcher.supervisor {shlex.quote(str(folder / 'stage.json'))}",
+        command=f"exec {interpreter} -u -m launcher.supervisor {stage_json}",
         folder=folder,
         **header,
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,
-        setup=[
-            *(line for part in others for line in _job_part({**part, **further})),
-            *_setup(spec, profile, root),
-            *_shown_steps(spec, profile, root),
-        ],
+        map_count=1 if array else None,  # lets %A_%a name the logs; the elements are ours, below
+        setup=[*(line for part in others for line in _job_part({**part, **further})), *lines],
         additional_parameters={
             "signal": f"B:USR2@{profile.signal_lead_s}",
             "requeue": True,
             "kill-on-invalid-dep": "yes",
+            **({"array": array} if array else {}),
             **further,
         },
     )
@@ -112,8 +233,8 @@ def _refuse_unquotable(values: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- lines
 
 
-def _setup(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
-    """What the shell does before it becomes the supervisor."""
+def _setup(spec: StageSpec, profile: Profile, root: Path, folder: str) -> Iterator[str]:
+    """What the shell does before it becomes the supervisor; `folder`, the stage's, is quoted."""
     leaks = (*LEAKS[profile.runtime.container], *profile.runtime.env_unset)
     yield "# Every step states its own counts; srun would take these for defaults."
     yield f"unset {' '.join(SRUN_DEFAULTS)}"
@@ -125,8 +246,10 @@ def _setup(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     ours = {**({"PYTHONPATH": code} if code else {}), "PRISM_ROOT": str(root)}
     for name, value in {**profile.env, **ours}.items():
         yield f"export {name}={_quoted(value)}"
+    if profile.share_group:
+        yield "umask 007"
     # Python puts the working directory before PYTHONPATH: not one that might hold another `launcher`.
-    yield f"cd -- {_quoted(str(store.stage_dir(root, spec.run, spec.stage)))} || exit 1"
+    yield f"cd -- {folder} || exit 1"
 
 
 def _quoted(value: str) -> str:
@@ -135,12 +258,12 @@ def _quoted(value: str) -> str:
     return shlex.quote(value)
 
 
-def _shown_steps(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
+def _shown_steps(spec: StageSpec, profile: Profile, root: Path, attempt: SlurmAttempt) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
-    place = slurm_place(spec, root, profile.python)
-    example = slurm_place(
-        spec, root, profile.python, SlurmAttempt("0", "0", "-", hosts={s.name: "-" for s in spec.steps})
-    )
+    place = slurm_place(spec, root, profile.python, attempt)
+    shown = replace(spec, stage="-") if spec.stage == ELEMENT_STAGE else spec
+    hosts = {step.name: "-" for step in spec.steps}
+    example = slurm_place(shown, root, profile.python, SlurmAttempt("0", "0", "-", hosts=hosts))
     yield ""
     yield "# The supervisor starts on the first node and runs:"
     for step in spec.steps:

@@ -113,13 +113,15 @@ class Limits:
     """Seconds and counts at which the supervisor acts.
 
     hang_s: no heartbeat for this long is a hang; save_s: what a worker gets to save and stop when asked;
-    max_no_progress: restarts in a row without progress before the stage has failed.
+    max_no_progress: restarts in a row without progress before the stage has failed; visibility_s: how long a file may
+    stay unseen that another node has written: 65 on NFS, whose attribute cache lasts a minute by default.
     """
 
     hang_s: float = 1800.0
     save_s: float = 120.0
     max_no_progress: int = 2
     continuation: Literal["requeue", "chain"] = "requeue"
+    visibility_s: float = 0.0
 
 
 @dataclass(frozen=True)

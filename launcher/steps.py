@@ -99,12 +99,14 @@ def local_commands(step: Step, place: Place) -> list[tuple[tuple[str, ...], dict
 class SlurmAttempt:
     """What Slurm tells an attempt in the batch step; the defaults are references, for scripts that are only read.
 
-    `node` is the job's first node, `hosts` the first nodes of steps that start elsewhere, by step.
+    `node` is the job's first node, `hosts` the first nodes of steps that start elsewhere, by step. An element of a job
+    array is known everywhere as `ARRAYJOB_INDEX`; `number` is the id that Slurm counts it by.
     """
 
     job: str = "$SLURM_JOB_ID"
     restarts: str = "${SLURM_RESTART_COUNT:-0}"
     node: str = "$SLURMD_NODENAME"
+    number: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -123,8 +125,9 @@ class SlurmAttempt:
 
     def port(self, index: int) -> str:
         """The MASTER_PORT of a job's step: 20000 to 31999, below the range that Linux hands out by itself."""
-        if self.job.isdigit():
-            return str(20000 + int(self.job) % 1200 * 10 + index)
+        number = self.number or self.job
+        if number.isdigit():
+            return str(20000 + int(number) % 1200 * 10 + index)
         return f"$((20000 + SLURM_JOB_ID % 1200 * 10 + {index}))"
 
 
@@ -138,11 +141,18 @@ def nodelist(step: Step) -> str:
     return "SLURM_JOB_NODELIST" if step.het_group is None else f"SLURM_JOB_NODELIST_HET_GROUP_{step.het_group}"
 
 
+#: An element of a job array in a script that is only read, and its stage, a variable that the script sets.
+ELEMENT = SlurmAttempt("${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID", number="$SLURM_JOB_ID")
+ELEMENT_STAGE = "$stage"
 #: The references of a SlurmAttempt, in the middle of a word.
 REFERENCE = re.compile(
-    r"\$SLURM_JOB_ID|\$\{SLURM_RESTART_COUNT:-0\}|\$SLURMD_NODENAME|\$\(\(20000 \+ SLURM_JOB_ID % 1200 \* 10 \+ \d+\)\)"
+    r"\$SLURM_JOB_ID|\$\{SLURM_ARRAY_JOB_ID\}|\$SLURM_ARRAY_TASK_ID|\$stage\b"
+    r"|\$\{SLURM_RESTART_COUNT:-0\}|\$SLURMD_NODENAME|\$\(\(20000 \+ SLURM_JOB_ID % 1200 \* 10 \+ \d+\)\)"
     r"|\$\(scontrol show hostnames \"\$SLURM_JOB_NODELIST(?:_HET_GROUP_\d+)?\" \| sed -n \d+p\)"
 )
+
+#: What tells an element from a job; a job that is submitted from within an element inherits both.
+ARRAY_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 
 #: Variables of the batch step that srun takes for defaults; every step states its own.
 SRUN_DEFAULTS = (

@@ -175,9 +175,9 @@ def _time_of(state: StageState) -> str:
 def _progress_of(state: StageState, pace: Pace) -> str:
     if state.state == "running":
         return describe_progress(state, pace) or state.message
-    if state.state == "queued":
+    if state.state in ("queued", "waiting"):
         return state.message
-    if state.state in ("done", "waiting"):
+    if state.state == "done":
         return ""
     return f"{state.exit_class or state.state}: {state.message}".removesuffix(": ")
 

@@ -99,7 +99,7 @@ def test_all_problems_of_a_recipe_at_once(tmp_path: Path) -> None:
         (("check", "recipes/demo.yaml", "--set", "midtrain.lrr=1"), 2, "lrr"),
         (("check", "recipes/demo.yaml", "--cluster", "nowhere"), 2, "nowhere"),
         (("render", "recipes/demo.yaml", "-o", "out"), 2, "has no Slurm"),
-        (("run", "recipes/demo.yaml", "--cluster", "example-pyxis"), 1, "sbatch"),
+        (("run", "recipes/demo.yaml", "--cluster", "example-pyxis"), 1, "squeue"),
         (("report", "--root", "empty"), 2, "no run here yet"),
         (("status", "nothing", "--root", "empty"), 2, "no such run"),
         (("convert", "nothing", "out", "--to", "hf"), 2, "nothing"),

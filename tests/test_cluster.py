@@ -92,6 +92,11 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("limits: {continuation: chain}", "2: limits.continuation: chain is not built yet"),
         ("mounts: ['/a b']", "2: mounts[0]: mount '/a b': blanks"),
         ("code: src", "2: code: src: give the full path"),
+        ("slurm_conf: slurm.conf", "2: slurm_conf: slurm.conf: give the full path"),
+        ("submit_rate: 0", "2: submit_rate: must be at least 1, got 0"),
+        ("max_submit: -5", "2: max_submit: must be at least 1, got -5"),
+        ("max_array: 0", "2: max_array: must be at least 1, got 0"),
+        ("max_array_running: 0", "2: max_array_running: must be at least 1, got 0"),
         ("setup: ['#SBATCH --nice']", "2: setup[0]: sbatch options go under sbatch:"),
         ("sbatch: {partition: gpu}", "2: sbatch.partition: is set by the key of that name"),
         ("sbatch: {job_name: x}", "2: sbatch.job_name: is set by the run and the store"),
@@ -110,7 +115,18 @@ def test_what_a_slurm_profile_cannot_say(tmp_path: Path, line: str, message: str
 
 
 @pytest.mark.parametrize(
-    "line", ["partition: gpu", "account: me", "env: {A: x}", "images: {train: /a.sqsh}", "python: py"]
+    "line",
+    [
+        "partition: gpu",
+        "account: me",
+        "env: {A: x}",
+        "images: {train: /a.sqsh}",
+        "python: py",
+        "max_submit: 5",
+        "submit_rate: 5",
+        "share_group: team",
+        "slurm_conf: /etc/slurm.conf",
+    ],
 )
 def test_keys_without_effect_on_this_machine_are_refused(tmp_path: Path, line: str) -> None:
     (problem,) = problems(tmp_path, f"scheduler: local\n{line}\n")

@@ -287,3 +287,67 @@ def test_where_components_run_changes_no_fingerprint() -> None:
     own = {"reward-server": configs.Component(nodes=3)}
     changed = [replace(s, resources=replace(GPUS, components=own)) if s.name == "rl" else s for s in stages]
     assert plan(*stages)["rl"].spec.fingerprint == plan(*changed)["rl"].spec.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------- fanning out
+
+SETS = {"sources": {"text": {"kind": "python-stdlib"}}, "problems": {"easy": {"count": 5}, "hard": {"count": 5}}}
+
+
+def fanned_out(*makers: str, **changes: Any) -> dict[str, PlannedStage]:
+    refs = [f"{maker}/{item}" for maker in makers for item in ("easy", "hard")]
+    config = {"checkpoints": ["base"], "benchmarks": refs, "seeds": [0, 3], "fan_out": True, **changes}
+    prepares = (stage(name, "prepare", **SETS) for name in ("prepare", "other"))
+    return plan(stage("evaluate", "evaluate", **config), stage("base", "train", **TRAIN), *prepares)
+
+
+def test_a_stage_fans_out_by_benchmark_and_seed() -> None:
+    found = {n: s for n, s in fanned_out("prepare").items() if s.part_of}
+    assert list(found) == ["evaluate.easy.0", "evaluate.easy.3", "evaluate.hard.0", "evaluate.hard.3"]
+    assert {s.part_of for s in found.values()} == {"evaluate"}
+    assert len({s.spec.fingerprint for s in found.values()}) == 4
+    for name, part in found.items():
+        _, item, seed = name.split(".")
+        assert part.spec.seed == int(seed) and part.spec.config["benchmarks"] == [f"prepare/{item}"]
+        assert part.depends == ("base-to-hf", "prepare")
+
+
+def test_a_part_is_what_a_stage_of_its_own_would_be() -> None:
+    part = fanned_out("prepare")["evaluate.hard.3"]
+    alone = fanned_out("prepare", benchmarks=["prepare/hard"], seeds=[3])["evaluate.hard.3"]
+    assert part.spec.fingerprint == alone.spec.fingerprint
+    config = {"checkpoints": ["base"], "benchmarks": ["prepare/hard"]}
+    single = replace(stage("single", "evaluate", **config), seed=3)
+    base = stage("base", "train", **TRAIN)
+    assert plan(single, base, stage("prepare", "prepare", **SETS))["single"].spec.fingerprint == part.spec.fingerprint
+
+
+def test_without_seeds_the_stages_own_counts() -> None:
+    found = fanned_out("prepare", seeds=[])
+    assert [n for n, s in found.items() if s.part_of] == ["evaluate.easy.0", "evaluate.hard.0"]
+
+
+def test_benchmarks_of_one_name_are_told_apart_by_their_makers() -> None:
+    found = fanned_out("prepare", "other", seeds=[1])
+    wanted = ["evaluate.prepare.easy.1", "evaluate.prepare.hard.1", "evaluate.other.easy.1", "evaluate.other.hard.1"]
+    assert [n for n, s in found.items() if s.part_of] == wanted
+
+
+def test_without_fan_out_several_seeds_are_one_stage() -> None:
+    found = fanned_out("prepare", fan_out=False)
+    assert found["evaluate"].part_of is None and list(found["evaluate"].spec.config["seeds"]) == [0, 3]
+
+
+def test_a_problem_of_all_parts_is_said_once_and_of_the_stage() -> None:
+    with pytest.raises(UserError) as caught:
+        fanned_out("prepare", checkpoints=["base", "nowhere"])
+    (problem,) = caught.value.problems
+    assert "stages.evaluate.checkpoints[1]: no stage nowhere" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"seeds": [1, 1]}, "seeds: names one twice"), ({"seeds": [-1]}, "must not be negative")]
+)
+def test_seeds_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fanned_out("prepare", **changes)

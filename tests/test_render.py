@@ -262,20 +262,28 @@ def test_submit_sends_stages_in_order_with_their_dependencies(login: Login, tmp_
     shutil.move(tmp_path / "out", away)
     done = login.submit(away / "submit.sh", Path("/"), SBATCH_PARTITION="nowhere")
     assert (done.returncode, done.stderr) == (0, "")
-    ids = {Path(call[-1]).stem: str(100 + i) for i, call in enumerate(login.calls, 1)}
+    calls = {Path(call[-1]).stem: call for call in login.calls}
+    jobs = {script: str(101 + i) for i, script in enumerate(calls)}
+    sweep = [s.spec.stage for s in golden_record(PYXIS).stages if s.part_of]
+    ids = {**{name: job for name, job in jobs.items() if name != "sweep"}}
+    ids |= {name: f"{jobs['sweep']}_{i}" for i, name in enumerate(sweep)}
     assert done.stdout.splitlines() == [f"{stage}: job {job}" for stage, job in ids.items()]
-    for stage, call in zip(golden_record(PYXIS).stages, login.calls, strict=True):
+    written = [json.loads(line) for line in (root / "runs" / "golden" / "jobs.jsonl").read_text().splitlines()]
+    assert {w["stage"]: w["job"] for w in written} == ids
+    for stage in golden_record(PYXIS).stages:
+        call = calls[stage.part_of or stage.spec.stage]
         depends = [w for w in call if w.startswith("--dependency")]
         wanted = "--dependency=afterok:" + ":".join(ids[d] for d in stage.depends)
         assert depends == ([wanted] if stage.depends else [])
         assert "--kill-on-invalid-dep=yes" in call
-        assert call[-1] == str(away / f"{stage.spec.stage}.sbatch")
+        assert call[-1] == str(away / f"{stage.part_of or stage.spec.stage}.sbatch")
         placed = root / "runs" / "golden" / "stages" / stage.spec.stage / "stage.json"
         assert placed.read_text() == (away / f"{stage.spec.stage}.stage.json").read_text()
         assert placed.stat().st_mode & 0o777 == 0o600
     assert "nowhere" not in login.log.read_text(), "SBATCH_PARTITION would win over the script"
     assert {s.spec.stage for s in read_run(root, "golden").stages} == set(ids)
     assert root.stat().st_mode & 0o777 == 0o700
+    assert (root / "runs" / "golden" / "stages" / "sweep").is_dir(), "Slurm makes no folder for an array's logs"
 
 
 def test_submit_stops_at_the_first_refusal_and_names_what_it_submitted(login: Login, tmp_path: Path) -> None:

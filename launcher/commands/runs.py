@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import store
-from launcher.cluster import Profile, load_profile, place_record
+from launcher.caps import read_held, waits_for_room
+from launcher.cluster import Profile, load_profile, place_record, speak_to
 from launcher.commands.shared import jobs_of, open_run, print_json, profile_of, records_of, root_of, slurm_profile
 from launcher.errors import UserError, WorldError
-from launcher.run_record import PlannedStage, RunRecord
+from launcher.run_record import PlannedStage, RunRecord, refuse_unbuilt
+from launcher.snapshot import refuse_gone, with_snapshot
+
+if TYPE_CHECKING:
+    from launcher.state import Jobs
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,10 +34,15 @@ def run(args: argparse.Namespace) -> int:
             print(dry_run(record, profile, root_of(args)))
         return 0
     records = records_of(args, profile)
+    refuse_unbuilt(records)
     _refuse_absent_secrets(records)
-    root = store.open_root(root_of(args))
+    root = store.open_root(root_of(args), profile.share_group)
     if profile.scheduler == "slurm":
-        return _run_on_slurm(root, [place_record(r, profile, root) for r in records], profile, args.detach)
+        from launcher.limits import refuse_impossible
+
+        refuse_impossible(root, [place_record(r, profile, root) for r in records], profile)
+        records = [place_record(with_snapshot(root, r, profile), profile, root) for r in records]
+        return _run_on_slurm(root, records, profile, args.detach)
     worst = 0
     for record in records:
         code = _run_here(root, record, profile, args.detach)
@@ -53,17 +66,29 @@ def _run_on_slurm(root: Path, records: Sequence[RunRecord], profile: Profile, de
     for record in records:
         for stage, job in submit_run(root, record, profile).items():
             print(f"{stage}: job {job}")
+        for stage, why in read_held(root, record.run).items():
+            print(f"{stage}: {why}")
     if detach:
         return 0
     return max(_follow(root, record, profile) for record in records)
 
 
 def _follow(root: Path, record: RunRecord, profile: Profile) -> int:
+    """Follow a run to its end; what a cap holds back is submitted as room comes."""
     from launcher.state import run_state
-    from launcher.submit import stage_jobs
+    from launcher.submit import stage_jobs, submit_held
     from launcher.watch import watch_run
 
-    states = watch_run(root, record, lambda: stage_jobs(root, record), profile.poll_s)
+    def jobs() -> Jobs:
+        submit_held(root, record, profile)
+        return stage_jobs(root, record)
+
+    states = watch_run(root, record, jobs, profile.poll_s)
+    while waits_for_room(root, record.run):
+        time.sleep(profile.poll_s)
+        with contextlib.suppress(WorldError):  # a controller that does not answer for a while
+            if submit_held(root, record, profile):
+                states = watch_run(root, record, jobs, profile.poll_s)
     if run_state(states) != "done":
         return 1
     _finish(root, record)
@@ -94,9 +119,14 @@ def resume(args: argparse.Namespace) -> int:
     """Go on with a run, as it was planned."""
     root, record = open_run(args)
     _check_versions(record)
+    refuse_unbuilt([record])
     _refuse_absent_secrets([record])
-    profile = load_profile(record.cluster)
+    profile = speak_to(load_profile(record.cluster))
     if profile.scheduler == "slurm":
+        from launcher.limits import refuse_impossible
+
+        refuse_gone(root, record)
+        refuse_impossible(root, [record], profile)
         return _run_on_slurm(root, [record], profile, args.detach)
     return _run_here(root, record, profile, args.detach)
 
@@ -156,7 +186,7 @@ def watch(args: argparse.Namespace) -> int:
     from launcher.watch import watch_run
 
     root, record = open_run(args)
-    profile = load_profile(record.cluster)
+    profile = speak_to(load_profile(record.cluster))
     poll_s = profile.poll_s if profile.scheduler == "slurm" else 0.5
     return 0 if run_state(watch_run(root, record, lambda: jobs_of(root, record), poll_s)) == "done" else 1
 
@@ -207,7 +237,8 @@ def cancel(args: argparse.Namespace) -> int:
 
     root, record = open_run(args)
     print(f"stopping run {record.run}; its stages save first", file=sys.stderr)
-    stopped = cancel_jobs(root, record) if jobs_of(root, record) else cancel_run(root, record)
+    submitted = jobs_of(root, record) or read_held(root, record.run)
+    stopped = cancel_jobs(root, record) if submitted else cancel_run(root, record)
     if args.json:
         print_json({"run": record.run, "stopped": stopped})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -12,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__
-from launcher.cluster import Profile, load_profile
+from launcher import __version__, store
+from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
@@ -32,7 +33,7 @@ def root_of(args: argparse.Namespace) -> Path:
 
 
 def profile_of(args: argparse.Namespace) -> Profile:
-    return load_profile(args.cluster or "local")
+    return speak_to(load_profile(args.cluster or "local"))
 
 
 def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = False) -> list[RunRecord]:
@@ -88,6 +89,7 @@ def _git_hash(folder: Path) -> str | None:
 def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
     """The run named on the command line, the latest by default."""
     root = root_of(args)
+    store.keep_shared(root)
     if args.run and ("/" in args.run or args.run in (".", "..")):
         raise UserError(
             f"{args.run}: not the name of a run; the runs under {root} are {', '.join(list_runs(root)) or 'none'}"
@@ -111,4 +113,8 @@ def jobs_of(root: Path, record: RunRecord) -> Jobs:
     """The run's jobs as Slurm tells them; none for a run that was never submitted."""
     from launcher.submit import read_submitted, stage_jobs
 
-    return stage_jobs(root, record) if read_submitted(root, record.run) else {}
+    if not read_submitted(root, record.run):
+        return {}
+    with contextlib.suppress(UserError):  # a profile that is gone or damaged: then the shell's own Slurm is asked
+        speak_to(load_profile(record.cluster))
+    return stage_jobs(root, record)

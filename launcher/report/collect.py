@@ -36,7 +36,7 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
         "git": record.git,
         "versions": dict(record.versions),
         "model": _model(read),
-        **{name: [row for stage in read for row in _rows(name, stage)] for name in TABLES},
+        **{name: [row for stage in read for row in _rows(name, stage)] for name in _TABLES},
         "dtypes": {name: kinds for s in read for name, kinds in s.analysis.get("dtypes", {}).items()},
         "missing": [line for stage in read if (line := stage.missing)],
     }
@@ -47,8 +47,33 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
             f"run {record.run}: nothing is done yet, so there is nothing to report{why}; "
             f"see `prism-launch status {record.run}`, go on with `prism-launch resume {record.run}`"
         )
+    data["results"] = pooled(data["results_by_seed"])
+    if len(data["results"]) == len(data["results_by_seed"]):
+        data["results_by_seed"] = []  # one seed: the same rows
     finite: dict[str, Any] = _finite(data)
     return finite
+
+
+def pooled(rows: Iterable[Row]) -> list[Row]:
+    """One row for each checkpoint, benchmark and temperature: figures are means over the sampling seeds.
+
+    `stderr` is the binomial one of the mean accuracy for `n` problems, however many seeds there are: samples of one
+    problem are not independent, so this errs on the large side.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["checkpoint"], row["benchmark"], row["temperature"]), []).append(row)
+    return [_mean(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _mean(group: list[Row]) -> Row:
+    first = {k: v for k, v in group[0].items() if k not in ("seed", "upper95", "lower95")}
+    for key in [k for k in first if k == "accuracy" or k.endswith(("_share", "_accuracy", "formed", "_length"))]:
+        values = [row[key] for row in group if row.get(key) is not None]
+        first[key] = sum(values) / len(values) if values else None
+    accuracy, n = first["accuracy"], first["n"]
+    bound = {0: {"upper95": 3 / n}, 1: {"lower95": 1 - 3 / n}}.get(accuracy, {})
+    return {**first, "stderr": math.sqrt(accuracy * (1 - accuracy) / n), "seeds": len(group), **bound}
 
 
 class _Stage:
@@ -222,7 +247,7 @@ def _stages(stage: _Stage) -> list[Row]:
 
 #: Table to the kind of stage that fills it ("": every kind) and what it gives.
 _TABLES: dict[str, tuple[str, Callable[[_Stage], Iterable[Mapping[str, Any]]]]] = {
-    "results": ("evaluate", lambda s: s.results),
+    "results_by_seed": ("evaluate", lambda s: s.results),
     "weights": ("analyze", lambda s: s.analysis.get("weights", ())),
     "weights_by_module": ("analyze", lambda s: s.analysis.get("weights_by_module", ())),
     "cka": ("analyze", lambda s: s.analysis.get("cka", ())),
@@ -235,9 +260,11 @@ _TABLES: dict[str, tuple[str, Callable[[_Stage], Iterable[Mapping[str, Any]]]]] 
     "stages": ("", _stages),
 }
 #: The tables of the report: each a list of rows under this key of the JSON, and a CSV file of this name.
-TABLES = tuple(_TABLES)
+TABLES = ("results", *_TABLES)
 
 
 def _rows(table: str, stage: _Stage) -> list[Row]:
     kind, read = _TABLES[table]
-    return [{"stage": stage.spec.stage, **row} for row in read(stage)] if kind in ("", stage.spec.kind) else []
+    # Parts of a stage that fans out are one stage in every table but that of the stages.
+    name = stage.planned.part_of if kind and stage.planned.part_of else stage.spec.stage
+    return [{"stage": name, **row} for row in read(stage)] if kind in ("", stage.spec.kind) else []

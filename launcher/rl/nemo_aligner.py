@@ -52,8 +52,8 @@ def problems(config: RLConfig, resources: Resources) -> list[tuple[str, str]]:
         found.append(("importance_cap", "REINFORCE has no importance ratio; leave it out"))
     if config.parallelism.context_parallel_size != 1:
         found.append(("parallelism.context_parallel_size", "NeMo-Aligner's REINFORCE does not split sequences; set 1"))
-    if config.parallelism.recompute_activations:
-        found.append(("parallelism.recompute_activations", "is not passed on to NeMo-Aligner; leave it out"))
+    if config.parallelism.recompute != "none":
+        found.append(("parallelism.recompute", "is not passed on to NeMo-Aligner; leave it out"))
     return found
 
 

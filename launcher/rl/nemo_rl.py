@@ -148,7 +148,7 @@ def _policy(config: RLConfig) -> dict[str, Any]:
         f"{megatron}.pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         f"{megatron}.context_parallel_size": layout.context_parallel_size,
         f"{megatron}.sequence_parallel": layout.sequence_parallel,
-        f"{megatron}.activation_checkpointing": layout.recompute_activations,
+        f"{megatron}.activation_checkpointing": layout.recompute != "none",
         "policy.generation.max_new_tokens": config.max_completion_length,
         "policy.generation.temperature": config.temperature,
         "policy.generation.stop_strings": list(config.end_strings) or None,

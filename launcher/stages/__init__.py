@@ -2,7 +2,7 @@
 
 Every module has `VERSION` (raised when the same config gives another artifact), `outputs(config)` (port to format),
 `needs(config)`, `steps(config, resources)` and `not_built(config)`, which says why this version can plan and render a
-stage but not run it (None: it can).
+stage but not run it (None: it can); one whose stages may fan out also `parts(config, seed)`.
 """
 
 from __future__ import annotations

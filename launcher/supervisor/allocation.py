@@ -17,6 +17,7 @@ from launcher import slurm, store
 from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
 from launcher.steps import (
+    ARRAY_VARIABLES,
     SRUN_DEFAULTS,
     Place,
     SlurmAttempt,
@@ -118,8 +119,11 @@ class SlurmJob:
     def current(cls, spec: StageSpec, root: Path) -> SlurmJob:
         """The job that this process runs in, by its environment."""
         restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        job, node = os.environ["SLURM_JOB_ID"], os.environ["SLURMD_NODENAME"]
-        attempt = SlurmAttempt(job, restarts, node, hosts=_hosts_elsewhere(spec))
+        number = os.environ["SLURM_JOB_ID"]
+        element = [os.environ.get(name) for name in ARRAY_VARIABLES]
+        job = "_".join(part for part in element if part) if all(element) else number
+        hosts = _hosts_elsewhere(spec)
+        attempt = SlurmAttempt(job, restarts, os.environ["SLURMD_NODENAME"], number, hosts)
         return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
 
     @property

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from launcher.spec import ExitClass
+from launcher.supervisor.memory import SIG_OOM
 
 #: done: the artifact is whole. again: another attempt may get further. stop: the same would happen again, or the user
 #: asked for it.
@@ -46,22 +47,24 @@ class Evidence:
     """All that is known at the end of an attempt; `exits` in the order in which they were noticed.
 
     `asked` is the class that a stop stands for where one was asked for, `ready_failed` the step that did not become
-    ready.
+    ready, `memory_kill` whether the kernel killed a process for want of memory meanwhile.
     """
 
     exits: Sequence[RankExit] = field(default_factory=tuple)
     asked: ExitClass | None = None
     hang_s: float | None = None
     ready_failed: str | None = None
+    memory_kill: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Class, a message for people, and the action."""
+    """Class, a message for people, the action, and the step and rank whose log says more."""
 
     exit_class: ExitClass
     message: str
     action: Action
+    blamed: tuple[str, int] | None = None
 
 
 def classify(evidence: Evidence) -> Outcome:
@@ -76,7 +79,7 @@ def classify(evidence: Evidence) -> Outcome:
             return outcome("finished", "")
         return _stopped(evidence.asked, bad)
     if bad is not None:
-        return _failed(bad)
+        return replace(_failed(bad, evidence.memory_kill), blamed=(bad.step, bad.rank))
     unfinished = next((e for e in evidence.exits if _said(e) == "time-limit"), None)
     if unfinished is not None:
         return outcome("time-limit", str((unfinished.said or {}).get("message", "")))
@@ -114,12 +117,15 @@ def _stopped(asked: ExitClass, bad: RankExit | None) -> Outcome:
     return outcome(asked, _ASKED[asked] + lost)
 
 
-def _failed(exit: RankExit) -> Outcome:
+def _failed(exit: RankExit, memory_kill: bool) -> Outcome:
     where = f"step {exit.step}, rank {exit.rank}"
     said, message = _said(exit), str((exit.said or {}).get("message", ""))
     if said in ACTIONS and said not in ("finished", "time-limit"):
         # An exception would be raised again; a signal from outside would not.
         return outcome(said, message or where, "stop" if said == "crashed" else None)  # type: ignore[arg-type]
+    if exit.code == -SIG_OOM or (exit.code == -signal.SIGKILL and memory_kill):
+        mend = "ask for more memory a node (`mem`), for more nodes, or lower micro_batch_size"
+        return outcome("out-of-memory", f"{where}: killed because the machine or the job's share was full; {mend}")
     if exit.code < 0:
         name = signal.Signals(-exit.code).name if -exit.code in {s.value for s in signal.Signals} else str(-exit.code)
         hint = " (was the machine out of memory?)" if exit.code == -signal.SIGKILL else ""

@@ -14,16 +14,16 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import __version__, store
-from launcher.attempts import attempts_at, lives_without_progress
+from launcher.attempts import attempts_at, last_words, lives_without_progress
 from launcher.errors import PrismError, UserError
 from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
-from launcher.supervisor import processes, sealing
+from launcher.supervisor import memory, processes, sealing
 from launcher.supervisor.allocation import Allocation, SlurmJob, ThisMachine
 from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, outcome
 from launcher.supervisor.processes import Process
@@ -133,9 +133,11 @@ class Supervisor:
         if sealing.finish_interrupted(self.root, self.spec):
             return outcome("finished", "sealed what an earlier attempt had made whole")
         sealing.check_secrets(self.spec)
-        sealing.check_inputs(self.root, self.spec)
+        sealing.check_inputs(self.root, self.spec, lambda: bool(self.asked))
         sealing.clear_outputs(self.root, self.spec)
-        result = classify(self._watch())
+        kills = memory.kernel_kills()
+        evidence = self._watch()
+        result = classify(replace(evidence, memory_kill=memory.kernel_kills() > kills))
         sealing.add_cost(self.root, self.spec, **self._cost())
         if result.exit_class == "finished":
             made_in = attempts_at(self.root, self.spec)
@@ -264,5 +266,6 @@ class Supervisor:
 
     def _end(self, result: Outcome) -> None:
         body = {"class": result.exit_class, "message": result.message, "action": result.action}
-        self._event("end", **body, **self._cost())
+        words = last_words(self.attempt_dir, *result.blamed) if result.blamed else {}
+        self._event("end", **body, **words, **self._cost())
         print(f"{self.spec.stage}: {result.exit_class}{': ' if result.message else ''}{result.message}", flush=True)

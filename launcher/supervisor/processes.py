@@ -17,6 +17,7 @@ from typing import Any
 from launcher import store
 from launcher.spec import Probe, Step
 from launcher.steps import Place, fill
+from launcher.supervisor import memory
 from launcher.supervisor.classify import RankExit
 
 
@@ -110,12 +111,13 @@ def complaints(text: str) -> list[tuple[int, int]]:
             found.append((rank, -signal.SIGTERM))
         else:  # Killed, Segmentation fault, Aborted, ...
             number = _NUMBERS.get(what.split(" (")[0].strip(), signal.SIGKILL)
-            found.append((rank, -number))
+            full = number == signal.SIGKILL and memory.is_told(text)
+            found.append((rank, -memory.SIG_OOM if full else -number))
     return found
 
 
 #: What the C library calls signals, as srun prints them.
-_NUMBERS = {signal.strsignal(s): s for s in signal.Signals}
+_NUMBERS = {signal.strsignal(s): int(s) for s in signal.Signals}
 
 
 def is_ready(probe: Probe, place: Place) -> bool:

@@ -13,7 +13,7 @@ from report_run import ALL, CHANGES, TRACES, end, make_run, plan_run, rl_metrics
 from launcher import store
 from launcher.errors import UserError
 from launcher.report import collect
-from launcher.report.collect import TABLES
+from launcher.report.collect import TABLES, pooled
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_rows_that_scripts_rely_on_have_their_keys(data: dict[str, Any]) -> 
 
 def test_the_whole_is_json_and_every_table_has_rows(data: dict[str, Any]) -> None:
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert all(data[name] for name in TABLES)
+    assert {name for name in TABLES if not data[name]} == {"results_by_seed"}, "one seed: no rows by seed"
     assert data["missing"] == []
 
 
@@ -131,3 +131,31 @@ def test_a_run_with_nothing_done_is_one_clear_message(tmp_path: Path, failed: bo
     message = str(caught.value)
     assert "run mine: nothing is done yet" in message and "prism-launch resume mine" in message
     assert ("9999999 wanted" in message) == failed
+
+
+def test_parts_of_a_stage_that_fans_out_are_one_stage(tmp_path: Path) -> None:
+    record = plan_run("demo", ("evaluate.fan_out=true", "evaluate.seeds=[0, 1]"))
+    parts = [s.spec.stage for s in record.stages if s.part_of]
+    assert len(parts) == 2
+    make_run(tmp_path, record, [*(name for name in ALL if name != "evaluate"), *parts])
+    found = collect(tmp_path, record)
+    assert {r["stage"] for r in found["results_by_seed"]} == {"evaluate"}
+    assert len(found["results_by_seed"]) == 2 * len(found["results"]) > 0
+    assert {r["seeds"] for r in found["results"]} == {2}
+    assert set(parts) < {r["stage"] for r in found["stages"]}
+
+
+def test_seeds_are_pooled_as_means() -> None:
+    """The error is that of so many problems, however many seeds there are."""
+    head = {"stage": "evaluate", "checkpoint": "a", "benchmark": "b", "n": 100}
+    rows = [
+        {**head, "temperature": 1.0, "seed": 0, "accuracy": 0.0, "upper95": 0.03, "worked_accuracy": None},
+        {**head, "temperature": 1.0, "seed": 1, "accuracy": 0.5, "worked_accuracy": 0.25},
+        {**head, "temperature": 0.0, "seed": 0, "accuracy": 0.75, "stderr": 0.1},
+    ]
+    mean, single = pooled(rows)
+    assert single is rows[2]
+    assert (mean["accuracy"], mean["worked_accuracy"], mean["seeds"]) == (0.25, 0.25, 2)
+    assert mean["stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 100)) and not {"seed", "upper95"} & mean.keys()
+    never = pooled([{**rows[0], "seed": s} for s in range(3)])
+    assert never[0]["upper95"] == 3 / 100

@@ -15,6 +15,7 @@ import os
 import queue
 import re
 import shutil
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.convert.metadata import read_metadata
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 
@@ -88,7 +90,10 @@ class Saver:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        pending.join()
+        try:
+            pending.join()
+        except CheckpointException as error:
+            raise _not_written(pending.path, error) from None
         if dist.get_rank() == 0:
             sync_tree(pending.path)
             os.replace(pending.path, pending.path.with_suffix(""))
@@ -183,7 +188,10 @@ def _progress_state(model: nn.Module, optimizer: Any, scheduler: Any, loading: b
 def _write(sharded: dict[str, Any], path: Path) -> None:
     """Write a sharded state dict into a fresh folder and push it to disk; all ranks call it."""
     _make_fresh(path)
-    dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    try:
+        dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    except CheckpointException as error:
+        raise _not_written(path, error) from None
     if dist.get_rank() == 0:
         sync_tree(path)
 
@@ -193,6 +201,19 @@ def _make_fresh(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     dist.barrier()
+
+
+def _not_written(path: Path, error: CheckpointException) -> Exception:
+    """Why a checkpoint could not be written: torch says on a full disk no more than that a position is unexpected."""
+    try:
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as found:
+        shutil.rmtree(path, ignore_errors=True)  # the run's own words need room too
+        return OSError(found.errno, f"the checkpoint was not written: {found.strerror}", str(path))
+    return WorldError(f"{path}: the checkpoint was not written: {str(error).strip().splitlines()[-1]}")
 
 
 def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:

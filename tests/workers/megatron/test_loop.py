@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,27 @@ def test_a_stopped_run_goes_on_as_if_unbroken(root: Path, reference: Reference, 
     assert stage.ending(1)["class"] == "finished"
     assert "after step 4" in ts.log(stage, 1)
     same_run(stage, reference(name))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_with_room_the_run_goes_on(root: Path, reference: Reference) -> None:
+    """The second checkpoint does not fit; torch says nothing of the disk."""
+    stage = ts.make_stage(root, "full-disk", model=ts.model("llama-tiny"), save_interval=2)
+    stage.progress.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(stage.progress)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        assert ts.run(stage) == [1]
+        ending = stage.ending()
+        assert ending["class"] == "storage" and "No space left" in ending["message"], ending
+        assert stage.saved() == ["iter_0000002"]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(stage.progress)], check=True)
+        assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
+        assert "after step 2" in ts.log(stage, 1)
+    finally:
+        subprocess.run(["umount", "--lazy", str(stage.progress)], check=True)
+    same_run(stage, reference("llama-tiny"))
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny"])
