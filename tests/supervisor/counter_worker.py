@@ -3,8 +3,8 @@
     python counter_worker.py STAGE_JSON [key=value ...]
 
 Keys: until=N, sleep=S (a step), save=N (steps between saves), fail_at=N with fail=raise|exit|user|diverge|kill|full|
-memory|gpu-memory|oom, hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the port empty), fill=BYTES (of
-the port), heavy=BYTES (of a saved count), cgroup=FOLDER (which `oom` enters).
+memory|gpu-memory|oom|hang, once=1 (fails once), hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the
+port empty), fill=BYTES (of the port), heavy=BYTES (of a saved count), cgroup=FOLDER (which `oom` enters).
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def fail(step: int, saved: Any) -> None:
     if OPTIONS.get("once"):
         write_atomic(failed_before, "")
     how = OPTIONS["fail"]
+    if how == "hang":
+        time.sleep(3600)
     if how == "raise":
         raise RuntimeError("a fault of the code")
     if how == "user":
