@@ -71,7 +71,7 @@ def stopped(cluster: DevCluster, name: str) -> Iterator[None]:
 
 @contextmanager
 def killed(cluster: DevCluster, *names: str) -> Iterator[None]:
-    """Daemons that are gone, after slurmctld has saved what it knows, until they are started again, the last one first."""
+    """Daemons that are gone, once slurmctld has saved what it knows; then started again, the last one first."""
     now, saved = time.time(), cluster.folder / "state" / "job_state"
     until(lambda: "slurmctld" not in names or saved.stat().st_mtime > now, 30, "slurmctld saves its state")
     for name in names:
