@@ -179,6 +179,18 @@ def test_a_refusal_and_silence_are_told_apart(answers: Callable[..., Path]) -> N
         slurm.submit("job.sbatch")
 
 
+def test_a_requeue_is_tried_again_until_the_controller_is_back(
+    answers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers("scontrol", err="Unable to contact slurm controller (connect failure) for job 7", code=1)
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: answers("scontrol"))
+    assert slurm.requeue("7") is None
+    answers("scontrol", err="Requested operation is presently disabled for job 7", code=1)
+    assert slurm.requeue("7") == "Requested operation is presently disabled for job 7"
+    answers("scontrol", err="Unable to contact slurm controller (connect failure) for job 7", code=1)
+    assert "Unable to contact" in (slurm.requeue("7", patience_s=-1) or "")
+
+
 def test_a_command_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "squeue").chmod(0o755)

@@ -23,7 +23,7 @@ from on_slurm import Prism, lacking, state, until
 from test_submit import OnSlurm
 
 from launcher import slurm, store
-from launcher.attempts import attempts
+from launcher.attempts import attempts, newest_attempt
 from launcher.cluster import place_record
 from launcher.devcluster import nodes
 from launcher.devcluster.cluster import DevCluster
@@ -216,15 +216,17 @@ def test_a_controller_that_is_silent_while_submitting(
 
 def test_daemons_that_die_while_a_run_is_watched(on: OnSlurm, prism: Prism, impatient: None) -> None:
     """Neither slurmctld nor slurmdbd: states come from the files, the work goes on, and so does who watches it."""
-    record = on.plan(("a", (), LONG), ("b", ("a",), {}))
+    record = on.plan(("a", (), LONG), ("b", ("a",), {}), ("c", (), LONG))
     write_run(on.root, record)
     on.submit(record)
     on.await_step(record, 3)
+    on.await_step(record, 3, "c")
     seen: list[Any] = []
     watcher = threading.Thread(target=lambda: seen.append(watch_run(on.root, record, asking(on, record), 0.5)))
     watcher.start()
     with killed(on.cluster, "slurmctld", "slurmdbd"):
         step = on.step(record)
+        os.kill(worker(on, record, "c"), signal.SIGKILL)
         with pytest.raises(slurm.NoAnswer):
             stage_jobs(on.root, record)
         done = prism("status", "run", "--root", str(on.root), "--json", SLURM_CONF=str(on.cluster.slurm_conf))
@@ -232,10 +234,18 @@ def test_daemons_that_die_while_a_run_is_watched(on: OnSlurm, prism: Prism, impa
         assert '"state": "running"' in done.stdout
         on.await_step(record, step + 5)
         assert watcher.is_alive()
-    assert on.finish(record) == {"a": "done", "b": "done"}
+    assert on.finish(record) == dict.fromkeys("abc", "done")
+    assert len(on.lives()) == 1 and len(on.lives("c")) == 2, "requeued once the controller was back"
     watcher.join(60)
     assert not watcher.is_alive() and seen
     on.cluster.await_idle()
+
+
+def worker(on: OnSlurm, record: RunRecord, stage: str) -> int:
+    """The process of a stage's rank 0; nodes share this machine's process ids."""
+    attempt = newest_attempt(on.root, record.stage(stage).spec)
+    assert attempt is not None and attempt.beat is not None
+    return int(attempt.beat["pid"])
 
 
 def asking(on: OnSlurm, record: RunRecord) -> Callable[..., Any]:
