@@ -30,7 +30,7 @@ _OURS = ("SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMA
 #: What the commands say when slurmctld is down, does not answer or is too busy (slurm_errno.c).
 _SILENT = re.compile(
     r"Unable to contact slurm controller|timed out|[Cc]onnection (refused|failure)|Message (send|receive) failure"
-    r"|Zero Bytes were transmitted|temporarily unable to accept"
+    r"|Zero Bytes were transmitted|temporarily unable to accept|Unexpected message received"
 )
 
 

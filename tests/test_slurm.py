@@ -155,6 +155,7 @@ def test_a_job_that_the_controller_has_forgotten_is_looked_up(answers: Callable[
         "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
         "slurm_load_jobs error: Socket timed out on send/recv operation",
         "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "Unexpected message received for job 22",  # scontrol requeue, with slurmctld dead
     ],
 )
 def test_a_silent_controller_is_not_a_job_that_is_gone(answers: Callable[..., Path], error: str) -> None:
