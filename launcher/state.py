@@ -25,8 +25,10 @@ Jobs = Mapping[str, Job]
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat, `tail` the last
-    lines of `log` where the stage ended badly."""
+    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat.
+
+    `tail` are the last lines of `log`, where the stage ended badly.
+    """
 
     stage: str
     kind: str
