@@ -30,7 +30,7 @@ _OURS = ("SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMA
 #: What the commands say when slurmctld is down, does not answer or is too busy (slurm_errno.c).
 _SILENT = re.compile(
     r"Unable to contact slurm controller|timed out|[Cc]onnection (refused|failure)|Message (send|receive) failure"
-    r"|Zero Bytes were transmitted|temporarily unable to accept"
+    r"|Zero Bytes were transmitted|temporarily unable to accept|Unexpected message received"
 )
 
 
@@ -51,9 +51,14 @@ class Answer:
         """Whether it answered and succeeded."""
         return self.code == 0
 
+    @property
+    def is_silence(self) -> bool:
+        """Whether it failed because the controller is down, stuck or too busy."""
+        return self.code is None or (not self.ok and bool(_SILENT.search(self.err)))
+
     def error(self, what: str) -> WorldError:
         """What to raise where it failed: NoAnswer where the controller was silent."""
-        if self.code is None or _SILENT.search(self.err):
+        if self.is_silence:
             return NoAnswer(f"{what}: the controller does not answer ({self.err.splitlines()[-1]})")
         return WorldError(f"{what}: {self.err or self.out.strip() or 'no answer'}")
 
@@ -284,10 +289,19 @@ def cancel(jobs: Iterable[str]) -> None:
             raise answer.error("scancel")
 
 
-def requeue(job: str) -> str | None:
-    """Put the job back into the queue; returns what Slurm said where it refused."""
-    answer = call("scontrol", "requeue", job)
-    return None if answer.ok else answer.err or "no answer"
+def requeue(job: str, patience_s: float = 600.0) -> str | None:
+    """Put the job back into the queue; returns what Slurm said where it refused.
+
+    A silent controller is asked again for so long: a job that ends meanwhile would need somebody to submit it anew.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        answer = call("scontrol", "requeue", job)
+        if answer.ok:
+            return None
+        if not answer.is_silence or time.monotonic() > end:
+            return answer.err or "no answer"
+        time.sleep(2.0)
 
 
 def hostnames(nodes: str) -> list[str]:

@@ -26,8 +26,10 @@ Jobs = Mapping[str, Job]
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat, `tail` the last
-    lines of `log` where the stage ended badly."""
+    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat.
+
+    `tail` are the last lines of `log`, where the stage ended badly.
+    """
 
     stage: str
     kind: str
@@ -132,8 +134,9 @@ def _job_facts(job: Job, started: bool, folder: Path) -> dict[str, Any]:
         words = f"job {job.id} {job.state.lower()}{reason}"
         return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
     state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
-    words = "Slurm no longer knows job {}" if job.state == "GONE" else "job {} ended as " + job.state
-    facts: dict[str, Any] = {"state": state, "exit_class": exit_class, "message": words.format(job.id)}
+    words = f"Slurm no longer knows job {job.id}" if job.state == "GONE" else f"job {job.id} ended as {job.state}"
+    mend = "; ask for more memory a node (`mem`)" if exit_class == "out-of-memory" else ""
+    facts: dict[str, Any] = {"state": state, "exit_class": exit_class, "message": words + mend}
     if job.state != "FAILED" or started:
         return facts
     log = folder / f"{job.id}_0_log.out"

@@ -155,6 +155,7 @@ def test_a_job_that_the_controller_has_forgotten_is_looked_up(answers: Callable[
         "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
         "slurm_load_jobs error: Socket timed out on send/recv operation",
         "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "Unexpected message received for job 22",  # scontrol requeue, with slurmctld dead
     ],
 )
 def test_a_silent_controller_is_not_a_job_that_is_gone(answers: Callable[..., Path], error: str) -> None:
@@ -177,6 +178,18 @@ def test_a_refusal_and_silence_are_told_apart(answers: Callable[..., Path]) -> N
     answers("sbatch", err="sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", code=1)
     with pytest.raises(slurm.NoAnswer):
         slurm.submit("job.sbatch")
+
+
+def test_a_requeue_is_tried_again_until_the_controller_is_back(
+    answers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers("scontrol", err="Unable to contact slurm controller (connect failure) for job 7", code=1)
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: answers("scontrol"))
+    assert slurm.requeue("7") is None
+    answers("scontrol", err="Requested operation is presently disabled for job 7", code=1)
+    assert slurm.requeue("7") == "Requested operation is presently disabled for job 7"
+    answers("scontrol", err="Unable to contact slurm controller (connect failure) for job 7", code=1)
+    assert "Unable to contact" in (slurm.requeue("7", patience_s=-1) or "")
 
 
 def test_a_command_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,10 +78,24 @@ class SrunStep(Process):
         ended = self.poll()
         if ended is None:
             return None
+        if ended > 128:
+            ended = 128 - ended  # all ranks were killed
         said = [self._said(rank) for rank in range(self.step.ntasks)]
         unwell = [(r, s) for r, s in enumerate(said) if s is None or s.get("class") != "finished"]
         rank, what = unwell[0] if unwell else (0, said[0])
         return RankExit(self.step.name, rank, ended, what)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal all ranks.
+
+        To kill them srun is asked first, which takes 0.03 s where its nodes answer. Where it is killed itself the step
+        goes on for seconds after its tasks have ended, and the job cannot start again before that.
+        """
+        if number == signal.SIGKILL and self.poll() is None:
+            super().signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(1.0)
+        super().signal(number)
 
     def _said(self, rank: int) -> dict[str, Any] | None:
         found: dict[str, Any] | None = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
