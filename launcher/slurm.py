@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm tells it. `reason` says why it waits or how it ended."""
+    """A job as Slurm tells it. `reason` says why it waits or how it ended; `time_left` is until its limit: D-H:M:S."""
 
     id: str
     state: str
@@ -49,6 +49,7 @@ class Job:
     restarts: int = 0
     nodes: str = ""
     preempted: bool = False
+    time_left: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -101,7 +102,7 @@ def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
     if not wanted:
         return {}
     ids = ",".join(wanted)
-    answer = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%i|%T|%r|%N")
+    answer = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%i|%T|%r|%N|%L")
     if not answer.ok and "Invalid job id" not in answer.err:
         raise WorldError(f"squeue: {answer.err or 'no answer'}")
     found = {job.id: job for job in parse_squeue(answer.out)}
@@ -119,9 +120,9 @@ _SACCT = "JobIDRaw,State,Reason,NodeList"
 
 
 def parse_squeue(text: str) -> list[Job]:
-    """Lines of `squeue --format=%i|%T|%r|%N`."""
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
-    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
+    """Lines of `squeue --format=%i|%T|%r|%N|%L`."""
+    rows = ([*line.split("|"), ""] for line in text.splitlines() if line.count("|") >= 3)
+    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3], time_left=row[4].strip()) for row in rows]
 
 
 def parse_sacct(text: str) -> list[Job]:

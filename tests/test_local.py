@@ -90,7 +90,7 @@ def test_what_does_not_depend_on_a_failure_is_made(run: Driven) -> None:
     run.plan(("bad", (), {"fail_at": 2, "fail": "user"}), ("after-bad", ("bad",), {}), ("good", (), {"until": 30}))
     code, _, err = run.driven(slots=1)
     assert code == 2
-    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run --stage bad" in err
+    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run bad" in err
     assert run.states() == {"bad": "failed", "after-bad": "waiting", "good": "done"}
     assert run.count("bad") == 1
 
