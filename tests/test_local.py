@@ -235,7 +235,7 @@ def test_watching_lasts_from_detaching_to_the_end(run: Driven, monkeypatch: pyte
     record = run.plan(("a", (), {}), ("b", ("a",), {}))
     monkeypatch.chdir(run.root)
     assert run_local(run.root, record, 2, detach=True) == 0
-    assert {s.state for s in watch_run(run.root, record, poll_s=0.01)} == {"done"}
+    assert {s.state for s in watch_run(run.root, record, poll_s=0.01).stages} == {"done"}
 
 
 def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:

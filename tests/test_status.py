@@ -1,0 +1,183 @@
+"""What is shown of a run, as a table and as JSON that programs may rely on."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import store
+from launcher.configs import Resources
+from launcher.run_record import RunRecord
+from launcher.slurm import Job
+from launcher.spec import encode
+from launcher.state import StageState
+from launcher.status import RunStatus, StageStatus, failure_tails, left_seconds, reason_of, run_status, status_table
+from tests.left_attempts import leave_attempt
+from tests.supervisor.counting import counting_run
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "watching.md").read_text()
+
+
+@pytest.fixture
+def record() -> RunRecord:
+    """a has run twice, b is running, c waits in the queue, d has not been submitted."""
+    run = counting_run(("a", (), {}), ("b", ("a",), {}), ("c", ("b",), {}), ("d", ("c",), {}))
+    resources = Resources(nodes=2, gpus_per_node=4)
+    return replace(run, cluster="dev", stages=tuple(replace(s, resources=resources) for s in run.stages))
+
+
+@pytest.fixture
+def now(tmp_path: Path, record: RunRecord) -> RunStatus:
+    leave_attempt(tmp_path, record.stage("a").spec, "12.0", 1000, 1600, "preempted", (1, 40))
+    failed = leave_attempt(tmp_path, record.stage("a").spec, "12.1", 2000, 2600, "diverged", (41, 60), message="nan\n!")
+    (failed / "count.0.log").write_text("".join(f"line {i}\n" for i in range(50)))
+    leave_attempt(tmp_path, record.stage("b").spec, "13.0", 3000, None, steps=(1, 21))
+    jobs = {
+        "a": Job("12", "FAILED"),
+        "b": Job("13", "RUNNING", nodes="n[1-2]", time_left="1-02:03:04"),
+        "c": Job("14", "PENDING", "Dependency"),
+    }
+    return run_status(tmp_path, record, jobs)
+
+
+def test_a_row_holds_job_nodes_attempts_pace_and_cost(now: RunStatus) -> None:
+    a, b, c, d = now.stages
+    assert (a.state, a.attempts, a.reason, a.job) == ("failed", 2, "diverged: nan !", "12")
+    assert a.gpu_hours == pytest.approx(8 * 1200 / 3600)
+    assert (b.state, b.nodes, b.step, b.total, b.loss, b.tokens_per_s) == ("running", "n[1-2]", 21, 100, 2.5, 16400.0)
+    assert b.left_seconds == pytest.approx(79 * 100 / 20)  # 20 steps in the 100 s between its first and last beat
+    assert b.limit_left_seconds == 86400 + 2 * 3600 + 3 * 60 + 4
+    assert b.seconds == pytest.approx(now.time - 3000) and b.gpu_hours == pytest.approx(8 * b.seconds / 3600)
+    assert (c.state, c.reason, c.attempts) == ("queued", "job 14 waits for the stages it reads", 0)
+    assert (d.state, d.job, d.reason, d.gpu_hours) == ("waiting", None, "", 0)
+    assert now.gpu_hours == pytest.approx(a.gpu_hours + b.gpu_hours)
+
+
+def test_the_keys_and_types_of_the_json_are_those_that_are_promised(now: RunStatus) -> None:
+    """A change here breaks programs that read it: count SCHEMA up, and say so in docs/watching.md."""
+    number = (int, float)
+    maybe = lambda *kinds: (*kinds, type(None))  # noqa: E731
+    body = json.loads(json.dumps(encode(now)))
+    stages = body.pop("stages")
+    run_types: dict[str, Any] = {
+        "schema": int, "run": str, "root": str, "cluster": str, "state": str, "time": number,
+        "gpu_hours": number, "core_hours": number, "trouble": maybe(str),
+    }  # fmt: skip
+    stage_types: dict[str, Any] = {
+        "stage": str, "kind": str, "state": str, "inserted": bool, "job": maybe(str), "job_state": maybe(str),
+        "nodes": maybe(str), "attempt": maybe(str), "attempts": int, "exit_class": maybe(str), "message": str,
+        "reason": str, "step": maybe(int), "total": maybe(int), "loss": maybe(*number), "tokens_per_s": maybe(*number),
+        "figures": dict, "started": maybe(*number), "seconds": maybe(*number), "left_seconds": maybe(*number),
+        "limit_left_seconds": maybe(*number), "gpu_hours": number, "core_hours": number, "folder": maybe(str),
+        "log": maybe(str),
+    }  # fmt: skip
+    assert body["schema"] == 1
+    for found, types in ((body, run_types), *((stage, stage_types) for stage in stages)):
+        assert set(found) == set(types)
+        assert {key: value for key, value in found.items() if not isinstance(value, types[key])} == {}
+
+
+def test_every_key_stands_in_the_documentation() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M))
+    assert {f.name for cls in (StageStatus, RunStatus) for f in fields(cls)} <= listed
+
+
+def shown(now: RunStatus, width: int = 160) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status_table(now))
+    return console.export_text()
+
+
+def test_the_table_has_a_line_a_stage_and_says_why(now: RunStatus) -> None:
+    text = shown(now)
+    row = next(line for line in text.splitlines() if line.startswith("b "))
+    for cell in ("running", "13", "n[1-2]", "21/100", "2.5", "16.4 k", "6 min 35 s", "26 h 03 min"):
+        assert cell in row, row
+    assert "a: diverged: nan !" in text.splitlines() and "c: job 14 waits for the stages it reads" in text.splitlines()
+
+
+def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: RunRecord) -> None:
+    text = shown(run_status(tmp_path, record))
+    assert "tokens/s" not in text and "nodes" not in text and "waiting" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_numbers_of_a_narrow_terminal_are_whole(now: RunStatus, width: int) -> None:
+    text = shown(now, width)
+    assert "21/100" in text and "16.4 k" in text and max(map(len, text.splitlines())) <= width
+
+
+def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = counting_run(("[red]x[/red]", (), {}))
+    leave_attempt(tmp_path, run.stages[0].spec, "local.1", 1, 2, "crashed", message="[bold]no[/bold]")
+    text = shown(run_status(tmp_path, run))
+    assert "[red]x[/red]" in text and "[bold]no[/bold]" in text
+
+
+def test_the_log_of_a_failed_stage_ends_the_status(now: RunStatus) -> None:
+    head, *lines = failure_tails(now, 3)
+    assert head.endswith("/a/12.1/count.0.log <==") and lines == ["line 47", "line 48", "line 49"]
+
+
+def test_without_slurm_and_after_its_records_aged_out_the_files_say_it(tmp_path: Path, record: RunRecord) -> None:
+    leave_attempt(tmp_path, record.stage("a").spec, "12.0", 1000, 1600, "crashed", (1, 40), message="exit code 7")
+    gone = {name: Job(str(12 + i), "GONE") for i, name in enumerate("abcd")}
+    for jobs in ({}, {"a": gone["a"]}):
+        a = run_status(tmp_path, record, jobs).stages[0]
+        assert (a.state, a.reason, a.job, a.nodes) == ("failed", "crashed: exit code 7", "12", "elsewhere")
+
+
+def test_a_run_directory_that_was_moved_tells_the_same(tmp_path: Path, record: RunRecord, now: RunStatus) -> None:
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    try:
+        a = run_status(moved, record).stages[0]
+        assert (a.state, a.attempts, a.reason) == ("failed", 2, "diverged: nan !")
+        assert a.log is not None and a.log.startswith(str(moved))
+    finally:
+        moved.rename(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (Job("9", "PENDING", "Priority"), "job 9 waits behind jobs of higher priority"),
+        (Job("9", "PENDING", "(Resources)"), "job 9 waits for free nodes"),
+        (Job("9", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n3"), "job 9 waits for nodes that are down"),
+        (Job("9", "PENDING", "QOSMaxJobsPerUserLimit"), "job 9 waits (QOSMaxJobsPerUserLimit)"),
+        (Job("9", "PENDING", "None"), "job 9 waits in the queue"),
+    ],
+)
+def test_why_a_job_waits_in_words(job: Job, words: str) -> None:
+    assert reason_of(StageState("a", "train", "queued", False), job).startswith(words)
+
+
+def test_a_limit_that_is_none_is_no_number(tmp_path: Path, record: RunRecord) -> None:
+    leave_attempt(tmp_path, record.stage("a").spec, "12.0", 1000, None, steps=(1, 4))
+    for text in ("UNLIMITED", "NOT_SET", ""):
+        status = run_status(tmp_path, record, {"a": Job("12", "RUNNING", time_left=text)})
+        assert status.stages[0].state == "running" and status.stages[0].limit_left_seconds is None
+
+
+def test_time_left_is_not_told_from_one_beat(tmp_path: Path, record: RunRecord) -> None:
+    from launcher.costs import lives_of
+
+    stage = record.stage("a")
+    leave_attempt(tmp_path, stage.spec, "12.0", 1000, None, steps=(5, 5))
+    (life,) = lives_of(tmp_path, stage, 2000.0, running=True)
+    assert left_seconds(life) is None and left_seconds(None) is None
+
+
+def test_a_worker_of_an_older_version_that_names_no_first_beat_is_shown(tmp_path: Path, record: RunRecord) -> None:
+    folder = leave_attempt(tmp_path, record.stage("a").spec, "local.1", 1000, None, owner=store.this_process())
+    (folder / "heartbeat.count.0.json").write_text('{"time": 1010, "step": 3, "total": 9, "figures": {}}')
+    a = run_status(tmp_path, record).stages[0]
+    assert (a.state, a.step, a.left_seconds) == ("running", 3, None)
