@@ -6,7 +6,7 @@ docs/watching.md lists the keys of the JSON; SCHEMA counts up when one is rename
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,26 +208,48 @@ STYLES: dict[State, str] = {
 }
 
 
-def status_table(status: RunStatus) -> Any:
-    """The run as a rich renderable: a table, then one line for each stage of which there is something to say."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class StatusTable:
+    """The run as rich shows it: a table as wide as the terminal, then a line for each stage that has a reason."""
 
-    table = Table(
-        title=Text(_title(status)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
-    )
-    rows = [_cells(stage) for stage in status.stages]
-    shown = [i for i, _ in enumerate(_COLUMNS) if i < 2 or any(row[i] for row in rows)]
-    for i in shown:
-        name, is_number = _COLUMNS[i]
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
-    for stage, row in zip(status.stages, rows, strict=True):
-        table.add_row(*(Text(row[i], STYLES[stage.state] if i == 1 else "") for i in shown))
-    reasons = [Text(f"{s.stage}: {s.reason}", STYLES[s.state]) for s in status.stages if s.reason]
-    trouble = [Text(status.trouble, "yellow")] if status.trouble else []
-    return Group(table, *reasons, *trouble)
+    status: RunStatus
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield self._table(options.max_width)
+        for stage in self.status.stages:
+            if stage.reason:
+                yield Text(f"{stage.stage}: {stage.reason}", STYLES[stage.state])
+        if self.status.trouble:
+            yield Text(self.status.trouble, "yellow")
+
+    def _table(self, width: int) -> Any:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        title = Text(_title(self.status))
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        rows = [_cells(stage) for stage in self.status.stages]
+        shown = _fitting(rows, width)
+        for name in shown:
+            is_number = _COLUMNS[name]
+            table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+        for stage, row in zip(self.status.stages, rows, strict=True):
+            table.add_row(*(Text(row[name], STYLES[stage.state] if name == "state" else "") for name in shown))
+        return table
+
+
+def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """The columns of which something is known, less those that a narrow terminal can do without."""
+    shown = [name for name in _COLUMNS if name in ("stage", "state") or any(row[name] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
+    for name in _DISPENSABLE:
+        if sum(widths[n] + 2 for n in shown) <= width:
+            break
+        shown = [n for n in shown if n != name]
+    return shown
 
 
 def _title(status: RunStatus) -> str:
@@ -241,37 +263,39 @@ def _cost_text(status: RunStatus) -> str:
 
 
 #: Name of each column, and whether it holds numbers.
-_COLUMNS = (
-    ("stage", False),
-    ("state", False),
-    ("job", False),
-    ("nodes", False),
-    ("tries", True),
-    ("time", True),
-    ("step", True),
-    ("loss", True),
-    ("tokens/s", True),
-    ("left", True),
-    ("limit", True),
-    ("GPU-h", True),
-)
+_COLUMNS = {
+    "stage": False,
+    "state": False,
+    "job": False,
+    "nodes": False,
+    "tries": True,
+    "time": True,
+    "step": True,
+    "loss": True,
+    "tokens/s": True,
+    "left": True,
+    "limit": True,
+    "GPU-h": True,
+}
+#: What a narrow terminal does without, first to last.
+_DISPENSABLE = ("tries", "job", "limit", "loss", "time", "GPU-h", "tokens/s", "nodes", "left")
 
 
-def _cells(stage: StageStatus) -> tuple[str, ...]:
-    return (
-        stage.stage + (" (inserted)" if stage.inserted else ""),
-        stage.state,
-        stage.job or "",
-        stage.nodes or "" if stage.job else "",
-        str(stage.attempts) if stage.attempts else "",
-        _duration(stage.seconds),
-        f"{stage.step}/{stage.total}" if stage.step is not None and stage.state != "done" else "",
-        f"{stage.loss:.4g}" if stage.loss is not None else "",
-        format_count(stage.tokens_per_s) if stage.tokens_per_s is not None else "",
-        _duration(stage.left_seconds),
-        _duration(stage.limit_left_seconds),
-        f"{stage.gpu_hours:.3g}" if stage.gpu_hours else "",
-    )
+def _cells(stage: StageStatus) -> dict[str, str]:
+    return {
+        "stage": stage.stage + (" (inserted)" if stage.inserted else ""),
+        "state": stage.state,
+        "job": stage.job or "",
+        "nodes": stage.nodes or "" if stage.job else "",
+        "tries": str(stage.attempts) if stage.attempts else "",
+        "time": _duration(stage.seconds),
+        "step": f"{stage.step}/{stage.total}" if stage.step is not None and stage.state != "done" else "",
+        "loss": f"{stage.loss:.4g}" if stage.loss is not None else "",
+        "tokens/s": format_count(stage.tokens_per_s) if stage.tokens_per_s is not None else "",
+        "left": _duration(stage.left_seconds),
+        "limit": _duration(stage.limit_left_seconds),
+        "GPU-h": f"{stage.gpu_hours:.3g}" if stage.gpu_hours else "",
+    }
 
 
 def _duration(seconds: float | None) -> str:

@@ -21,7 +21,7 @@ from launcher.notify import notify
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import encode
 from launcher.state import Jobs
-from launcher.status import SCHEMA, RunStatus, StageStatus, run_status, status_table
+from launcher.status import SCHEMA, RunStatus, StageStatus, StatusTable, run_status
 from launcher.units import format_count, format_duration
 
 #: A plain line of each running stage at most this often, in seconds.
@@ -68,7 +68,7 @@ class Follower:
     def show(self, status: RunStatus) -> None:
         """The run now: what is new of it, or all of it on a terminal."""
         if self.live is not None:
-            self.live.update(status_table(status))
+            self.live.update(StatusTable(status))
             return
         if status.trouble != self.trouble:
             self.trouble = status.trouble

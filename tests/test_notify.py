@@ -107,7 +107,7 @@ def test_a_supervisor_tells_of_start_and_end(tmp_path: Path) -> None:
     spec = hooked(*writer(tmp_path / "heard"))
     assert on.run(spec) == 0
     assert changes(tmp_path / "heard") == [("waiting", "running", None), ("running", "done", "finished")]
-    failing = replace(spec, steps=(counting_step(fail_at=2, fail="user"),), fingerprint="e" * 20)
+    failing = counting_stage(counting_step(fail_at=2, fail="user"), notify=spec.notify, fingerprint="e" * 20)
     assert on.run(failing) == 2
     last = heard(tmp_path / "heard")[-1]
     assert (last["new_state"], last["exit_class"], last["attempt"]) == ("failed", "user-error", "local.2")

@@ -17,7 +17,7 @@ from launcher.run_record import RunRecord
 from launcher.slurm import Job
 from launcher.spec import encode
 from launcher.state import StageState
-from launcher.status import RunStatus, StageStatus, failure_tails, left_seconds, reason_of, run_status, status_table
+from launcher.status import RunStatus, StageStatus, StatusTable, failure_tails, left_seconds, reason_of, run_status
 from tests.left_attempts import leave_attempt
 from tests.supervisor.counting import counting_run
 
@@ -92,7 +92,7 @@ def shown(now: RunStatus, width: int = 160) -> str:
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(status_table(now))
+    console.print(StatusTable(now))
     return console.export_text()
 
 
@@ -109,10 +109,13 @@ def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: 
     assert "tokens/s" not in text and "nodes" not in text and "waiting" in text
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_numbers_of_a_narrow_terminal_are_whole(now: RunStatus, width: int) -> None:
+@pytest.mark.parametrize(("width", "cells"), [(50, 2), (60, 3), (80, 4), (120, 6), (200, 8)])
+def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(now: RunStatus, width: int, cells: int) -> None:
     text = shown(now, width)
-    assert "21/100" in text and "16.4 k" in text and max(map(len, text.splitlines())) <= width
+    row = next(line for line in text.splitlines() if line.startswith("b "))
+    wanted = ("running", "21/100", "6 min 35 s", "n[1-2]", "16.4 k", "2.5", "26 h 03 min", "13")
+    assert all(cell in row for cell in wanted[:cells]), row
+    assert "waiting" in text and max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def test_plain_lines_say_each_change_once_and_progress_now_and_then(capsys: pyte
     clock = iter(range(0, 1000, 2))
     with Follower("run", clock=lambda: float(next(clock))) as follower:
         for step in (None, 1, 2, 3, 4, 5, 6):
-            follower.show(run_of(stage_status("running", step), replace(stage_status("waiting"), stage="rl")))
+            follower.show(
+                run_of(stage_status("running", step), replace(stage_status("waiting"), stage="rl", attempt=None))
+            )
         for _ in range(2):
             follower.show(run_of(stage_status("done", seconds=24.0)))
     lines = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]

@@ -48,9 +48,9 @@ def status(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from launcher.status import status_table
+    from launcher.status import StatusTable
 
-    Console().print(status_table(now))
+    Console().print(StatusTable(now))
     sys.stdout.flush()
     print_failures(now)
     return 0
