@@ -44,6 +44,8 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         from launcher.spec import encode
 
+        if trouble:
+            print(f"prism-launch: {trouble}", file=sys.stderr)
         print_json(encode(now))
         return 0
     from rich.console import Console

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from on_slurm import CHECKOUT, Prism, until
+from on_slurm import CHECKOUT, Prism
 from test_submit import OnSlurm, on  # noqa: F401  (a fixture)
 
 from launcher import slurm
