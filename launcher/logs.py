@@ -2,7 +2,8 @@
 
 ATTEMPT/COMPONENT.RANK.log     a component's output
 ATTEMPT/supervisor.log         the supervisor's, on this machine
-STAGE/JOB_0_log.out            the supervisor's, under Slurm: the job's batch log, of all its lives
+STAGE/JOB_0_log.out            the supervisor's, under Slurm: the job's batch log, of all its lives; of an element of
+                               a job array, in the folder of the stage that was fanned out
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ def component_logs(folder: Path) -> dict[tuple[str, int], Path]:
 
 def supervisor_log(attempt: Path) -> Path:
     """The supervisor's own log of the attempt in this folder."""
-    batch = attempt.parent / f"{attempt.name.partition('.')[0]}_0_log.out"
-    return batch if batch.exists() else attempt / "supervisor.log"
+    return _batch_log(attempt.parent, attempt.name.partition(".")[0]) or attempt / "supervisor.log"
+
+
+def _batch_log(stage: Path, job: str) -> Path | None:
+    own = stage / f"{job}_0_log.out"
+    return own if own.exists() else next(stage.parent.glob(f"*/{job}_0_log.out"), None)
 
 
 def main_log(spec: StageSpec, attempt: Attempt) -> Path:
@@ -78,8 +83,7 @@ def _known(found: dict[tuple[str, int], Path]) -> str:
 
 def batch_log(root: Path, spec: StageSpec, job: str) -> Path | None:
     """What a job's batch script left, also where no supervisor began; None where there is nothing."""
-    path = store.stage_dir(root, spec.run, spec.stage) / f"{job}_0_log.out"
-    return path if path.exists() else None
+    return _batch_log(store.stage_dir(root, spec.run, spec.stage), job)
 
 
 def tail(path: Path, lines: int) -> list[str]:

@@ -97,7 +97,7 @@ def _setup(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     yield f"unset {' '.join(SRUN_DEFAULTS)}"
     if leaks:
         yield "# What a shell that submits might carry into the steps unseen."
-        yield "unset " + " ".join(f"${{!{name[:-1]}@}}" if name.endswith("*") else name for name in leaks)
+        yield "unset " + " ".join(f'"${{!{name[:-1]}@}}"' if name.endswith("*") else name for name in leaks)
     yield from profile.setup
     code = code_folder(spec, profile, root)
     ours = {**({"PYTHONPATH": code} if code else {}), "PRISM_ROOT": str(root)}

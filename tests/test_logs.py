@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, store
-from launcher.attempts import newest_attempt
+from launcher.attempts import Attempt, newest_attempt
 from launcher.errors import UserError
 from launcher.logs import Look, NoLogYet, component_logs, find_log, follow, main_log, tail
 from launcher.run_record import RunRecord, write_run
@@ -34,9 +34,14 @@ def leave_logs(root: Path, spec: StageSpec, name: str, *logs: str) -> Path:
 
 
 def found(root: Path, spec: StageSpec, component: str | None = None, rank: int | None = None) -> str:
+    path = find_log(spec, _newest(root, spec), component, rank)
+    return str(path.relative_to(store.stage_dir(root, spec.run, spec.stage)))
+
+
+def _newest(root: Path, spec: StageSpec) -> Attempt:
     attempt = newest_attempt(root, spec)
     assert attempt is not None
-    return str(find_log(spec, attempt, component, rank).relative_to(store.stage_dir(root, spec.run, spec.stage)))
+    return attempt
 
 
 def test_a_component_and_a_rank_name_their_log(tmp_path: Path, spec: StageSpec) -> None:
@@ -47,6 +52,15 @@ def test_a_component_and_a_rank_name_their_log(tmp_path: Path, spec: StageSpec) 
     assert found(tmp_path, spec, rank=1) == "7.0/actor.1.1.log"
     assert found(tmp_path, spec, "critic") == "7.0/critic.0.log"
     assert found(tmp_path, spec, "supervisor") == "7_0_log.out"
+
+
+def test_an_element_of_an_array_has_its_batch_log_with_the_stage_it_is_part_of(tmp_path: Path, spec: StageSpec) -> None:
+    folder = leave_logs(tmp_path, spec, "12_3.0", "actor.1.0.log")
+    parent = folder.parent.with_name("evaluate")
+    parent.mkdir()
+    for name in ("12_3_0_log.out", "12_31_0_log.out", "12_0_log.out"):
+        (parent / name).write_text("supervisor\n")
+    assert find_log(spec, _newest(tmp_path, spec), "supervisor", None) == parent / "12_3_0_log.out"
 
 
 def test_what_is_not_there_is_named_with_what_there_is(tmp_path: Path, spec: StageSpec) -> None:
@@ -61,8 +75,7 @@ def test_what_is_not_there_is_named_with_what_there_is(tmp_path: Path, spec: Sta
 
 def test_an_attempt_that_started_nothing_has_its_supervisors_log(tmp_path: Path, spec: StageSpec) -> None:
     folder = leave_logs(tmp_path, spec, "local.1", "supervisor.log")
-    attempt = newest_attempt(tmp_path, spec)
-    assert attempt is not None and main_log(spec, attempt) == folder / "supervisor.log"
+    assert main_log(spec, _newest(tmp_path, spec)) == folder / "supervisor.log"
 
 
 def test_the_end_of_a_log_of_any_length(tmp_path: Path) -> None:
