@@ -13,7 +13,7 @@ import pytest
 
 from launcher import store
 from launcher.configs import Resources
-from launcher.run_record import RunRecord
+from launcher.run_record import RunRecord, read_run, write_run
 from launcher.slurm import Job
 from launcher.spec import encode
 from launcher.state import StageState
@@ -139,14 +139,14 @@ def test_without_slurm_and_after_its_records_aged_out_the_files_say_it(tmp_path:
 
 
 def test_a_run_directory_that_was_moved_tells_the_same(tmp_path: Path, record: RunRecord, now: RunStatus) -> None:
-    moved = tmp_path.with_name("moved")
-    tmp_path.rename(moved)
-    try:
-        a = run_status(moved, record).stages[0]
-        assert (a.state, a.attempts, a.reason) == ("failed", 2, "diverged: nan !")
-        assert a.log is not None and a.log.startswith(str(moved))
-    finally:
-        moved.rename(tmp_path)
+    write_run(tmp_path, record)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")  # the whole store
+    (tmp_path / "elsewhere" / "runs" / "run").rename(tmp_path / "elsewhere" / "runs" / "kept")  # and the run in it
+    status = run_status(tmp_path / "elsewhere", read_run(tmp_path / "elsewhere", "kept"))
+    a = status.stages[0]
+    assert (status.run, a.state, a.attempts, a.reason) == ("kept", "failed", 2, "diverged: nan !")
+    assert a.log is not None and Path(a.log).read_text().endswith("line 49\n")
 
 
 @pytest.mark.parametrize(
