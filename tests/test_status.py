@@ -99,9 +99,19 @@ def shown(now: RunStatus, width: int = 160) -> str:
 def test_the_table_has_a_line_a_stage_and_says_why(now: RunStatus) -> None:
     text = shown(now)
     row = next(line for line in text.splitlines() if line.startswith("b "))
-    for cell in ("running", "13", "n[1-2]", "21/100", "2.5", "16.4 k", "6 min 35 s", "26 h 03 min"):
+    for cell in ("running", "13", "n[1-2]", "21/100", "2.5", "16.4 k", "6m35s", "26h03m"):
         assert cell in row, row
     assert "a: diverged: nan !" in text.splitlines() and "c: job 14 waits for the stages it reads" in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.24, "8.2s"), (59.97, "1m00s"), (3599.6, "1h00m"), (93784, "26h03m"), (270000, "3d03h"), (0, "0.0s")],
+)
+def test_durations_are_short(tmp_path: Path, record: RunRecord, seconds: float, text: str) -> None:
+    leave_attempt(tmp_path, record.stage("a").spec, "local.1", 1000, 1002 + seconds, "crashed")
+    row = next(line for line in shown(run_status(tmp_path, record)).splitlines() if line.startswith("a "))
+    assert row.split()[3] == text
 
 
 def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: RunRecord) -> None:
@@ -109,11 +119,11 @@ def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: 
     assert "tokens/s" not in text and "nodes" not in text and "waiting" in text
 
 
-@pytest.mark.parametrize(("width", "cells"), [(50, 2), (60, 3), (80, 4), (120, 6), (200, 8)])
+@pytest.mark.parametrize(("width", "cells"), [(30, 2), (40, 3), (50, 4), (60, 5), (70, 6), (90, 8)])
 def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(now: RunStatus, width: int, cells: int) -> None:
     text = shown(now, width)
     row = next(line for line in text.splitlines() if line.startswith("b "))
-    wanted = ("running", "21/100", "6 min 35 s", "n[1-2]", "16.4 k", "2.5", "26 h 03 min", "13")
+    wanted = ("running", "21/100", "6m35s", "16.4 k", "2.5", "n[1-2]", "26h03m", "13")
     assert all(cell in row for cell in wanted[:cells]), row
     assert "waiting" in text and max(len(line.rstrip()) for line in text.splitlines()) <= width
 

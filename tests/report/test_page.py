@@ -112,7 +112,7 @@ def test_what_is_missing_is_said_first(tmp_path: Path) -> None:
 
 def test_links_lead_to_sections_that_are_there(data: dict[str, Any]) -> None:
     found = parsed(render_page(data, []))
-    assert {s.removeprefix("#") for s in found.sources} <= set(found.ids) and len(found.sources) == 9
+    assert {s.removeprefix("#") for s in found.sources} <= set(found.ids) and len(found.sources) == 10
 
 
 def test_work_taken_over_from_another_run_is_named(tmp_path: Path) -> None:
