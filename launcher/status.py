@@ -246,7 +246,7 @@ def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     shown = [name for name in _COLUMNS if name in ("stage", "state") or any(row[name] for row in rows)]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
     for name in _DISPENSABLE:
-        if sum(widths[n] + 2 for n in shown) <= width:
+        if sum(widths[n] + 3 for n in shown) - 3 <= width:
             break
         shown = [n for n in shown if n != name]
     return shown

@@ -61,7 +61,9 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
     told = tmp_path / "told"
     slow, failing = {"until": 60, "sleep": 0.1, "save": 10_000}, {"fail_at": 2, "fail": "user"}
     record = on.plan(("a", (), slow), ("b", ("a",), failing), ("c", ("b",), {}), gpus_per_node=2)
-    record = hooked(replace(record, cluster=str(on.cluster.slurm_conf.parent.parent / "dev.yaml")), told)
+    profile = tmp_path / "often.yaml"  # as dev, but looked at every second
+    profile.write_text((on.cluster.slurm_conf.parent.parent / "dev.yaml").read_text() + "\npoll_s: 1\n")
+    record = hooked(replace(record, cluster=str(profile)), told)
     jobs, root = on.submit(record), ("--root", str(on.root))
     watching, following = begin("watch", "--json", *root), begin("logs", "a", "-f", *root)
     on.await_step(record, 5)
