@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from launcher.store import Owner
 #: Of a finished stage, the newest attempts whose logs stay.
 KEPT_LOGS = 2
 _ASIDE = ".removed."
+_YOUNG_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def find_waste(found: Store, busy: Set[str], run: str | None = None, artifacts: 
     waste = [w for record in found.runs if run in (None, record.run) for w in _of_run(found.root, record, busy)]
     if run is None:
         waste += _of_artifacts(found, artifacts)
-        waste += _of_removed_runs(found.root, busy)
+        waste += _of_snapshots(found, busy)
     return waste
 
 
@@ -146,11 +148,22 @@ def _of_run(root: Path, record: RunRecord, busy: Set[str]) -> Iterator[Waste]:
                 yield Waste(path, size_of(path), f"log of an attempt before the last {KEPT_LOGS} at a finished stage")
 
 
-def _of_removed_runs(root: Path, busy: Set[str]) -> Iterator[Waste]:
-    for folder in sorted((root / "runs").glob("*/snapshot")):
-        of_a_run = (folder.parent / "run.json").exists() or (folder.parent / "stages").exists()
-        if not of_a_run and folder.parent.name not in busy:
-            yield Waste(folder, size_of(folder), "code of a run that has been removed")
+def _of_snapshots(found: Store, busy: Set[str]) -> Iterator[Waste]:
+    """Code that no stage of its run uses or has used, and of runs that are gone.
+
+    A young one may be of a run that is being submitted: it is there before the run's record.
+    """
+    for folder in sorted((found.root / "runs").glob("*/snapshot/*")):
+        run = folder.parent.parent
+        if run.name in busy or run.name in found.unreadable or time.time() - folder.stat().st_mtime < _YOUNG_S:
+            continue
+        planned = [s.spec for record in found.runs if record.run == run.name for s in record.stages]
+        try:
+            begun = [read_stage(path) for path in run.glob("stages/*/stage.json")]
+        except (SpecError, OSError, ValueError):
+            continue
+        if folder.name not in {Path(spec.snapshot).name for spec in (*planned, *begun) if spec.snapshot}:
+            yield Waste(folder, size_of(folder), "code that no stage of its run uses")
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts

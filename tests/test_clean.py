@@ -231,12 +231,27 @@ def test_naming_a_run_leaves_the_rest_of_the_store_alone(tmp_path: Path, record:
     assert clean(tmp_path, "run")["removed"] == [] and kept.exists()
 
 
-def test_code_of_removed_runs_goes_and_that_of_others_stays(tmp_path: Path, record: RunRecord) -> None:
-    for name in ("run", "removed"):
-        (tmp_path / "runs" / name / "snapshot" / "launcher").mkdir(parents=True)
-        (tmp_path / "runs" / name / "snapshot" / "launcher" / "cli.py").write_text("code")
-    assert freed(tmp_path) == {"runs/removed/snapshot"}
-    assert (tmp_path / "runs" / "run" / "snapshot" / "launcher" / "cli.py").exists()
+def test_code_that_no_stage_uses_goes_and_that_of_stages_stays(tmp_path: Path, record: RunRecord) -> None:
+    first, second = record.stages
+    used = replace(record, stages=(replace(first, spec=replace(first.spec, snapshot="runs/run/snapshot/now")), second))
+    write_run(tmp_path, used)
+    ran = replace(second.spec, snapshot="runs/run/snapshot/ran")  # with the code of an earlier submission
+    store.write_atomic(store.stage_dir(tmp_path, "run", "b") / "stage.json", stage_text(ran))
+    for name in (
+        "run/snapshot/now",
+        "run/snapshot/ran",
+        "run/snapshot/old",
+        "removed/snapshot/old",
+        "run/snapshot/new",
+    ):
+        (tmp_path / "runs" / name / "launcher").mkdir(parents=True)
+        (tmp_path / "runs" / name / "launcher" / "cli.py").write_text("code")
+        if not name.endswith("new"):  # of a run that is being submitted at this moment
+            os.utime(tmp_path / "runs" / name, (1000, 1000))
+    with claimed(tmp_path, "run"):
+        assert freed(tmp_path, "--dry-run") == {"runs/removed/snapshot/old"}
+    assert freed(tmp_path) == {"runs/removed/snapshot/old", "runs/run/snapshot/old"}
+    assert {p.name for p in (tmp_path / "runs" / "run" / "snapshot").iterdir()} == {"now", "ran", "new"}
 
 
 def test_forgetting_a_run_makes_its_artifacts_nameless(tmp_path: Path, record: RunRecord) -> None:
