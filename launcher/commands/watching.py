@@ -137,19 +137,21 @@ def _stage_of_interest(root: Path, record: RunRecord) -> PlannedStage:
 def _look(root: Path, stage: PlannedStage, args: argparse.Namespace, goes_on: bool) -> Look:
     """Where the log lies now. Raises UserError where there is none, unless it may still come."""
     from launcher.attempts import attempts_at
-    from launcher.logs import Look, NoLogYet, find_log
+    from launcher.logs import Look, NoLogYet, find_log, supervisor_log
 
     found = attempts_at(root, stage.spec)
     if args.attempt:
         found = [a for a in found if a.name == args.attempt] or _no_such_attempt(stage, args.attempt, found)
     try:
         if not found:
-            return Look(_without_attempt(root, stage), goes_on)
+            return Look(None, True) if goes_on else Look(_without_attempt(root, stage), False)
         path = find_log(stage.spec, found[-1], args.component, args.rank)
     except NoLogYet as error:
         if goes_on:
             return Look(None, True)
         raise UserError(str(error)) from None
+    if goes_on and not args.component and path == supervisor_log(found[-1].folder):
+        return Look(None, True)  # its components have not been started yet
     # A named attempt that has ended gets no more lines.
     return Look(path, goes_on and not (args.attempt and found[-1].end is not None))
 
