@@ -119,7 +119,7 @@ def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: 
     assert "tokens/s" not in text and "nodes" not in text and "waiting" in text
 
 
-@pytest.mark.parametrize(("width", "cells"), [(30, 2), (40, 3), (50, 4), (61, 5), (70, 6), (91, 7), (97, 8)])
+@pytest.mark.parametrize(("width", "cells"), [(31, 2), (32, 3), (43, 4), (61, 5), (73, 6), (94, 7), (100, 8)])
 def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(now: RunStatus, width: int, cells: int) -> None:
     text = shown(now, width)
     row = next(line for line in text.splitlines() if line.startswith("b "))
