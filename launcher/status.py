@@ -6,7 +6,7 @@ docs/watching.md lists the keys of the JSON; SCHEMA counts up when one is rename
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from launcher.run_record import PlannedStage, RunRecord
 from launcher.slurm import Job
 from launcher.state import Jobs, StageState, State, run_state, stage_states
 from launcher.store import Receipt
-from launcher.units import format_count, parse_duration
+from launcher.units import parse_duration
 
 SCHEMA = 1
 
@@ -193,122 +193,6 @@ def reason_of(state: StageState, job: Job | None) -> str:
     if state.state in ("done", "waiting", "running", "queued"):
         return "" if state.state == "done" else message
     return f"{state.exit_class}: {message}" if state.exit_class and message else message or state.exit_class or ""
-
-
-# ------------------------------------------------------------------------------------------------------------- table
-
-STYLES: dict[State, str] = {
-    "done": "green",
-    "running": "cyan",
-    "queued": "blue",
-    "failed": "bold red",
-    "stopped": "yellow",
-    "interrupted": "yellow",
-    "waiting": "dim",
-}
-
-
-@dataclass(frozen=True)
-class StatusTable:
-    """The run as rich shows it: a table as wide as the terminal, then a line for each stage that has a reason."""
-
-    status: RunStatus
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.text import Text
-
-        yield self._table(options.max_width)
-        for stage in self.status.stages:
-            if stage.reason:
-                yield Text(f"{stage.stage}: {stage.reason}", STYLES[stage.state])
-        if self.status.trouble:
-            yield Text(self.status.trouble, "yellow")
-
-    def _table(self, width: int) -> Any:
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        title = Text(_title(self.status))
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        rows = [_cells(stage) for stage in self.status.stages]
-        shown = _fitting(rows, width)
-        for name in shown:
-            is_number = _COLUMNS[name]
-            table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
-        for stage, row in zip(self.status.stages, rows, strict=True):
-            table.add_row(*(Text(row[name], STYLES[stage.state] if name == "state" else "") for name in shown))
-        return table
-
-
-def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """The columns of which something is known, less those that a narrow terminal can do without."""
-    shown = [name for name in _COLUMNS if name in ("stage", "state") or any(row[name] for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
-    for name in _DISPENSABLE:
-        if sum(widths[n] + 3 for n in shown) - 3 <= width:
-            break
-        shown = [n for n in shown if n != name]
-    return shown
-
-
-def _title(status: RunStatus) -> str:
-    return f"run {status.run}: {status.state}{_cost_text(status)}"
-
-
-def _cost_text(status: RunStatus) -> str:
-    if status.gpu_hours:
-        return f", {status.gpu_hours:.3g} GPU-hours"
-    return f", {status.core_hours:.3g} core-hours" if status.core_hours else ""
-
-
-#: Name of each column, and whether it holds numbers.
-_COLUMNS = {
-    "stage": False,
-    "state": False,
-    "job": False,
-    "nodes": False,
-    "tries": True,
-    "time": True,
-    "step": True,
-    "loss": True,
-    "tokens/s": True,
-    "left": True,
-    "limit": True,
-    "GPU-h": True,
-}
-#: What a narrow terminal does without, first to last.
-_DISPENSABLE = ("tries", "job", "limit", "time", "nodes", "loss", "GPU-h", "tokens/s", "left")
-
-
-def _cells(stage: StageStatus) -> dict[str, str]:
-    return {
-        "stage": stage.stage,
-        "state": stage.state,
-        "job": stage.job or "",
-        "nodes": stage.nodes or "" if stage.job else "",
-        "tries": str(stage.attempts) if stage.attempts else "",
-        "time": _duration(stage.seconds),
-        "step": f"{stage.step}/{stage.total}" if stage.step is not None and stage.state != "done" else "",
-        "loss": f"{stage.loss:.4g}" if stage.loss is not None else "",
-        "tokens/s": format_count(stage.tokens_per_s) if stage.tokens_per_s is not None else "",
-        "left": _duration(stage.left_seconds),
-        "limit": _duration(stage.limit_left_seconds),
-        "GPU-h": f"{stage.gpu_hours:.3g}" if stage.gpu_hours else "",
-    }
-
-
-def _duration(seconds: float | None) -> str:
-    """`8.2s`, `3m05s`, `26h10m`, `3d04h`: half as wide as `format_duration` has it."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    hours = whole // 3600
-    return f"{hours}h{whole % 3600 // 60:02}m" if hours < 48 else f"{hours // 24}d{hours % 24:02}h"
 
 
 def failure_tails(status: RunStatus, lines: int = 8) -> Sequence[str]:

@@ -21,7 +21,8 @@ from launcher.notify import notify
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import encode
 from launcher.state import Jobs
-from launcher.status import SCHEMA, RunStatus, StageStatus, StatusTable, run_status
+from launcher.status import SCHEMA, RunStatus, StageStatus, run_status
+from launcher.status_table import StatusTable
 from launcher.units import format_count, format_duration
 
 #: A plain line of each running stage at most this often, in seconds.
@@ -68,7 +69,7 @@ class Follower:
     def show(self, status: RunStatus) -> None:
         """The run now: what is new of it, or all of it on a terminal."""
         if self.live is not None:
-            self.live.update(StatusTable(status))
+            self.live.update(StatusTable(status, self.live.console.height - 1))
             return
         if status.trouble != self.trouble:
             self.trouble = status.trouble

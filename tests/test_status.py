@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher import store
-from launcher.configs import Resources
 from launcher.run_record import RunRecord, read_run, write_run
 from launcher.slurm import Job
 from launcher.spec import encode
 from launcher.state import StageState
-from launcher.status import RunStatus, StageStatus, StatusTable, failure_tails, left_seconds, reason_of, run_status
-from tests.left_attempts import leave_attempt
-from tests.supervisor.counting import counting_run
+from launcher.status import RunStatus, StageStatus, failure_tails, left_seconds, reason_of, run_status
+from tests.left_attempts import leave_attempt, watched_record, watched_status
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "watching.md").read_text()
 
 
 @pytest.fixture
 def record() -> RunRecord:
-    """a has run twice, b is running, c waits in the queue, d has not been submitted."""
-    run = counting_run(("a", (), {}), ("b", ("a",), {}), ("c", ("b",), {}), ("d", ("c",), {}))
-    resources = Resources(nodes=2, gpus_per_node=4)
-    return replace(run, cluster="dev", stages=tuple(replace(s, resources=resources) for s in run.stages))
+    return watched_record()
 
 
 @pytest.fixture
 def now(tmp_path: Path, record: RunRecord) -> RunStatus:
-    leave_attempt(tmp_path, record.stage("a").spec, "12.0", 1000, 1600, "preempted", (1, 40))
-    failed = leave_attempt(tmp_path, record.stage("a").spec, "12.1", 2000, 2600, "diverged", (41, 60), message="nan\n!")
-    (failed / "count.0.log").write_text("".join(f"line {i}\n" for i in range(50)))
-    leave_attempt(tmp_path, record.stage("b").spec, "13.0", 3000, None, steps=(1, 21))
-    jobs = {
-        "a": Job("12", "FAILED"),
-        "b": Job("13", "RUNNING", nodes="n[1-2]", time_left="1-02:03:04"),
-        "c": Job("14", "PENDING", "Dependency"),
-    }
-    return run_status(tmp_path, record, jobs)
+    return watched_status(tmp_path, record)
 
 
 def test_a_row_holds_job_nodes_attempts_pace_and_cost(now: RunStatus) -> None:
@@ -86,53 +71,6 @@ def test_the_keys_and_types_of_the_json_are_those_that_are_promised(now: RunStat
 def test_every_key_stands_in_the_documentation() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M))
     assert {f.name for cls in (StageStatus, RunStatus) for f in fields(cls)} <= listed
-
-
-def shown(now: RunStatus, width: int = 160) -> str:
-    from rich.console import Console
-
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(StatusTable(now))
-    return console.export_text()
-
-
-def test_the_table_has_a_line_a_stage_and_says_why(now: RunStatus) -> None:
-    text = shown(now)
-    row = next(line for line in text.splitlines() if line.startswith("b "))
-    for cell in ("running", "13", "n[1-2]", "21/100", "2.5", "16.4 k", "6m35s", "26h03m"):
-        assert cell in row, row
-    assert "a: diverged: nan !" in text.splitlines() and "c: job 14 waits for the stages it reads" in text.splitlines()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(8.24, "8.2s"), (59.97, "1m00s"), (3599.6, "1h00m"), (93784, "26h03m"), (270000, "3d03h"), (0, "0.0s")],
-)
-def test_durations_are_short(tmp_path: Path, record: RunRecord, seconds: float, text: str) -> None:
-    leave_attempt(tmp_path, record.stage("a").spec, "local.1", 1000, 1002 + seconds, "crashed")
-    row = next(line for line in shown(run_status(tmp_path, record)).splitlines() if line.startswith("a "))
-    assert row.split()[3] == text
-
-
-def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path, record: RunRecord) -> None:
-    text = shown(run_status(tmp_path, record))
-    assert "tokens/s" not in text and "nodes" not in text and "waiting" in text
-
-
-@pytest.mark.parametrize(("width", "cells"), [(31, 2), (32, 3), (43, 4), (61, 5), (73, 6), (94, 7), (100, 8)])
-def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(now: RunStatus, width: int, cells: int) -> None:
-    text = shown(now, width)
-    row = next(line for line in text.splitlines() if line.startswith("b "))
-    wanted = ("running", "21/100", "6m35s", "16.4 k", "2.5", "n[1-2]", "26h03m", "13")
-    assert all(cell in row for cell in wanted[:cells]), row
-    assert "waiting" in text and max(len(line.rstrip()) for line in text.splitlines()) <= width
-
-
-def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    run = counting_run(("[red]x[/red]", (), {}))
-    leave_attempt(tmp_path, run.stages[0].spec, "local.1", 1, 2, "crashed", message="[bold]no[/bold]")
-    text = shown(run_status(tmp_path, run))
-    assert "[red]x[/red]" in text and "[bold]no[/bold]" in text
 
 
 def test_the_log_of_a_failed_stage_ends_the_status(now: RunStatus) -> None:

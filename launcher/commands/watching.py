@@ -50,7 +50,7 @@ def status(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from launcher.status import StatusTable
+    from launcher.status_table import StatusTable
 
     Console().print(StatusTable(now))
     sys.stdout.flush()
