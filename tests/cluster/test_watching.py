@@ -17,7 +17,7 @@ from test_submit import OnSlurm, on  # noqa: F401  (a fixture)
 
 from launcher import slurm
 from launcher.costs import cost_of, lives_of, queue_seconds
-from launcher.run_record import RunRecord
+from launcher.run_record import RunRecord, write_run
 from launcher.submit import read_submitted, stage_jobs
 from launcher.watch import watch_run
 
@@ -64,8 +64,13 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
     profile = tmp_path / "often.yaml"  # as dev, but looked at every second
     profile.write_text((on.cluster.slurm_conf.parent.parent / "dev.yaml").read_text() + "\npoll_s: 1\n")
     record = hooked(replace(record, cluster=str(profile)), told)
-    jobs, root = on.submit(record), ("--root", str(on.root))
-    watching, following = begin("watch", "--json", *root), begin("logs", "a", "-f", *root)
+    write_run(on.root, record)
+    root = ("--root", str(on.root))
+    running = begin("resume", "run", "--json", *root)
+    submitted = json.loads(running.stdout.readline())
+    jobs = submitted["jobs"]
+    assert submitted["event"] == "submitted" and list(jobs) == ["a", "b", "c"]
+    watching, following = begin("watch", *root), begin("logs", "a", "-f", *root)
     on.await_step(record, 5)
 
     def look(*args: str) -> Any:
@@ -88,8 +93,8 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
     assert on.finish(record) == {"a": "done", "b": "failed", "c": "stopped"}
     assert on.lives() == [f"{jobs['a']}.0", f"{jobs['a']}.1"]
 
-    out, err = watching.communicate(timeout=60)
-    assert watching.returncode == 1, err
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 1, err
     lines = [json.loads(line) for line in out.splitlines()]
     states: dict[str, list[str]] = {"a": [], "b": [], "c": []}
     for line in lines:
@@ -98,6 +103,10 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
     assert states["a"][-4:] == ["running", "queued", "running", "done"]
     assert states["b"][-1] == "failed" and states["c"][-1] == "stopped" and lines[-1]["event"] == "end"
     assert "data.jsonl:3: not text; mend it" in err  # the end of the failed stage's log
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == 1, err
+    assert f"a: started ({jobs['a']}.0, job {jobs['a']} on n" in out and "b: failed: user-error: data.jsonl:3" in out
+    assert "c: stopped: cancelled" in out
     out, err = following.communicate(timeout=60)
     assert out.splitlines()[0] == "from step 0" and out.splitlines()[-1] != "from step 0" and err.count("==>") == 2
     assert "from step" in out.splitlines()[-1]
@@ -111,7 +120,9 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
         ("running", "done", "finished"),
     ]
     assert [c[1:] for c in changes if c[0] == "b"] == [("queued", "running", None), ("running", "failed", "user-error")]
-    assert [c[1:] for c in changes if c[0] == "c"] == [("queued", "stopped", "cancelled")]  # told by `watch`, once
+    assert [c[1:] for c in changes if c[0] == "c"] == [
+        ("queued", "stopped", "cancelled")
+    ]  # told once, by `resume` or `watch`
     log = prism("logs", "a", "--component", "supervisor", *root).stdout
     assert "a: time-limit" in log and "a: finished" in log  # both lives
 
