@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +14,13 @@ from typing import Any
 import pytest
 
 from launcher import store
+from launcher.attempts import attempts
 from launcher.cluster import load_profile
 from launcher.errors import UserError
 from launcher.notify import notify, state_after
+from launcher.run_record import write_run
 from launcher.spec import StageSpec
-from tests.supervisor.counting import Store, counting_stage, counting_step
+from tests.supervisor.counting import CHECKOUT, Store, counting_run, counting_stage, counting_step
 
 HOSTILE = 'line\n"quoted" $(touch pwned) `touch pwned`; touch pwned & ünïcode'
 
@@ -159,3 +164,39 @@ def test_the_profiles_hook_reaches_every_stage_and_no_fingerprint(tmp_path: Path
         prints.append([s.spec.fingerprint for s in record.stages])
         assert {s.spec.notify for s in record.stages} == {("tell",) if text else ()}
     assert prints[0] == prints[1]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from launcher.local import run_local
+from launcher.run_record import read_run
+sys.exit(run_local(Path(sys.argv[1]), read_run(Path(sys.argv[1]), "run"), 2, as_json=True))
+"""
+
+
+def test_locally_the_driver_tells_of_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+    """And follows in JSON lines, of which nothing else stands between."""
+    on = Store(tmp_path / "root")
+    record = counting_run(("a", (), {"until": 60, "sleep": 0.05}))
+    notify = (sys.executable, "-c", *writer(tmp_path / "heard"))
+    record = replace(record, stages=(replace(record.stages[0], spec=replace(record.stages[0].spec, notify=notify)),))
+    write_run(on.root, record)
+    command, env = [sys.executable, "-c", DRIVER, str(on.root)], {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as driver:
+        on.wait_for(lambda: attempts(on.root, "run", "a") and on.step_reached(record.stages[0].spec, 3))
+        on.wait_for(lambda: len(heard(tmp_path / "heard")) == 1)
+        ((attempt, _),) = attempts(on.root, "run", "a")
+        assert attempt.owner is not None
+        os.kill(attempt.owner.pid, signal.SIGKILL)
+        out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 0
+    told = [(b["old_state"], b["new_state"], b["attempt"]) for b in heard(tmp_path / "heard")]
+    assert told == [
+        ("waiting", "running", "local.1"),
+        ("running", "interrupted", "local.1"),
+        ("waiting", "running", "local.2"),
+        ("running", "done", "local.2"),
+    ]
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {line["event"] for line in lines} == {"stage", "end"} and lines[-1]["state"] == "done"
