@@ -120,9 +120,8 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
         ("running", "done", "finished"),
     ]
     assert [c[1:] for c in changes if c[0] == "b"] == [("queued", "running", None), ("running", "failed", "user-error")]
-    assert [c[1:] for c in changes if c[0] == "c"] == [
-        ("queued", "stopped", "cancelled")
-    ]  # told once, by `resume` or `watch`
+    # It never started: told by `resume` or by `watch`, once.
+    assert [c[1:] for c in changes if c[0] == "c"] == [("queued", "stopped", "cancelled")]
     log = prism("logs", "a", "--component", "supervisor", *root).stdout
     assert "a: time-limit" in log and "a: finished" in log  # both lives
 
