@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from launcher import store
-from launcher.attempts import newest_attempt
+from launcher.attempts import Attempt, newest_attempt
 from launcher.errors import WorldError
 from launcher.notify import notify
 from launcher.run_record import PlannedStage, RunRecord
@@ -224,9 +224,16 @@ def _unheard(root: Path, planned: PlannedStage, stage: StageStatus, jobs: Jobs) 
     if stage.state not in ("failed", "stopped", "interrupted"):
         return None
     attempt, job = newest_attempt(root, planned.spec), jobs.get(stage.stage)
-    if job is not None and (attempt is None or attempt.name.partition(".")[0] != job.id):
+    if job is not None and not job.is_active and _ended_waiting(attempt, job.id):
         return f"job-{job.id}", "queued"
     return (attempt.name, "running") if attempt is not None and attempt.end is None else None
+
+
+def _ended_waiting(attempt: Attempt | None, job: str) -> bool:
+    """Whether a job ended in the queue: before its first life, or before the next one that was to come."""
+    if attempt is None or attempt.name.partition(".")[0] != job:
+        return True
+    return attempt.end is not None and attempt.end.get("action") == "again"
 
 
 def _take(root: Path, planned: PlannedStage, key: str) -> bool:

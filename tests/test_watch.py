@@ -151,21 +151,25 @@ def hooked(record: RunRecord, program: str) -> RunRecord:
 
 
 def test_what_no_supervisor_could_tell_is_told_once(tmp_path: Path) -> None:
-    """Never started; killed with its supervisor. Not: one that ended by itself, one that waits, one without a hook."""
-    run = submitted(tmp_path, *((name, (), {}) for name in ("never", "killed", "ended", "waits")), first=11)
+    """Never started; killed with its supervisor; cancelled between two lives. Not: ended by itself, waits, goes on."""
+    names = ("never", "killed", "ended", "waits", "between", "goes-on")
+    run = submitted(tmp_path, *((name, (), {}) for name in names), first=11)
     told = tmp_path / "told"
     record = hooked(run, f"import sys; open({str(told)!r}, 'a').write(sys.stdin.read())")
     owner = replace(store.this_process(), start="0", job="12")  # a process that is dead
     leave_attempt(tmp_path, record.stage("killed").spec, "12.0", 10, None, owner=owner)
     leave_attempt(tmp_path, record.stage("ended").spec, "13.0", 10, 20, "diverged")
-    states = {"11": "CANCELLED", "12": "NODE_FAIL", "13": "FAILED", "14": "PENDING"}
-    jobs = {s.spec.stage: slurm.Job(str(11 + i), states[str(11 + i)]) for i, s in enumerate(record.stages)}
+    for name, job in (("between", "15"), ("goes-on", "16")):
+        leave_attempt(tmp_path, record.stage(name).spec, f"{job}.0", 10, 20, "time-limit", action="again")
+    states = ("CANCELLED", "NODE_FAIL", "FAILED", "PENDING", "CANCELLED", "PENDING")
+    jobs = {name: slurm.Job(str(11 + i), state) for i, (name, state) in enumerate(zip(names, states, strict=True))}
     store.stage_dir(tmp_path, "run", "never").mkdir(parents=True)
     for _ in range(2):
         assert tell_unheard(tmp_path, record, run_status(tmp_path, record, jobs), jobs) == []
     rows = {row["stage"]: row for row in map(json.loads, told.read_text().splitlines())}
-    assert len(told.read_text().splitlines()) == 2 and set(rows) == {"never", "killed"}
-    never, killed = rows["never"], rows["killed"]
+    assert len(told.read_text().splitlines()) == 3 and set(rows) == {"never", "killed", "between"}
+    never, killed, between = rows["never"], rows["killed"], rows["between"]
+    assert (between["old_state"], between["new_state"], between["attempt"]) == ("queued", "stopped", "15.0")
     assert (never["old_state"], never["new_state"], never["job"]) == ("queued", "stopped", "11")
     assert (killed["old_state"], killed["new_state"], killed["attempt"]) == ("running", "interrupted", "12.0")
     assert killed["exit_class"] == "node-failure" and "NODE_FAIL" in killed["message"]

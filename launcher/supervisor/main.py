@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from launcher.supervisor.processes import Process
 
 EVENTS = "events.jsonl"
 _POLL_S = 0.05
+#: Seconds for the hook when Slurm may be ending the job.
+_LEAVING_S = 3.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,12 +110,16 @@ class Supervisor:
         except OSError as error:  # the disk that is full holds our own words too
             print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
         again = result.action == "again" and self.allocation.job is not None
-        self.telling.join()
+        if self.telling.is_alive():
+            self.telling.join(_LEAVING_S if self.asked else None)
         self._tell("running", "queued" if again else state_after(result.exit_class), result)
         if result.action == "again" and self._requeued(result):
             # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
             os._exit(0)
         if again:
+            result = replace(result, action="stop")
+            with contextlib.suppress(OSError):
+                self._end(result)
             self._tell("queued", state_after(result.exit_class), result)
         return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
 
@@ -274,7 +280,7 @@ class Supervisor:
         facts = {"attempt": self.attempt_dir.name, "job": self.allocation.job}
         if result is not None:
             facts |= {"exit_class": result.exit_class, "message": result.message, "action": result.action}
-        trouble = notify(self.spec, old, new, 3.0 if self.asked else LIMIT_S, **facts)
+        trouble = notify(self.spec, old, new, _LEAVING_S if self.asked else LIMIT_S, **facts)
         if trouble is not None:
             with contextlib.suppress(OSError):
                 self._event("notify", message=trouble)
