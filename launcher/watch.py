@@ -146,15 +146,21 @@ def _figure(name: str, value: Any) -> str:
 class Queue:
     """A run's jobs, asked for once a look; while Slurm is silent, what it said last stands.
 
-    `ask` gets the jobs of which it is known how they ended, so that it need not ask for these again.
+    `ask` gets the jobs of which it is known how they ended, so that it need not ask for these again. Looks that follow
+    within `every_s` seconds ask nothing.
     """
 
     ask: Callable[[Jobs], Jobs]
+    every_s: float = 0.0
     jobs: Jobs = field(default_factory=dict)
     trouble: str | None = None
+    asked: float = float("-inf")
 
     def look(self) -> None:
-        """Ask once."""
+        """Ask once, if it is time."""
+        if time.monotonic() - self.asked < self.every_s:
+            return
+        self.asked = time.monotonic()
         try:
             # What nothing knows may only be unknown for now.
             ended = {n: j for n, j in self.jobs.items() if not j.is_active and j.state != "GONE"}

@@ -15,7 +15,7 @@ from launcher.run_record import RunRecord, write_run
 from launcher.spec import StageSpec
 from launcher.status import RunStatus, StageStatus, run_status
 from launcher.submit import JOBS, stage_jobs
-from launcher.watch import Follower, describe_change, describe_progress, tell_unheard, watch_run
+from launcher.watch import Follower, Queue, describe_change, describe_progress, tell_unheard, watch_run
 from tests.left_attempts import leave_attempt
 from tests.supervisor.counting import counting_run
 
@@ -115,6 +115,18 @@ def test_each_look_is_one_question_however_many_jobs(tmp_path: Path, monkeypatch
     status = follow(tmp_path, record)
     assert {s.state for s in status.stages} == {"interrupted"}  # jobs ended, and nothing was made
     assert controller.asked == ["squeue", "squeue", "squeue", "squeue", "sacct", "squeue", "squeue", "sacct"]
+
+
+def test_looks_in_quick_succession_ask_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A followed log is looked at more often than Slurm may be asked."""
+    record = submitted(tmp_path, ("a", (), {}))
+    controller = Controller({"1": "RUNNING"})
+    monkeypatch.setattr(slurm, "call", controller.call)
+    queue = Queue(lambda ended: stage_jobs(tmp_path, record, ended), every_s=3600.0)
+    for _ in range(5):
+        queue.look()
+        assert queue.jobs["a"].state == "RUNNING"
+    assert controller.asked == ["squeue"]
 
 
 def test_a_silent_controller_is_said_and_borne(

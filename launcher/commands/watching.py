@@ -83,7 +83,11 @@ def watch(args: argparse.Namespace) -> int:
 
 
 def _poll_s(record: RunRecord) -> float:
-    profile = load_profile(record.cluster)
+    """Seconds between looks, by the profile."""
+    try:
+        profile = load_profile(record.cluster)
+    except UserError:  # gone, or on another machine: the run can be looked at all the same
+        return 10.0
     return profile.poll_s if profile.scheduler == "slurm" else 0.5
 
 
@@ -101,8 +105,8 @@ def logs(args: argparse.Namespace) -> int:
         look = _look(root, stage, args, False)
         follow(lambda: look, args.lines, 0.0)
         return 0
-    queue = Queue(jobs_source(root, record))
-    follow(lambda: _look(root, stage, args, _goes_on(root, record, stage, queue)), args.lines, _poll_s(record))
+    queue = Queue(jobs_source(root, record), _poll_s(record))
+    follow(lambda: _look(root, stage, args, _goes_on(root, record, stage, queue)), args.lines, 0.5)
     return 0
 
 
