@@ -49,7 +49,7 @@ def newest_attempt(root: Path, spec: StageSpec) -> Attempt | None:
 
 
 def _read_attempt(path: Path) -> tuple[Attempt, str] | None:
-    events = _read_events(path)
+    events = [e for e in _read_events(path) if e["event"] != "notify"]  # a hook's trouble says nothing of the work
     if not events or events[0].get("event") != "start":
         return None
     first, last = events[0], events[-1]

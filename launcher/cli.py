@@ -116,23 +116,42 @@ def _add_recipe_commands(commands: Commands) -> None:
         commands, "recipes.render", "write the sbatch scripts into a folder", "recipe", "cluster", "root", "json"
     )
     render.add_argument("-o", "--output", metavar="DIR", required=True, help="a new folder, or one rendered before")
-    run = _command(commands, "runs.run", "run or submit what is not done, and follow it", "recipe", "cluster", "root")
+    run = _command(
+        commands, "runs.run", "run or submit what is not done, and follow it", "recipe", "cluster", "root", "json"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
     run.add_argument("--detach", action="store_true", help="do not follow")
 
 
 def _add_run_commands(commands: Commands) -> None:
-    _command(commands, "runs.status", "what each stage of a run is doing", "run", "root", "json")
-    _command(commands, "runs.watch", "follow a run", "run", "root")
-    logs = _command(commands, "runs.logs", "print a stage's log", "run", "root")
-    logs.add_argument("--stage", metavar="STAGE", help="default: the one that failed or runs")
-    logs.add_argument("--step", metavar="STEP", help="one component of the stage")
-    logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
+    _command(commands, "watching.status", "what each stage of a run is doing", "run", "root", "json")
+    _command(commands, "watching.watch", "follow a run", "run", "root", "json")
+    _add_logs_command(commands)
+    clean = _command(commands, "watching.clean", "free what nothing needs any more", "root", "json")
+    clean.add_argument("run", metavar="RUN", nargs="?", help="only what belongs to this run; default: the whole store")
+    clean.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    clean.add_argument("--artifacts", action="store_true", help="also whole artifacts that no run names")
+    clean.add_argument("--forget", action="store_true", help="remove the record of RUN itself, with its logs")
     _command(commands, "runs.cancel", "stop a run's stages; they save first", "run", "root", "json")
-    resume = _command(commands, "runs.resume", "go on with a run, as it was planned", "run", "root")
+    resume = _command(commands, "runs.resume", "go on with a run, as it was planned", "run", "root", "json")
     resume.add_argument("--detach", action="store_true", help="do not follow")
     _command(commands, "runs.report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
+
+
+def _add_logs_command(commands: Commands) -> None:
+    logs = _command(commands, "watching.logs", "print a stage's log", "root")
+    logs.add_argument(
+        "names",
+        metavar="[RUN] [STAGE]",
+        nargs="*",
+        help="one word: a stage of the latest run, else a run; default: the stage that failed or runs",
+    )
+    logs.add_argument("--run", metavar="RUN", help="name of the run; default: the latest")
+    logs.add_argument("--component", metavar="NAME", help="a component of the stage, or `supervisor`")
+    logs.add_argument("--rank", metavar="N", type=int, help="a process of the component; default: 0")
+    logs.add_argument("--attempt", metavar="NAME", help="an attempt as `status` names it; default: the newest")
+    logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into the next attempts")
 
 
 def _count(text: str) -> int:

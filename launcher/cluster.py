@@ -92,6 +92,7 @@ class Profile:
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
     limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation, visibility_s.")
+    notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
 
     def __post_init__(self) -> None:
         _raise([*_profile_problems(self), *(_slurm_problems if self.scheduler == "slurm" else _local_problems)(self)])
@@ -150,6 +151,15 @@ def _profile_problems(profile: Profile) -> Problems:
             )
         if "\0" in value:
             yield f"env.{name}", "holds a NUL character"
+    yield from _notify_problems(profile.notify)
+
+
+def _notify_problems(argv: tuple[str, ...]) -> Problems:
+    """It runs on nodes and login nodes, in folders of its callers' choice, and without a shell."""
+    program = argv[0] if argv else "true"
+    if not program or ("/" in program and not program.startswith("/")):
+        yield "notify[0]", f"{program!r}: give a full path, or the name of a program on PATH"
+    yield from ((f"notify[{i}]", "holds a NUL character") for i, word in enumerate(argv) if "\0" in word)
 
 
 def _local_problems(profile: Profile) -> Problems:

@@ -55,6 +55,7 @@ class StageJob:
     rank: int = 0
     world_size: int = 1
     _asked: list[float] = field(default_factory=list)
+    _first: list[dict[str, float]] = field(default_factory=list)
 
     # ---- paths
 
@@ -87,9 +88,15 @@ class StageJob:
         return bool(self._asked)
 
     def beat(self, step: int, total: int, **figures: float | int | str) -> None:
-        """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s."""
-        beat = {"time": time.time(), "pid": os.getpid(), "step": step, "total": total, "figures": figures}
-        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", beat)
+        """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
+
+        The first beat stays in all that follow: from it come the pace, and what an attempt went on from.
+        """
+        now = time.time()
+        if not self._first:
+            self._first.append({"step": step, "time": now})
+        beat = {"time": now, "pid": os.getpid(), "step": step, "total": total, "figures": figures}
+        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", {**beat, "first": self._first[0]})
 
     def metric(self, **figures: Any) -> None:
         """Append one line to the artifact's metrics; rank 0 alone calls it."""

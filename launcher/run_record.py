@@ -95,7 +95,7 @@ def write_run(root: Path, record: RunRecord) -> None:
 
 
 def read_run(root: Path, run: str) -> RunRecord:
-    """Read a run. Raises UserError where there is none or it is of another version."""
+    """Read a run, which is called as its folder is now. Raises UserError where there is none or of another version."""
     path = store.run_dir(root, run) / "run.json"
     data = store.read_json(path)
     if data is None:
@@ -104,9 +104,16 @@ def read_run(root: Path, run: str) -> RunRecord:
         known = ", ".join(list_runs(root)) or "none"
         raise UserError(f"{path}: no such run; runs under this root: {known}")
     try:
-        return decode(RunRecord, data)
+        record = decode(RunRecord, data)
     except SpecError as error:
         raise UserError(f"{path}: not readable by this version of prism-launch: {error}") from None
+    return record if record.run == run else _renamed(record, run)
+
+
+def _renamed(record: RunRecord, run: str) -> RunRecord:
+    """The record of a run whose folder has been moved to another name."""
+    stages = tuple(replace(stage, spec=replace(stage.spec, run=run)) for stage in record.stages)
+    return replace(record, run=run, stages=stages)
 
 
 def list_runs(root: Path) -> list[str]:

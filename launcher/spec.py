@@ -139,7 +139,8 @@ class StageSpec:
 
     `config` is the plain-JSON form of the kind's dataclass in `launcher.configs`. All paths are relative to the
     store's root. The artifact's folder is the parent of every output's path. `secrets` names variables of the
-    submitting shell that the steps need; their values stand in no file.
+    submitting shell that the steps need; their values stand in no file. `notify` is the command that is told of
+    changes of state.
     """
 
     run: str
@@ -157,6 +158,7 @@ class StageSpec:
     runtime: Runtime = Runtime()
     snapshot: str | None = None
     secrets: tuple[str, ...] = ()
+    notify: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property

@@ -60,13 +60,14 @@ def _newest(root: Path, record: RunRecord) -> dict[str, Submitted]:
     return {s.stage: s for s in read_submitted(root, record.run) if planned.get(s.stage) == s.fingerprint}
 
 
-def stage_jobs(root: Path, record: RunRecord) -> Jobs:
+def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None) -> Jobs:
     """The newest job of every stage as Slurm tells it: one squeue, and one sacct for what has left the queue.
 
-    A job that nothing knows any more stands as state GONE.
+    A job that nothing knows any more stands as state GONE. Those in `ended` are not asked for again.
     """
+    over = {job.id: job for job in (ended or {}).values()}
     newest = _newest(root, record)
-    known = slurm.job_states(s.job for s in newest.values())
+    known = over | dict(slurm.job_states(s.job for s in newest.values() if s.job not in over))
     return {stage: known.get(s.job) or slurm.Job(s.job, "GONE") for stage, s in newest.items()}
 
 

@@ -140,7 +140,7 @@ def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, mo
     recipe, begun = tmp_path / "m.yaml", []
     recipe.write_text("base: demo\nmatrix: {seed: [0, 1, 2]}\n")
 
-    def interrupted(root: Path, record: RunRecord, slots: int, *, detach: bool = False) -> int:
+    def interrupted(root: Path, record: RunRecord, slots: int, **options: bool) -> int:
         begun.append(record.run)
         return 130 if len(begun) == 2 else 1
 

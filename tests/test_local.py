@@ -105,7 +105,7 @@ def test_what_does_not_depend_on_a_failure_is_made(run: Driven) -> None:
     run.plan(("bad", (), {"fail_at": 2, "fail": "user"}), ("after-bad", ("bad",), {}), ("good", (), {"until": 30}))
     code, _, err = run.driven(slots=1)
     assert code == 2
-    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run --stage bad" in err
+    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run bad" in err
     assert run.states() == {"bad": "failed", "after-bad": "waiting", "good": "done"}
     assert run.count("bad") == 1
 
@@ -250,7 +250,7 @@ def test_watching_lasts_from_detaching_to_the_end(run: Driven, monkeypatch: pyte
     record = run.plan(("a", (), {}), ("b", ("a",), {}))
     monkeypatch.chdir(run.root)
     assert run_local(run.root, record, 2, detach=True) == 0
-    assert {s.state for s in watch_run(run.root, record, poll_s=0.01)} == {"done"}
+    assert {s.state for s in watch_run(run.root, record, poll_s=0.01).stages} == {"done"}
 
 
 def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:

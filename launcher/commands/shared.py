@@ -8,8 +8,12 @@ import functools
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,7 @@ from launcher.run_record import RunRecord, list_runs, read_run
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
+    from launcher.status import RunStatus
 
 
 def print_json(value: Any) -> None:
@@ -58,7 +63,8 @@ def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> 
 
     recipe = with_layouts(recipe, profile.gpu)
     inputs = resolve_inputs(recipe)
-    stages = build_plan(recipe, inputs, profile.limits, profile.runtime)
+    planned = build_plan(recipe, inputs, profile.limits, profile.runtime)
+    stages = tuple(replace(stage, spec=replace(stage.spec, notify=profile.notify)) for stage in planned)
     problems = [*check_recipe(recipe, stages, profile), *(a.message for a in inputs.absent if not elsewhere)]
     if problems:
         raise UserError(problems)
@@ -90,14 +96,17 @@ def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
     """The run named on the command line, the latest by default."""
     root = root_of(args)
     store.keep_shared(root)
-    if args.run and ("/" in args.run or args.run in (".", "..")):
-        raise UserError(
-            f"{args.run}: not the name of a run; the runs under {root} are {', '.join(list_runs(root)) or 'none'}"
-        )
+    return root, find_run(root, args.run)
+
+
+def find_run(root: Path, name: str | None) -> RunRecord:
+    """The run of this name, the latest where none is named."""
     runs = list_runs(root)
-    if not args.run and not runs:
+    if name and ("/" in name or name in (".", "..")):
+        raise UserError(f"{name}: not the name of a run; the runs under {root} are {', '.join(runs) or 'none'}")
+    if not name and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")
-    return root, read_run(root, args.run or runs[0])
+    return read_run(root, name or runs[0])
 
 
 def slurm_profile(args: argparse.Namespace) -> Profile:
@@ -115,6 +124,45 @@ def jobs_of(root: Path, record: RunRecord) -> Jobs:
 
     if not read_submitted(root, record.run):
         return {}
-    with contextlib.suppress(UserError):  # a profile that is gone or damaged: then the shell's own Slurm is asked
-        speak_to(load_profile(record.cluster))
+    _speak_as(record)
     return stage_jobs(root, record)
+
+
+def _speak_as(record: RunRecord) -> None:
+    """Ask the Slurm of the run's profile; where that is gone or damaged, the shell's own."""
+    with contextlib.suppress(UserError):
+        speak_to(load_profile(record.cluster))
+
+
+def jobs_source(root: Path, record: RunRecord) -> Callable[[Jobs], Jobs]:
+    """Asks Slurm for the run's jobs, but not again for those of which it is known how they ended."""
+    from launcher.submit import read_submitted, stage_jobs
+
+    _speak_as(record)
+    return lambda known: stage_jobs(root, record, known) if read_submitted(root, record.run) else {}
+
+
+def submission_times(root: Path, record: RunRecord) -> dict[str, float]:
+    """When each job of a run was submitted, by its id."""
+    from launcher.submit import read_submitted
+
+    return {s.job: s.time for s in read_submitted(root, record.run)}
+
+
+def print_line(event: str, run: str, **facts: Any) -> None:
+    """One line of the JSON that follows a run; docs/watching.md lists them."""
+    print(json.dumps({"schema": 1, "event": event, "time": time.time(), "run": run, **facts}), flush=True)
+
+
+def watching_hint(root: Path, run: str) -> str:
+    """How to look at a run, in words to paste."""
+    at = f"{shlex.quote(run)} --root {shlex.quote(str(root))}"
+    return f"follow it with: prism-launch watch {at}"
+
+
+def print_failures(status: RunStatus) -> None:
+    """The last lines of failed stages' logs, and where the rest is."""
+    from launcher.status import failure_tails
+
+    for line in failure_tails(status):
+        print(line, file=sys.stderr)

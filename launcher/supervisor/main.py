@@ -7,11 +7,13 @@ artifact is whole, or that the job has been requeued for another life; anything 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,7 @@ from typing import Any
 from launcher import __version__, store
 from launcher.attempts import attempts_at, last_words, lives_without_progress
 from launcher.errors import PrismError, UserError
+from launcher.notify import LIMIT_S, notify, state_after
 from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
 from launcher.supervisor import memory, processes, sealing
@@ -30,6 +33,8 @@ from launcher.supervisor.processes import Process
 
 EVENTS = "events.jsonl"
 _POLL_S = 0.05
+#: Seconds for the hook when Slurm may be ending the job.
+_LEAVING_S = 3.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,6 +84,9 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.owner = store.this_process(job=self.allocation.job)
         self.attempt_dir = self.allocation.attempt_dir
+        # Beside the work, which a slow hook must not hold up.
+        before = "waiting" if self.allocation.job is None else "queued"
+        self.telling = threading.Thread(target=self._tell, args=(before, "running"), daemon=True)
 
     # ---- the whole attempt
 
@@ -88,6 +96,7 @@ class Supervisor:
             signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
         try:
             self._event("start", owner=encode(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
+            self.telling.start()
             result = self._make()
         except OSError as error:
             result = outcome("storage", self._storage_message(error))
@@ -100,9 +109,18 @@ class Supervisor:
             self._end(result)
         except OSError as error:  # the disk that is full holds our own words too
             print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
+        again = result.action == "again" and self.allocation.job is not None
+        if self.telling.is_alive():
+            self.telling.join(_LEAVING_S if self.asked else None)
+        self._tell("running", "queued" if again else state_after(result.exit_class), result)
         if result.action == "again" and self._requeued(result):
             # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
             os._exit(0)
+        if again:
+            result = replace(result, action="stop")
+            with contextlib.suppress(OSError):
+                self._end(result)
+            self._tell("queued", state_after(result.exit_class), result)
         return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
 
     def _requeued(self, result: Outcome) -> bool:
@@ -258,6 +276,16 @@ class Supervisor:
         return Evidence(self._exits(), hang_s=self.spec.limits.hang_s)
 
     # ---- speaking
+
+    def _tell(self, old: str, new: str, result: Outcome | None = None) -> None:
+        """Tell the hook; when Slurm is ending the job there is little time."""
+        facts = {"attempt": self.attempt_dir.name, "job": self.allocation.job}
+        if result is not None:
+            facts |= {"exit_class": result.exit_class, "message": result.message, "action": result.action}
+        trouble = notify(self.spec, old, new, _LEAVING_S if self.asked else LIMIT_S, **facts)
+        if trouble is not None:
+            with contextlib.suppress(OSError):
+                self._event("notify", message=trouble)
 
     def _event(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), "event": event, **facts})
