@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.configs import Resources, default_of, option
-from launcher.containers import RUNTIMES, image_problems, mount_problem, not_built, order_mounts
-from launcher.data import data_dir, own_profiles
+from launcher.containers import image_problems, mount_problem, order_mounts, runtime_problem
+from launcher.data import data_dir, own_profiles, package_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
@@ -31,6 +31,8 @@ OWNED = {
     **dict.fromkeys(("wrap", "parsable", "wait", "test-only"), "nothing: scripts are files and submit.sh reads ids"),
     **dict.fromkeys(("container", "container-image", "container-mounts", "environment"), "runtime and images"),
 }
+#: Where containers of this machine find the `launcher` package that started them.
+CODE_INSIDE = "/opt/prism-launch"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
@@ -70,13 +72,15 @@ class Profile:
     gpu_type: str | None = option(None, "Type in the request: gpu:TYPE:8.")
     sbatch: Mapping[str, str | int | bool] = option({}, "Further sbatch options; true for one without a value.")
     setup: tuple[str, ...] = option((), "Shell lines before the supervisor starts, such as `module load`.")
-    env: Mapping[str, str] = option({}, "Variables of every job and every step.")
+    env: Mapping[str, str] = option({}, "Variables of every job and every step; local: of steps in containers.")
     python: str = option("python3", "Interpreter of the workers: in the image where there is one.")
     host_python: str | None = option(None, "Python 3.10 or newer on the nodes, outside images; null: `python`.")
-    code: str | None = option(None, "Folder with the `launcher` package as nodes see it; null: it is installed there.")
+    code: str | None = option(
+        None, "Folder with the `launcher` package as nodes see it; null: it is installed there, or, local, mounted."
+    )
     images: Mapping[str, str] = option({}, "Container image by kind of stage.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
-    runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
+    runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
     limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
 
     def __post_init__(self) -> None:
@@ -132,43 +136,40 @@ def _profile_problems(profile: Profile) -> Problems:
 
 def _local_problems(profile: Profile) -> Problems:
     slurm_only = ("partition", "cpu_partition", "partitions", "account", "qos", "constraint", "mem", "exclusive")
-    ignored = (
-        *slurm_only,
-        "gpu_request",
-        "gpu_type",
-        "sbatch",
-        "setup",
-        "env",
-        "host_python",
-        "code",
-        "images",
-        "mounts",
-    )
+    ignored = (*slurm_only, "gpu_request", "gpu_type", "sbatch", "setup", "host_python", "time")
+    in_containers = ("env", "code", "images", "mounts", "python")
+    contained = profile.runtime.container != "none"
     defaults = {f.name: default_of(f) for f in fields(profile)}
-    for key in (*ignored, "python", "time"):
+    for key in (*ignored, *(() if contained else in_containers)):
         if getattr(profile, key) != defaults[key]:
-            yield key, "has no effect where scheduler is local"
-    if profile.runtime.container != "none":
-        yield "runtime.container", f"{profile.runtime.container} on the local scheduler is not built yet"
+            without = " without containers" if key in in_containers else ""
+            yield key, f"has no effect where scheduler is local{without}"
+    if contained:
+        yield from _container_problems(profile)
+
+
+def _container_problems(profile: Profile) -> Problems:
+    problem = runtime_problem(profile.runtime.container, profile.scheduler)
+    if problem:
+        yield "runtime.container", problem
+    for kind, image in profile.images.items():
+        yield from ((f"images.{kind}", problem) for problem in image_problems(image, profile.runtime))
+    for i, mount in enumerate(profile.mounts):
+        problem = mount_problem(mount, profile.runtime.container)
+        if problem:
+            yield f"mounts[{i}]", problem
+    if profile.code and not profile.code.startswith("/"):
+        yield "code", f"{profile.code}: give the full path on the nodes"
 
 
 def _slurm_problems(profile: Profile) -> Problems:
-    if profile.runtime.container not in RUNTIMES:
-        yield "runtime.container", not_built(profile.runtime.container)
     if profile.limits.continuation == "chain":
         yield "limits.continuation", "chain is not built yet; there is requeue"
     for key in ("partition", "cpu_partition"):
         name = getattr(profile, key)
         if name and profile.partitions and name not in profile.partitions:
             yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
-    for kind, image in profile.images.items():
-        yield from ((f"images.{kind}", problem) for problem in image_problems(image, profile.runtime))
-    for i, mount in enumerate(profile.mounts):
-        problem = mount_problem(mount)
-        if problem:
-            yield f"mounts[{i}]", problem
-    if profile.code and not profile.code.startswith("/"):
-        yield "code", f"{profile.code}: give the full path on the nodes"
+    yield from _container_problems(profile)
     for i, line in enumerate(profile.setup):
         if line.lstrip().startswith("#SBATCH"):
             yield f"setup[{i}]", "sbatch options go under sbatch:"
@@ -248,11 +249,17 @@ def check_resources(resources: Resources, spec: StageSpec, profile: Profile) -> 
     if profile.scheduler == "local":
         if resources.nodes > 1:
             yield "nodes", f"asks for {resources.nodes} nodes, but cluster {profile.name} is one machine"
+        if profile.runtime.container != "none":
+            yield from _image_problems(resources, spec, profile)
         return
     yield from _limit_problems(resources, profile)
     yield from _time_problems(resources, profile)
     if resources.mem and not _MEMORY.fullmatch(resources.mem):
         yield "mem", f"{resources.mem!r} is no amount of memory; write 64G"
+    yield from _image_problems(resources, spec, profile)
+
+
+def _image_problems(resources: Resources, spec: StageSpec, profile: Profile) -> Problems:
     mend = f"; set images.{spec.kind} in the profile of cluster {profile.name}, or image here"
     for problem in image_problems(resources.image or profile.images.get(spec.kind), profile.runtime):
         yield "image", problem + (mend if problem == "no container image" else "")
@@ -304,18 +311,25 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
 
 
 def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:
-    """The run with every stage placed on this cluster."""
+    """The run with every stage placed on this cluster; on this machine without containers it stays as it is."""
+    if profile.scheduler == "local" and profile.runtime.container == "none":
+        return record
     return replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
 
 
 def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> Step:
-    code = code_folder(spec, profile, root)
+    code, code_mount = code_folder(spec, profile, root), None
+    if code:
+        code_mount = f"{code}:{code}:ro"
+    elif profile.scheduler == "local":
+        # The package alone: what else is installed beside it is the image's affair.
+        code, code_mount = CODE_INSIDE, f"{package_dir()}:{CODE_INSIDE}/launcher:ro"
     env = {**profile.env, **({"PYTHONPATH": code} if code else {}), **step.env}
     argv = tuple(word.replace("{python}", profile.python) for word in step.argv)
     if profile.runtime.container == "none":
         return replace(step, argv=argv, env=env)
     outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
-    own = (str(root), *([f"{code}:{code}:ro"] if code else []))
+    own = (str(root), *([code_mount] if code_mount else []))
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
     return replace(step, argv=argv, env=env, image=step.image or profile.images.get(spec.kind), mounts=mounts)
 

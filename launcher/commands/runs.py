@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     records = records_of(args, profile)
     root = store.open_root(root_of(args))
+    records = [place_record(r, profile, root) for r in records]
     if profile.scheduler == "slurm":
-        return _run_on_slurm(root, [place_record(r, profile, root) for r in records], profile, args.detach)
+        return _run_on_slurm(root, records, profile, args.detach)
     worst = 0
     for record in records:
         code = _run_here(root, record, profile, args.detach)

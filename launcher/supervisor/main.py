@@ -20,6 +20,7 @@ from typing import Any
 
 from launcher import __version__, store
 from launcher.attempts import attempts_at, lives_without_progress
+from launcher.containers import DETACHED
 from launcher.errors import PrismError, UserError
 from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
@@ -158,10 +159,10 @@ class Supervisor:
     def _cost(self) -> dict[str, float]:
         """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
         seconds = time.monotonic() - self.began
-        if self.allocation.job is None:
+        if self.allocation.job is None and self.spec.runtime.container not in DETACHED:
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
-        else:  # the children are sruns; ranks that were killed told nothing
+        else:  # the children are sruns or clients of containers; ranks that were killed told nothing
             told = [store.read_json(path) or {} for path in self.attempt_dir.glob("exit.*.json")]
             cpu = sum(t.get("cpu_seconds", 0.0) for t in told)
             peak = max((t.get("peak_memory_bytes", 0) for t in told), default=0)
