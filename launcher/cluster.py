@@ -34,6 +34,7 @@ OWNED = {
 #: Where containers of this machine find the `launcher` package that started them.
 CODE_INSIDE = "/opt/prism-launch"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
@@ -130,6 +131,11 @@ def _profile_problems(profile: Profile) -> Problems:
     for key, names in (("env", profile.env), ("runtime.env_unset", profile.runtime.env_unset)):
         yield from ((key, f"{name!r} is no name of a variable") for name in names if not _NAME.fullmatch(name))
     for name, value in profile.env.items():
+        if _SECRET.search(name):
+            yield (
+                f"env.{name}",
+                "looks like a secret; name it under the recipe's `secrets:` and export it in your shell",
+            )
         if "\0" in value:
             yield f"env.{name}", "holds a NUL character"
 

@@ -219,6 +219,7 @@ def _add(
         steps=module.steps(stage.config, stage.resources),
         limits=builder.limits,
         runtime=builder.runtime,
+        secrets=builder.recipe.secrets,
     )
     builder.planned[stage.name] = PlannedStage(spec, depends, stage.resources, inserted)
 

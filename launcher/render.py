@@ -150,7 +150,7 @@ if ! command -v sbatch >/dev/null; then
     exit 1
 fi
 # Variables that would change what the scripts say.
-unset ${!SBATCH_@}
+unset "${!SBATCH_@}"
 umask 077
 if ! put run.json "$run/run.json"; then
     echo "submit.sh: cannot write under $run; nothing has been submitted" >&2

@@ -97,7 +97,7 @@ def _setup(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
     yield f"unset {' '.join(SRUN_DEFAULTS)}"
     if leaks:
         yield "# What a shell that submits might carry into the steps unseen."
-        yield "unset " + " ".join(f"${{!{name[:-1]}@}}" if name.endswith("*") else name for name in leaks)
+        yield "unset " + " ".join(f'"${{!{name[:-1]}@}}"' if name.endswith("*") else name for name in leaks)
     if profile.runtime.container == "charliecloud":
         yield 'export USER="${USER:-$(id -un)}"  # ch-run insists on it'
     yield from profile.setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
             print(dry_run(record, profile, root_of(args)))
         return 0
     records = records_of(args, profile)
+    _refuse_absent_secrets(records)
     root = store.open_root(root_of(args))
     records = [place_record(r, profile, root) for r in records]
     if profile.scheduler == "slurm":
@@ -36,6 +38,13 @@ def run(args: argparse.Namespace) -> int:
             return code
         worst = max(worst, code)
     return worst
+
+
+def _refuse_absent_secrets(records: Sequence[RunRecord]) -> None:
+    named = {name for record in records for stage in record.stages for name in stage.spec.secrets}
+    absent = sorted(name for name in named if not os.environ.get(name))
+    if absent:
+        raise UserError(f"secrets: {', '.join(absent)} not set in this shell; export it, then run again")
 
 
 def _run_on_slurm(root: Path, records: Sequence[RunRecord], profile: Profile, detach: bool) -> int:
@@ -86,6 +95,7 @@ def resume(args: argparse.Namespace) -> int:
     """Go on with a run, as it was planned."""
     root, record = open_run(args)
     _check_versions(record)
+    _refuse_absent_secrets([record])
     profile = load_profile(record.cluster)
     if profile.scheduler == "slurm":
         return _run_on_slurm(root, [record], profile, args.detach)

@@ -19,8 +19,9 @@ from launcher.recipe.document import Document, join, merge_documents, parse_valu
 from launcher.spec import SpecError, decode, did_you_mean
 from launcher.units import parse_duration
 
-TOP_KEYS = ("name", "description", "base", "model", "seed", "matrix", "resources", "stages")
+TOP_KEYS = ("name", "description", "base", "model", "seed", "secrets", "matrix", "resources", "stages")
 STAGE_KINDS = tuple(kind for kind in CONFIGS if kind != "convert")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("-to-hf", "-to-megatron", "-to-nemo")
 
@@ -165,6 +166,7 @@ def _load_point(
         overrides=tuple(applied),
         resolved=reader.data,
         positions=reader.positions,
+        secrets=tuple(reader.data.get("secrets") or ()),
     )
 
 
@@ -245,6 +247,9 @@ def _check_top(reader: _Reader) -> None:
         value = reader.data.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             reader.problem(key, f"expected {noun}, got {value!r}")
+    secrets = reader.data.get("secrets") or []
+    if not isinstance(secrets, list) or not all(isinstance(s, str) and _VARIABLE.fullmatch(s) for s in secrets):
+        reader.problem("secrets", "expected a list of names of variables, such as [HF_TOKEN]; never their values")
     if not isinstance(reader.data.get("stages"), Mapping) or not reader.data["stages"]:
         reader.problem("stages", "is required: a mapping of stage names to stages")
 

@@ -133,6 +133,7 @@ class Supervisor:
             return outcome("finished", "made by another run in the meantime")
         if sealing.finish_interrupted(self.root, self.spec):
             return outcome("finished", "sealed what an earlier attempt had made whole")
+        sealing.check_secrets(self.spec)
         sealing.check_inputs(self.root, self.spec)
         sealing.clear_outputs(self.root, self.spec)
         result = classify(self._watch())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,16 @@ from launcher.store import Owner, Receipt
 
 #: In an unfinished artifact: what its attempts have cost so far.
 COST = "cost.json"
+
+
+def check_secrets(spec: StageSpec) -> None:
+    """Refuse to start without the secrets that the stage needs. Raises UserError with their names."""
+    absent = [name for name in spec.secrets if not os.environ.get(name)]
+    if absent:
+        raise UserError(
+            f"{', '.join(absent)} not set in the job: export it in the shell that submits; "
+            "if it is, sbatch does not pass the environment on here (--export)"
+        )
 
 
 def check_inputs(root: Path, spec: StageSpec) -> None:

@@ -1,4 +1,4 @@
-"""The supervisor's containers of this machine, by a real Docker: output, exit codes, signals, and nothing left behind."""
+"""The supervisor's containers of this machine by a real Docker: output, exit codes, signals, nothing left."""
 
 from __future__ import annotations
 
