@@ -203,7 +203,9 @@ def name_prefix(attempt_dir: str) -> str:
 
 def remove_argv(container: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """The command that kills and removes containers and ends when they are gone; they may be gone already."""
-    return (container, "rm", "--force", *names) if container in DETACHED else ("true",)
+    # podman would wait for ten seconds after a polite signal.
+    options = {"docker": ("rm", "--force"), "podman": ("rm", "--force", "--ignore", "--time=0")}.get(container)
+    return (container, *options, *names) if options else ("true",)
 
 
 def list_argv(container: str, artifact: str) -> tuple[str, ...]:

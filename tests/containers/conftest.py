@@ -71,11 +71,38 @@ def _wait(daemon: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def bare_image(docker: None) -> Iterator[str]:
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A podman that keeps its images and containers in a folder of the tests'."""
+    if shutil.which("podman") is None or shutil.which("catatonit") is None:
+        lacking("podman or catatonit is not installed; Debian's packages of these names have them")
+    folder = tmp_path_factory.mktemp("podman")
+    # Limits that need no further rights; runc, because crun refuses control groups of both versions at once.
+    runtime = 'runtime = "runc"\n' if shutil.which("runc") else ""
+    limits = 'default_ulimits = ["nofile=1024:4096", "nproc=4096:4096"]\n'
+    (folder / "containers.conf").write_text(f"[containers]\n{limits}[engine]\n{runtime}")
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/g"\nrunroot = "{folder}/r"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_CONF", str(folder / "containers.conf"))
+        patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
+        yield
+        call("podman", "system", "reset", "--force", check=False)
+
+
+@pytest.fixture(scope="session", params=["docker", "podman"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """The program that runs containers."""
+    request.getfixturevalue(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def bare_image(engine: str) -> Iterator[str]:
     """An image with Python alone."""
-    build("--bare", "--docker", BARE)
-    yield BARE
-    call("docker", "image", "rm", "--force", BARE)
+    build("--bare", f"--{engine}", BARE)
+    yield f"localhost/{BARE}" if engine == "podman" else BARE
+    call(engine, "image", "rm", "--force", BARE, check=False)
 
 
 @pytest.fixture(scope="session")
