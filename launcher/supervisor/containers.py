@@ -20,7 +20,7 @@ from launcher.supervisor.classify import RankExit
 from launcher.supervisor.processes import Process
 
 #: $0: the client's process group; the rest: the command that removes the container. Standard input is the supervisor's.
-_GUARD = 'read -r _; kill -KILL -- "-$0"; exec "$@"'
+_GUARD = 'read -r _; kill -s KILL -- "-$0"; exec "$@"'
 #: What `docker run` and `podman run` exit with where the container could not be made.
 _NOT_STARTED = 125
 _COMPLAINTS = ("docker: ", "Error: ")
