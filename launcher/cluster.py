@@ -233,7 +233,7 @@ def _where(document: Document, key: str, path: Path) -> str:
 
 def profile_files() -> list[Path]:
     """The shipped profiles' files."""
-    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"))
+    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"), key=lambda path: path.stem)
 
 
 def _named_files() -> dict[str, Path]:

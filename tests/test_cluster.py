@@ -17,6 +17,7 @@ from launcher.spec import Input, StageSpec, read_stage
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PYXIS = load_profile("example-pyxis")
+SHIPPED = ["example-apptainer", "example-pyxis", "local", "local-apptainer", "local-docker"]
 SMALLEST = "scheduler: slurm\n"
 
 
@@ -36,7 +37,7 @@ def problems(folder: Path, text: str) -> list[str]:
 
 def test_the_shipped_profiles_are_read_and_say_what_they_are() -> None:
     profiles = {p.name: p for p in list_profiles()}
-    assert list(profiles) == ["example-apptainer", "example-pyxis", "local"]
+    assert list(profiles) == SHIPPED
     assert all(p.description for p in profiles.values())
     assert profiles["local"].scheduler == "local" and profiles["local"].slots == 2
     for name in ("pyxis", "apptainer"):
@@ -50,7 +51,7 @@ def test_profiles_of_the_users_own_are_found_by_name(tmp_path: Path, monkeypatch
     for name, slots in (("desk", 3), ("local", 5)):
         (own / f"{name}.yaml").write_text(f"scheduler: local\nslots: {slots}\n")
     (own / "gone.yaml").symlink_to(tmp_path / "nowhere")
-    assert [p.name for p in list_profiles()] == ["example-apptainer", "example-pyxis", "local", "desk"]
+    assert [p.name for p in list_profiles()] == [*SHIPPED, "desk"]
     assert load_profile("desk").slots == 3 and load_profile("local").slots == 5
     with pytest.raises(UserError, match="did you mean desk"):
         load_profile("dsek")
