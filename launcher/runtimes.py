@@ -39,9 +39,9 @@ def _check_docker() -> None:
     done = _call("docker", "info", "--format={{.SecurityOptions}}")
     if done.returncode:
         raise WorldError(f"docker: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no answer'}")
-    if "name=rootless" in done.stdout:
-        # Its root is the user, and any other id inside owns what is written outside: files nobody could remove.
-        raise WorldError("docker: this daemon is rootless, which is not supported; use podman")
+    if "name=rootless" in done.stdout or "name=userns" in done.stdout:
+        # The caller's id inside is another one outside, which owns what is written and may read nothing.
+        raise WorldError("docker: this daemon gives users other ids in containers, which is not supported; use podman")
 
 
 def _is_here(container: str, image: str) -> bool:

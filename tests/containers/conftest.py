@@ -5,30 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from container_calls import build, call, lacking
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 BARE, CPU = "prism-launch-bare:test", "prism-launch-cpu:test"
-
-
-def lacking(reason: str) -> NoReturn:
-    """Skip, saying why; in continuous integration nothing may be lacking."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def call(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-    if check and done.returncode:
-        pytest.fail(f"{argv}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done
 
 
 def answers() -> bool:
@@ -111,7 +95,3 @@ def cpu_image(docker: None) -> Iterator[str]:
     build("--docker", CPU)
     yield CPU
     call("docker", "image", "rm", "--force", CPU)
-
-
-def build(*options: str) -> None:
-    call(sys.executable, str(CHECKOUT / "containers" / "build_here.py"), *options)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from container_calls import CHECKOUT, call
 
 from launcher import store
 from launcher.containers import Here, list_argv, name_prefix, remove_argv, wrap
 from launcher.errors import UserError, WorldError
 from launcher.runtimes import check_containers
 from launcher.spec import Runtime, StageSpec, Step
-from tests.containers.conftest import CHECKOUT, call
 from tests.supervisor.counting import Store, counting_stage, counting_step
 
 SLOW = {"until": 1000, "sleep": 0.05}

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from container_calls import CHECKOUT, build, lacking
 
 from launcher import store
 from launcher.runtimes import check_containers
 from launcher.spec import Runtime, StageSpec
-from tests.containers.conftest import CHECKOUT, build, lacking
 from tests.supervisor.counting import Store, counting_stage, counting_step
 
 SLOW = {"until": 1000, "sleep": 0.05, "save": 1000}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from container_calls import CHECKOUT, call
 
 from launcher import store
 from launcher.attempts import attempts_at
@@ -16,7 +17,6 @@ from launcher.cluster import load_profile
 from launcher.containers import list_argv
 from launcher.data import data_dir
 from launcher.run_record import read_run
-from tests.containers.conftest import CHECKOUT, call
 
 pytestmark = pytest.mark.slow
 RECIPE = CHECKOUT / "tests" / "containers" / "pipeline.yaml"
