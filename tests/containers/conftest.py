@@ -20,12 +20,12 @@ def answers() -> bool:
 
 
 @pytest.fixture(scope="session")
-def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`docker` reaches a daemon. It skips where there is none and none can be started."""
+def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bool]:
+    """`docker` reaches a daemon; whether that ends with the tests. Skips where there is none and none can be started."""
     if shutil.which("docker") is None:
         lacking("docker is not installed; Debian's package docker.io has it")
     if answers():
-        yield
+        yield False
         return
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
         lacking("no Docker daemon answers, and only root can start one (dockerd, of Debian's package docker.io)")
@@ -39,11 +39,12 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("DOCKER_HOST", socket)
         try:
             _wait(daemon, folder / "log")
-            yield
+            yield True
         finally:
             daemon.terminate()
             daemon.wait(timeout=60)
-            shutil.rmtree(folder, ignore_errors=True)
+            call("umount", str(folder / "exec" / "netns" / "default"), check=False)  # which it leaves behind
+            call("rm", "-rf", str(folder), check=False)
 
 
 def _wait(daemon: subprocess.Popen[bytes], log: Path) -> None:
@@ -90,8 +91,9 @@ def bare_image(engine: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cpu_image(docker: None) -> Iterator[str]:
+def cpu_image(docker: bool) -> Iterator[str]:
     """The `cpu` image, of this interpreter's packages."""
     build("--docker", CPU)
     yield CPU
-    call("docker", "image", "rm", "--force", CPU)
+    if not docker:
+        call("docker", "image", "rm", "--force", CPU)

@@ -197,7 +197,7 @@ def test_images_are_looked_for_before_a_run(by: Engine) -> None:
         check_containers(by.name, [replace(step, mounts=('/a"b',))])
 
 
-def test_a_daemon_that_does_not_answer_is_named(docker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_does_not_answer_is_named(docker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(name="s", argv=("x",), image="cpu:1")
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/socket")
     with pytest.raises(WorldError, match="docker: .*nowhere/socket"):
