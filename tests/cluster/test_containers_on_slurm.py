@@ -155,7 +155,7 @@ def test_stages_run_in_containers_on_two_nodes(on: OnSlurm, image: Image) -> Non
 
     end = on.end(f"{jobs['count']}.0", "count")
     saved = int((store.partial_dir(on.root, count.artifact) / "progress" / "count").read_text())
-    assert (end["class"], end["message"]) == ("cancelled", "stopped as asked") and saved >= 3
+    assert end["class"] == "cancelled" and saved >= 3, "it saves when asked alone"
 
     logs = [path.read_text() for path in store.stage_dir(on.root, "run", "bad").rglob("*.log")]
     assert any(f"{on.root}/nowhere" in text for text in logs), logs

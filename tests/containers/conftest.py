@@ -21,7 +21,7 @@ def answers() -> bool:
 
 @pytest.fixture(scope="session")
 def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bool]:
-    """`docker` reaches a daemon; whether that ends with the tests. Skips where there is none and none can be started."""
+    """`docker` reaches a daemon; whether that ends with the tests. Skips where none can be had."""
     if shutil.which("docker") is None:
         lacking("docker is not installed; Debian's package docker.io has it")
     if answers():
