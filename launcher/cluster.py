@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.configs import Resources, default_of, option
-from launcher.containers import RUNTIMES, image_problems, mount_problem, not_built, order_mounts
-from launcher.data import data_dir, own_profiles
+from launcher.containers import image_problems, mount_problem, order_mounts, runtime_problem
+from launcher.data import data_dir, own_profiles, package_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
@@ -33,6 +33,8 @@ OWNED = {
 }
 #: Kinds of stage, and RL backends whose libraries need an image of their own.
 IMAGE_NAMES = (*KINDS, "rl-nemo-aligner", "rl-nemo-rl")
+#: Where containers of this machine find the `launcher` package that started them.
+CODE_INSIDE = "/opt/prism-launch"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
@@ -81,16 +83,18 @@ class Profile:
     gpu_type: str | None = option(None, "Type in the request: gpu:TYPE:8.")
     sbatch: Mapping[str, str | int | bool] = option({}, "Further sbatch options; true for one without a value.")
     setup: tuple[str, ...] = option((), "Shell lines before the supervisor starts, such as `module load`.")
-    env: Mapping[str, str] = option({}, "Variables of every job and every step.")
+    env: Mapping[str, str] = option({}, "Variables of every job and every step; local: of steps in containers.")
     python: str = option("python3", "Interpreter of the workers: in the image where there is one.")
     host_python: str | None = option(None, "Python 3.10 or newer on the nodes, outside images; null: `python`.")
-    code: str | None = option(None, "Folder with the `launcher` package as nodes see it; null: it is installed there.")
+    code: str | None = option(
+        None, "Folder with the `launcher` package as nodes see it; null: it is installed there, or, local, mounted."
+    )
     images: Mapping[str, str] = option(
         {}, "Container image by kind of stage; rl-nemo-aligner and rl-nemo-rl for those backends."
     )
     gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
-    runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
+    runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
     limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation, visibility_s.")
     notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
 
@@ -165,46 +169,42 @@ def _notify_problems(argv: tuple[str, ...]) -> Problems:
 def _local_problems(profile: Profile) -> Problems:
     slurm_only = ("partition", "cpu_partition", "partitions", "account", "qos", "constraint", "mem", "exclusive")
     submission = ("slurm_conf", "submit_rate", "max_submit", "max_array", "max_array_running", "share_group")
-    ignored = (
-        *slurm_only,
-        *submission,
-        "gpu_request",
-        "gpu_type",
-        "sbatch",
-        "setup",
-        "env",
-        "host_python",
-        "code",
-        "images",
-        "mounts",
-    )
+    ignored = (*slurm_only, *submission, "gpu_request", "gpu_type", "sbatch", "setup", "host_python", "time")
+    in_containers = ("env", "code", "images", "mounts", "python")
+    contained = profile.runtime.container != "none"
     defaults = {f.name: default_of(f) for f in fields(profile)}
-    for key in (*ignored, "python", "time"):
+    for key in (*ignored, *(() if contained else in_containers)):
         if getattr(profile, key) != defaults[key]:
-            yield key, "has no effect where scheduler is local"
-    if profile.runtime.container != "none":
-        yield "runtime.container", f"{profile.runtime.container} on the local scheduler is not built yet"
+            without = " without containers" if key in in_containers else ""
+            yield key, f"has no effect where scheduler is local{without}"
+    if contained:
+        yield from _container_problems(profile)
+
+
+def _container_problems(profile: Profile) -> Problems:
+    problem = runtime_problem(profile.runtime.container, profile.scheduler)
+    if problem:
+        yield "runtime.container", problem
+    for kind, image in profile.images.items():
+        yield from ((f"images.{kind}", problem) for problem in image_problems(image, profile.runtime))
+    for i, mount in enumerate(profile.mounts):
+        problem = mount_problem(mount, profile.runtime.container)
+        if problem:
+            yield f"mounts[{i}]", problem
+    if profile.code and not profile.code.startswith("/"):
+        yield "code", f"{profile.code}: give the full path on the nodes"
 
 
 def _slurm_problems(profile: Profile) -> Problems:
-    if profile.runtime.container not in RUNTIMES:
-        yield "runtime.container", not_built(profile.runtime.container)
     if profile.limits.continuation == "chain":
         yield "limits.continuation", "chain is not built yet; there is requeue"
     for key in ("partition", "cpu_partition"):
         name = getattr(profile, key)
         if name and profile.partitions and name not in profile.partitions:
             yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
-    for kind, image in profile.images.items():
-        yield from ((f"images.{kind}", problem) for problem in image_problems(image, profile.runtime))
-    for i, mount in enumerate(profile.mounts):
-        problem = mount_problem(mount)
-        if problem:
-            yield f"mounts[{i}]", problem
-    for key in ("code", "slurm_conf"):
-        path = getattr(profile, key)
-        if path and not path.startswith("/"):
-            yield key, f"{path}: give the full path{' on the nodes' if key == 'code' else ''}"
+    yield from _container_problems(profile)
+    if profile.slurm_conf and not profile.slurm_conf.startswith("/"):
+        yield "slurm_conf", f"{profile.slurm_conf}: give the full path"
     for i, line in enumerate(profile.setup):
         if line.lstrip().startswith("#SBATCH"):
             yield f"setup[{i}]", "sbatch options go under sbatch:"
@@ -269,7 +269,7 @@ def _where(document: Document, key: str, path: Path) -> str:
 
 def profile_files() -> list[Path]:
     """The shipped profiles' files."""
-    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"))
+    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"), key=lambda path: path.stem)
 
 
 def _named_files() -> dict[str, Path]:
@@ -291,11 +291,17 @@ def check_resources(resources: Resources, spec: StageSpec, profile: Profile) -> 
     if profile.scheduler == "local":
         if resources.nodes > 1:
             yield "nodes", f"asks for {resources.nodes} nodes, but cluster {profile.name} is one machine"
+        if profile.runtime.container != "none":
+            yield from _image_problems(resources, spec, profile)
         return
     yield from _limit_problems(resources, profile)
     yield from _time_problems(resources, profile)
     if resources.mem and not _MEMORY.fullmatch(resources.mem):
         yield "mem", f"{resources.mem!r} is no amount of memory; write 64G"
+    yield from _image_problems(resources, spec, profile)
+
+
+def _image_problems(resources: Resources, spec: StageSpec, profile: Profile) -> Problems:
     mend = f"; set images.{spec.kind} in the profile of cluster {profile.name}, or image here"
     for problem in image_problems(resources.image or image_of(spec, profile), profile.runtime):
         yield "image", problem + (mend if problem == "no container image" else "")
@@ -347,18 +353,25 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
 
 
 def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:
-    """The run with every stage placed on this cluster."""
+    """The run with every stage placed on this cluster; on this machine without containers it stays as it is."""
+    if profile.scheduler == "local" and profile.runtime.container == "none":
+        return record
     return replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
 
 
 def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> Step:
-    code = code_folder(spec, profile, root)
+    code, code_mount = code_folder(spec, profile, root), None
+    if code:
+        code_mount = f"{code}:{code}:ro"
+    elif profile.scheduler == "local":
+        # The package alone: what else is installed beside it is the image's affair.
+        code, code_mount = CODE_INSIDE, f"{package_dir()}:{CODE_INSIDE}/launcher:ro"
     env = {**profile.env, **({"PYTHONPATH": code} if code else {}), **step.env}
     argv = tuple(word.replace("{python}", profile.python) for word in step.argv)
     if profile.runtime.container == "none":
         return replace(step, argv=argv, env=env)
     outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
-    own = (str(root), *([f"{code}:{code}:ro"] if code and not spec.snapshot else []))  # a snapshot lies in the root
+    own = (str(root), *([code_mount] if code_mount and not spec.snapshot else []))  # a snapshot lies in the root
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
     return replace(step, argv=argv, env=env, image=step.image or image_of(spec, profile), mounts=mounts)
 

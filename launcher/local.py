@@ -24,6 +24,7 @@ from launcher import store
 from launcher.attempts import Attempt, attempts, newest_attempt, step_of
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
+from launcher.runtimes import check_containers
 from launcher.spec import stage_text
 from launcher.state import stage_states
 from launcher.status import RunStatus, run_status
@@ -53,7 +54,7 @@ def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False
     Raises UserError where another process drives this run, or drives another plan of it.
     """
     _refuse_obstacles(root, record)
-    _check_installed()
+    check_here(record)
     if detach:
         return _detach(root, record, as_json)
     with claimed(root, record.run):
@@ -71,6 +72,15 @@ def _refuse_obstacles(root: Path, record: RunRecord) -> None:
     ]
     if problems:
         raise UserError(problems)
+
+
+def check_here(record: RunRecord) -> None:
+    """Refuse to begin what this machine cannot run: packages, or runtime and images of containers."""
+    container = record.stages[0].spec.runtime.container
+    if container == "none":
+        _check_installed()
+    else:
+        check_containers(container, [step for stage in record.stages for step in stage.spec.steps])
 
 
 def _check_installed() -> None:

@@ -241,6 +241,8 @@ def _setup(spec: StageSpec, profile: Profile, root: Path, folder: str) -> Iterat
     if leaks:
         yield "# What a shell that submits might carry into the steps unseen."
         yield "unset " + " ".join(f'"${{!{name[:-1]}@}}"' if name.endswith("*") else name for name in leaks)
+    if profile.runtime.container == "charliecloud":
+        yield 'export USER="${USER:-$(id -un)}"  # ch-run insists on it'
     yield from profile.setup
     code = code_folder(spec, profile, root)
     ours = {**({"PYTHONPATH": code} if code else {}), "PRISM_ROOT": str(root)}

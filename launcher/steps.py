@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher import store
-from launcher.containers import wrap
+from launcher.containers import DETACHED, Here, container_name, wrap
 from launcher.errors import UserError
 from launcher.spec import Runtime, StageSpec, Step
 
@@ -84,12 +84,34 @@ def environment(step: Step, place: Place) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(step.cpus), **ours, **master, **step.env}
 
 
-def local_commands(step: Step, place: Place) -> list[tuple[tuple[str, ...], dict[str, str]]]:
-    """Command and environment of every process of a step, all on this machine."""
+#: What a container of this machine does not get from its surroundings; it may have no entry for its user.
+_IN_CONTAINERS = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
+
+
+def local_commands(
+    spec: StageSpec, step: Step, place: Place, user: str
+) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+    """Command and further environment of every process of a step, all on this machine. `user` is UID:GID.
+
+    Raises UserError where the runtime cannot start the step.
+    """
     argv = fill(step.argv, place)
     common = environment(step, place)
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(step.ntasks)} for i in range(step.ntasks)]
-    return [(argv, {**common, **rank}) for rank in ranks]
+    if spec.runtime.container == "none":
+        return [(argv, {**common, **rank}) for rank in ranks]
+    more = _IN_CONTAINERS if spec.runtime.container in DETACHED else {}
+    found: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    for i, rank in enumerate(ranks):
+        here = Here(
+            name=container_name(place.attempt_dir, step.name, i),
+            artifact=f"{place.root}/{spec.artifact}",
+            user=user,
+            passed=("CUDA_VISIBLE_DEVICES", *spec.secrets),
+        )
+        variables = {**more, **common, **rank}
+        found.append((wrap(step, argv, variables, place.attempt_dir, spec.runtime, here), {}))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- Slurm

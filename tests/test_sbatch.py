@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ from launcher.steps import SlurmAttempt, slurm_place, srun_argv
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PROFILE = Profile(name="site", scheduler="slurm", partition="gpu", account="me")
+IMAGES = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}, "charliecloud": {"train": "/i"}}
 ROOT = Path("/scratch/prism")
 HOSTILE = (
     "a b",
@@ -241,11 +243,12 @@ def test_a_missing_stage_folder_ends_the_job_before_anything_runs(tmp_path: Path
             "apptainer",
             {"APPTAINER_BIND", "APPTAINER_BINDPATH", "APPTAINERENV_X", "SINGULARITYENV_Y", "PYTHONHOME", "MINE"},
         ),
+        ("charliecloud", {"PYTHONPATH", "PYTHONHOME", "MINE"}),
     ],
 )
 def test_what_a_shell_would_carry_in_unseen_is_removed(container: str, leaks: set[str], tmp_path: Path) -> None:
     runtime = Runtime(container=container, env_unset=("MINE",))  # type: ignore[arg-type]
-    image = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}}[container]
+    image = IMAGES[container]
     profile = replace(PROFILE, runtime=runtime, images=image, host_python="recorder")
     (tmp_path / "root" / "runs" / "demo" / "stages" / "midtrain").mkdir(parents=True)
     _, _, env = execute(text(profile, tmp_path / "root"), tmp_path, **dict.fromkeys(leaks | {"KEPT"}, "x"))
@@ -264,9 +267,18 @@ def test_a_nul_in_a_variable_never_gets_into_a_profile() -> None:
         replace(PROFILE, env={"A": "x\0"})
 
 
-@pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
+@pytest.mark.parametrize(("name", "expected"), [("me", "me"), ("", pwd.getpwuid(os.getuid()).pw_name)])
+def test_charliecloud_gets_the_users_name_where_the_shell_has_none(name: str, expected: str, tmp_path: Path) -> None:
+    runtime = Runtime(container="charliecloud")
+    profile = replace(PROFILE, runtime=runtime, images=IMAGES["charliecloud"], host_python="recorder")
+    (tmp_path / "root" / "runs" / "demo" / "stages" / "midtrain").mkdir(parents=True)
+    _, _, env = execute(text(profile, tmp_path / "root"), tmp_path, USER=name)
+    assert env["USER"] == expected
+
+
+@pytest.mark.parametrize("container", IMAGES)
 def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
-    image = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}}[container]
+    image = IMAGES[container]
     runtime = Runtime(container=container, mpi="none")  # type: ignore[arg-type]
     profile = replace(PROFILE, runtime=runtime, images=image)
     stage = planned(profile, nodes=2, ntasks_per_node=8, gpus_per_node=8)

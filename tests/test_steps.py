@@ -38,7 +38,7 @@ def test_a_port_of_no_step_is_an_error() -> None:
 
 
 def test_local_ranks_differ_in_rank_alone() -> None:
-    commands = local_commands(STEP, PLACE)
+    commands = local_commands(SPEC, STEP, PLACE, "7:8")
     assert [env["RANK"] for _, env in commands] == [str(i) for i in range(16)]
     assert len({argv for argv, _ in commands}) == 1
     for _, env in commands:
@@ -49,6 +49,19 @@ def test_local_ranks_differ_in_rank_alone() -> None:
             "1",
         )
         assert env["PRISM_STEP"] == "train" and env["MINE"] == "{python}"
+
+
+def test_every_local_rank_gets_a_container_of_its_own() -> None:
+    spec = replace(SPEC, runtime=Runtime(container="docker"), secrets=("TOKEN",))
+    step = replace(STEP, image="cpu:1", ntasks=2)
+    commands = local_commands(spec, step, PLACE, "7:8")
+    assert [env for _, env in commands] == [{}, {}]
+    names = [next(w for w in argv if w.startswith("--name=")) for argv, _ in commands]
+    assert len(set(names)) == 2 and names[0].endswith("-train-0")
+    for rank, (argv, _) in enumerate(commands):
+        assert {"--user=7:8", "--env=TOKEN", "--workdir=/r/s/9.0", f"RANK={rank}", "MINE={python}"} < set(argv)
+        assert f"--label=prism-launch.artifact=/r/{spec.artifact}" in argv
+        assert argv[-7:] == fill(step.argv, PLACE)
 
 
 def test_srun_states_every_count() -> None:

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_impossible(root, [place_record(r, profile, root) for r in records], profile)
         records = [place_record(with_snapshot(root, r, profile), profile, root) for r in records]
         return _run_on_slurm(root, records, profile, args)
+    records = [place_record(r, profile, root) for r in records]
     worst = 0
     for record in records:
         code = _run_here(root, record, profile, args)

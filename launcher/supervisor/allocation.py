@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from typing import IO, Any, Protocol
 
 import launcher
 from launcher import slurm, store
+from launcher.containers import DETACHED, LEAKS, container_name
 from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
 from launcher.steps import (
@@ -29,6 +32,7 @@ from launcher.steps import (
     srun_argv,
 )
 from launcher.store import Owner
+from launcher.supervisor.containers import contain, remove_leftovers
 from launcher.supervisor.processes import Process, SrunStep
 
 
@@ -83,15 +87,30 @@ class ThisMachine:
 
     def start(self, step: Step, place: Place) -> list[Process]:
         """Start every rank; output goes to STEP.RANK.log. Ranks die with the supervisor."""
-        inherited = {k: v for k, v in os.environ.items() if k not in self.spec.runtime.env_unset}
-        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
-        inherited |= {"PYTHONUNBUFFERED": "1", "PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
-        started = []
-        for rank, (argv, variables) in enumerate(local_commands(step, place)):
+        container = self.spec.runtime.container
+        if container in DETACHED:
+            remove_leftovers(container, f"{self.root}/{self.spec.artifact}", self.attempt_dir)
+        inherited = self._environment()
+        user = f"{os.getuid()}:{os.getgid()}"
+        started: list[Process] = []
+        for rank, (argv, variables) in enumerate(local_commands(self.spec, step, place, user)):
             with (self.attempt_dir / f"{step.name}.{rank}.log").open("ab") as log:
                 popen = _popen(argv, {**inherited, **variables}, self.attempt_dir, stdout=log, stderr=subprocess.STDOUT)
-            started.append(Process(step, rank, popen, self.attempt_dir))
+            process = Process(step, rank, popen, self.attempt_dir)
+            name = container_name(str(self.attempt_dir), step.name, rank)
+            started.append(contain(process, container, name) if container in (*DETACHED, "apptainer") else process)
         return started
+
+    def _environment(self) -> dict[str, str]:
+        """This process's environment, as the ranks inherit it, or the program that starts their containers."""
+        container = self.spec.runtime.container
+        leaks = (*LEAKS[container], *self.spec.runtime.env_unset)
+        inherited = {k: v for k, v in os.environ.items() if not any(fnmatch.fnmatchcase(k, leak) for leak in leaks)}
+        if container == "none":
+            inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
+        if container in ("none", "charliecloud"):  # the others start their containers from another process
+            inherited |= {"PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
+        return {"USER": _user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 
     def why(self, number: signal.Signals) -> ExitClass:
         """TERM is `cancel` or Ctrl-C."""
@@ -182,6 +201,13 @@ def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
     away = [step for step in spec.steps if is_elsewhere(step)]
     nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
     return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _free_port() -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 from launcher import __version__, store
 from launcher.attempts import attempts_at, last_words, lives_without_progress
+from launcher.containers import DETACHED
 from launcher.errors import PrismError, UserError
 from launcher.notify import LIMIT_S, notify, state_after
 from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
@@ -179,10 +180,10 @@ class Supervisor:
     def _cost(self) -> dict[str, float]:
         """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
         seconds = time.monotonic() - self.began
-        if self.allocation.job is None:
+        if self.allocation.job is None and self.spec.runtime.container not in DETACHED:
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
-        else:  # the children are sruns; ranks that were killed told nothing
+        else:  # the children are sruns or clients of containers; ranks that were killed told nothing
             told = [store.read_json(path) or {} for path in self.attempt_dir.glob("exit.*.json")]
             cpu = sum(t.get("cpu_seconds", 0.0) for t in told)
             peak = max((t.get("peak_memory_bytes", 0) for t in told), default=0)
