@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from launcher.commands.shared import print_json, root_of
 
 
-def clusters(args: argparse.Namespace) -> int:
-    """List the cluster profiles, shipped and the user's own."""
+def cluster(args: argparse.Namespace) -> int:
+    """List, make and test cluster profiles."""
+    return {"list": _list_profiles, "init": _init_profile, "test": _test_profile}[args.action](args)
+
+
+def _list_profiles(args: argparse.Namespace) -> int:
+    """The cluster profiles, shipped and the user's own."""
     from launcher.cluster import list_profiles
     from launcher.data import own_profiles
 
@@ -19,9 +25,39 @@ def clusters(args: argparse.Namespace) -> int:
         return 0
     for p in profiles:
         print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
-    print("Your own: copy one of slurm/clusters/, change it, and name its path with --cluster; or put it into")
-    print(f"{own_profiles()}, and its name will do.")
+    print("Your own: `prism-launch cluster init` on a login node, or copy one of slurm/clusters/ and change it. --cluster")
+    print(f"takes the path of a profile, or the name of one in {own_profiles()}.")
     return 0
+
+
+def _init_profile(args: argparse.Namespace) -> int:
+    """Write a profile by looking at this site."""
+    from launcher.site.init import init_profile
+
+    profile, path = init_profile(args.name, args.output, args.force)
+    print(f"{path}: written")
+    gpus = profile.partitions[profile.partition].gpus_per_node if profile.partition in profile.partitions else None
+    facts = {
+        "partition": profile.partition or "not chosen: see the file",
+        "account": profile.account or "none",
+        "GPUs a node": f"{gpus}, by {profile.gpu_request}" if gpus else "none seen",
+        "mem": profile.mem or "not asked",
+        "container": profile.runtime.container,
+        "python": profile.python,
+    }
+    for name, value in facts.items():
+        print(f"  {name:<12} {value}")
+    named = path.stem if not args.output else args.output
+    print("Read it: every line says where it came from, and comments hold what could not be seen. Then:")
+    print(f"  prism-launch cluster test {shlex.quote(named)}")
+    return 0
+
+
+def _test_profile(args: argparse.Namespace) -> int:
+    """Prove a profile by a job."""
+    from launcher.errors import UserError
+
+    raise UserError("cluster test: not built yet")
 
 
 def devcluster(args: argparse.Namespace) -> int:
