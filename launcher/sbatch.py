@@ -24,11 +24,11 @@ from launcher.units import parse_duration, slurm_duration
 _REFUSED = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
-def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
+def sbatch_text(stage: PlannedStage, profile: Profile, root: Path, module: str = "launcher.supervisor") -> str:
     """The script that runs one attempt after another of a stage placed on the profile's cluster (`place_stage`).
 
-    It becomes the supervisor, which starts the steps. `root` is the store as the nodes see it. Raises UserError for
-    values that neither sbatch nor the container runtime can quote.
+    It becomes the supervisor, or another `module` that takes the path of stage.json, which starts the steps. `root` is
+    the store as the nodes see it. Raises UserError for values that neither sbatch nor the container runtime can quote.
     """
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
@@ -38,7 +38,7 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
     interpreter = shlex.quote(profile.host_python or profile.python)
     text: str = _make_sbatch_string(
         # `exec`: Slurm signals the process of the batch script, which must be the supervisor and not bash.
-        command=f"exec {interpreter} -u -m launcher.supervisor {shlex.quote(str(folder / 'stage.json'))}",
+        command=f"exec {interpreter} -u -m {module} {shlex.quote(str(folder / 'stage.json'))}",
         folder=folder,
         **header,
         wckey=None,

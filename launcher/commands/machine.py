@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import TYPE_CHECKING
 
 from launcher.commands.shared import print_json, root_of
+
+if TYPE_CHECKING:
+    from launcher.site.judge import Check
 
 
 def cluster(args: argparse.Namespace) -> int:
@@ -54,10 +58,53 @@ def _init_profile(args: argparse.Namespace) -> int:
 
 
 def _test_profile(args: argparse.Namespace) -> int:
-    """Prove a profile by a job."""
-    from launcher.errors import UserError
+    """Prove a profile by a job, or show what an earlier one told."""
+    from launcher import slurm, store
+    from launcher.cluster import load_profile
+    from launcher.site import trial
+    from launcher.site.judge import judge
 
-    raise UserError("cluster test: not built yet")
+    profile = load_profile(args.profile)
+    root = root_of(args)
+    if args.job:
+        test = trial.find_trial(root, args.job)
+        outcome = trial.read_outcome(test, slurm.job_states([test.job]).get(test.job))
+    else:
+        root = store.open_root(root)
+        test = trial.submit_trial(trial.plan_trial(profile, root, args.partition, args.nodes), profile, root)
+        if args.no_wait:
+            at = f"{shlex.quote(args.profile)} --job {test.job} --root {shlex.quote(str(root))}"
+            print_json({"job": test.job}) if args.json else print(
+                f"job {test.job} submitted; its result: prism-launch cluster test {at}"
+            )
+            return 0
+        outcome = trial.follow(test, profile)
+    checks = judge(outcome)
+    failed = any(check.result == "fail" for check in checks)
+    if args.json:
+        from launcher.spec import encode
+
+        print_json({"job": test.job, "ok": not failed, "checks": [encode(check) for check in checks]})
+    else:
+        _print_checks(checks)
+        print(f"job {test.job}, {test.asked['nodes']} nodes; its files: {test.folder}")
+    return int(failed)
+
+
+def _print_checks(checks: list[Check]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colors = {"pass": "green", "fail": "red", "note": "yellow"}
+    table = Table("", "check", "found", box=box.SIMPLE_HEAD)
+    for check in checks:
+        found = Text(check.found)
+        if check.mend:
+            found.append(f"\nmend: {check.mend}", "bold")
+        table.add_row(Text(check.result, colors[check.result]), check.name, found)
+    Console().print(table)
 
 
 def devcluster(args: argparse.Namespace) -> int:

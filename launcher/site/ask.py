@@ -78,7 +78,7 @@ def look(code: str | None) -> Facts:
     config = _config()
     user = getpass.getuser()
     account, accounts, max_submit, qos, unseen = _associations(user, config.get("ClusterName", ""))
-    queues = parse_queues(_must("scontrol", "--oneliner", "show", "partition"), _must(*_SINFO), accounts)
+    queues = show_queues(accounts)
     base = [f"--account={account}"] if account else []
     refused: dict[str, str | None] = {}
     gpu, cpu = _choose(queues, base, refused)
@@ -118,7 +118,8 @@ def refusal(*argv: str) -> str | None:
 def _must(*argv: str) -> str:
     answer = call(*argv, timeout=30.0)
     if not answer.ok:
-        raise WorldError(f"{' '.join(argv[:3])}: {answer.err or 'no answer'}")
+        said = answer.err.splitlines()[-1] if answer.err else "no answer"
+        raise WorldError(f"Slurm's controller does not answer: {' '.join(argv[:3])}: {said}")
     return answer.out
 
 
@@ -142,6 +143,11 @@ def parse_mpi(text: str) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------- partitions
 
 _SINFO = ("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%G|%f")
+
+
+def show_queues(accounts: tuple[str, ...] = ()) -> tuple[Queue, ...]:
+    """The site's partitions."""
+    return parse_queues(_must("scontrol", "--oneliner", "show", "partition"), _must(*_SINFO), accounts)
 
 
 def parse_queues(partitions: str, nodes: str, accounts: tuple[str, ...]) -> tuple[Queue, ...]:
@@ -302,8 +308,9 @@ def _containers() -> Iterator[str]:
 
 
 def _interfaces() -> Iterator[str]:
-    """This node's network interfaces that are up, the loopback apart."""
+    """This node's network interfaces that are up; neither the loopback nor bridges and what is plugged into them."""
     for folder in sorted(Path("/sys/class/net").glob("*")):
+        inner = folder.name == "lo" or (folder / "bridge").exists() or (folder / "brport").exists()
         with contextlib.suppress(OSError):
-            if folder.name != "lo" and (folder / "operstate").read_text().strip() == "up":
+            if not inner and (folder / "operstate").read_text().strip() == "up":
                 yield folder.name

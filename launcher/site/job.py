@@ -1,0 +1,175 @@
+"""The batch step of a test job: starts the steps as stages do, signals them and itself, and is requeued once.
+
+What it learns stands in `job.json` of the attempt's folder, written anew after each part.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import slurm, store
+from launcher.errors import PrismError
+from launcher.spec import Step, read_stage
+from launcher.supervisor.allocation import SlurmJob
+from launcher.supervisor.processes import Process, kill_all
+
+#: How long a step may take, and how much longer than the first rank that failed.
+_STEP_S = 240.0
+_OTHERS_S = 12.0
+_SIGNAL_S = 15.0
+
+
+def run(stage_json: str) -> int:
+    """The first life examines and asks for a second one, which only says that it came."""
+    spec = read_stage(stage_json)
+    job = SlurmJob.current(spec, Path(os.environ["PRISM_ROOT"]))
+    life = Life(job, Path(stage_json).with_name("job.sbatch"))
+    store.new_attempt(job.attempt_dir.parent, job.attempt_dir.name)
+    if _asked_for(job):
+        life.note(ended=True)
+        return 0
+    life.examine()
+    life.note(requeue="asked")
+    refused = slurm.requeue(job.job)
+    if refused is None:
+        os._exit(0)
+    life.note(requeue=refused, ended=True)
+    return 0
+
+
+def _asked_for(job: SlurmJob) -> bool:
+    """Whether this life is the one that an earlier one asked for."""
+    earlier = job.attempt_dir.with_name(f"{job.job}.{int(job.attempt.restarts) - 1}")
+    return (store.read_json(earlier / "job.json") or {}).get("requeue") == "asked"
+
+
+@dataclass
+class Life:
+    """One life of the job and what it has learnt so far."""
+
+    job: SlurmJob
+    script: Path
+    known: dict[str, Any] = field(default_factory=dict)
+    heard: list[float] = field(default_factory=list)
+
+    def note(self, **what: Any) -> None:
+        """Add to what is known, and write it down."""
+        self.known |= what
+        store.write_json(self.job.attempt_dir / "job.json", self.known)
+
+    def examine(self) -> None:
+        """Every part in turn; one that fails is noted and the next one tried."""
+        signal.signal(signal.SIGUSR2, lambda *_: self.heard.append(time.time()))
+        python = [sys.executable, platform.python_version()]
+        self.note(python=python, node=self.job.attempt.node, nodes=self.job.nodes, began=time.time(), steps={})
+        steps = {step.name: step for step in self.job.spec.steps}
+        for name, step in steps.items():
+            if name not in ("all-reduce", "signals"):
+                self.run_step(step)
+        self.reduce(steps["all-reduce"])
+        self.signal_batch()
+        self.signal_step(steps["signals"])
+        self.note(sbatch=_sbatch(self.script), examined=time.time())
+
+    def run_step(self, step: Step) -> None:
+        """Start a step and wait for its end."""
+        processes = self.start(step)
+        if processes:
+            self.note_end(step, processes[0], time.monotonic() + _STEP_S)
+
+    def start(self, step: Step) -> list[Process]:
+        """Start a step; none where it cannot be, which is noted."""
+        try:
+            return self.job.start(step, self.job.place())
+        except PrismError as error:
+            self.note(steps={**self.known["steps"], step.name: {"code": None, "said": str(error)}})
+            return []
+
+    def note_end(self, step: Step, process: Process, deadline: float) -> None:
+        """Wait for a step's end. After the first rank that fails, the others get a moment to write what they know."""
+        failed = False
+        while process.poll() is None and time.monotonic() < deadline:
+            if not failed and process.exit() is not None:
+                failed, deadline = True, min(deadline, time.monotonic() + _OTHERS_S)
+            time.sleep(0.05)
+        late = process.poll() is None and not failed
+        kill_all([process])
+        end = process.exit()
+        code = "time-out" if late else end.code if end else None
+        said = _tail(self.job.attempt_dir, step) if code else ""
+        self.note(steps={**self.known["steps"], step.name: {"code": code, "said": said}})
+
+    def reduce(self, step: Step) -> None:
+        """The all-reduce, with a rank a GPU where torch sees some; left out where its image has no torch."""
+        names = [s.name for s in self.job.spec.steps if s.name.startswith("imports-") and s.image == step.image]
+        told = store.read_json(self.job.attempt_dir / f"{names[0]}.0.json") or {}
+        torch = told.get("kernels", {}).get("torch", {})
+        if "version" in torch:
+            ranks = max(1, torch.get("devices", 0))
+            self.run_step(replace(step, ntasks=step.nodes * ranks, cpus=max(1, step.cpus // ranks)))
+
+    def signal_batch(self) -> None:
+        """USR2 to the batch step, as Slurm sends it before the time limit."""
+        sent = time.time()
+        answer = slurm.call("scancel", "--signal=USR2", "--batch", self.job.job)
+        _wait(lambda: self.heard)
+        delay = self.heard[0] - sent if self.heard else None
+        self.note(batch_signal={"delay_s": delay, "said": answer.err})
+
+    def signal_step(self, step: Step) -> None:
+        """USR2 through srun, as the supervisor sends it, and TERM through Slurm, as preemption does."""
+        processes = self.start(step)
+        if not processes:
+            return
+        reports = [self.job.attempt_dir / f"{step.name}.{rank}.json" for rank in range(step.ntasks)]
+        _wait(lambda: all(p.exists() for p in reports) or processes[0].poll() is not None, 60.0)
+        sent = {"SIGUSR2": time.time()}
+        processes[0].signal(signal.SIGUSR2)
+        _wait(lambda: all("SIGUSR2" in _heard(p) for p in reports))
+        number = (store.read_json(reports[0]) or {}).get("step")
+        sent["SIGTERM"] = time.time()
+        slurm.call("scancel", "--signal=TERM", f"{self.job.job}.{number}")
+        _wait(lambda: all("SIGTERM" in _heard(p) for p in reports))
+        self.note_end(step, processes[0], time.monotonic() + 5)
+        self.note(step_signals={name: _arrivals(reports, name, began) for name, began in sent.items()})
+
+
+def _arrivals(reports: list[Path], name: str, sent: float) -> dict[str, Any]:
+    """The ranks that heard a signal, and the seconds that it took to the first one, whose clock is ours."""
+    heard = {rank: _heard(path).get(name) for rank, path in enumerate(reports)}
+    first = heard[0]
+    return {"deaf": [r for r, t in heard.items() if t is None], "delay_s": None if first is None else first - sent}
+
+
+def _heard(path: Path) -> dict[str, float]:
+    return dict((store.read_json(path) or {}).get("heard", {}))
+
+
+def _wait(ready: Callable[[], Any], seconds: float = _SIGNAL_S) -> None:
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _sbatch(script: Path) -> str:
+    """What is said against submitting from here; nothing where it is allowed."""
+    try:
+        answer = slurm.call("sbatch", "--test-only", str(script), timeout=30.0)
+    except PrismError as error:
+        return str(error)
+    return "" if answer.ok else answer.err or "no answer"
+
+
+def _tail(folder: Path, step: Step) -> str:
+    """The last lines of a step's own log, or of srun's."""
+    names = [f"{step.name}.srun.log", *(f"{step.name}.{rank}.log" for rank in range(step.ntasks))]
+    texts = [path.read_text(errors="replace").strip() for path in (folder / name for name in names) if path.exists()]
+    return "\n".join(line for text in texts for line in text.splitlines()[-4:])[-2000:]
