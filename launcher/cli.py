@@ -170,7 +170,7 @@ def _add_listing_commands(commands: Commands) -> None:
 
 
 def _add_cluster_commands(commands: Commands) -> None:
-    parser = _command(commands, "machine.cluster", "cluster profiles: list them, make one by looking, prove one by a job")
+    parser = _command(commands, "machine.cluster", "cluster profiles: list, make one by looking, prove one")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     text = "list the shipped profiles and your own"
     listing = actions.add_parser("list", help=text, description=text)

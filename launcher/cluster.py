@@ -54,7 +54,7 @@ class Profile:
 
     name: str = option(..., "The file's name without .yaml; not a key of the file.")
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
-    description: str = option("", "One line for `prism-launch clusters`.")
+    description: str = option("", "One line for `prism-launch cluster list`.")
     poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
     slots: int = option(1, "local: processes that run side by side: each stage takes its tasks times their cores.")
     partition: str | None = option(None, "Partition of stages that name none; null: the site's default.")

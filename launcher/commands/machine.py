@@ -29,7 +29,9 @@ def _list_profiles(args: argparse.Namespace) -> int:
         return 0
     for p in profiles:
         print(f"{p.name:<20} {p.scheduler:<6} {p.runtime.container:<10} {p.description}")
-    print("Your own: `prism-launch cluster init` on a login node, or copy one of slurm/clusters/ and change it. --cluster")
+    print(
+        "Your own: `prism-launch cluster init` on a login node, or a changed copy of one in slurm/clusters/. --cluster"
+    )
     print(f"takes the path of a profile, or the name of one in {own_profiles()}.")
     return 0
 
@@ -40,7 +42,8 @@ def _init_profile(args: argparse.Namespace) -> int:
 
     profile, path = init_profile(args.name, args.output, args.force)
     print(f"{path}: written")
-    gpus = profile.partitions[profile.partition].gpus_per_node if profile.partition in profile.partitions else None
+    limits = profile.partitions.get(profile.partition or "")
+    gpus = limits.gpus_per_node if limits else None
     facts = {
         "partition": profile.partition or "not chosen: see the file",
         "account": profile.account or "none",
@@ -87,7 +90,8 @@ def _test_profile(args: argparse.Namespace) -> int:
         print_json({"job": test.job, "ok": not failed, "checks": [encode(check) for check in checks]})
     else:
         _print_checks(checks)
-        print(f"job {test.job}, {test.asked['nodes']} nodes; its files: {test.folder}")
+        nodes = test.asked["nodes"]
+        print(f"job {test.job} on {nodes} node{'' if nodes == 1 else 's'}; its files: {test.folder}")
     return int(failed)
 
 

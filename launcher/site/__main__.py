@@ -13,7 +13,7 @@ PARTS = {
 
 if __name__ == "__main__":
     # Before anything that an older Python could not read, so that it is this line which the log shows.
-    if sys.version_info < (3, 10):
-        sys.exit("prism-launch: %s is Python %d.%d; 3.10 or newer is needed" % (sys.executable, *sys.version_info[:2]))  # noqa: UP031
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit(f"prism-launch: {sys.executable} is Python {sys.version.split()[0]}; 3.10 or newer is needed")
     module, function = PARTS[sys.argv[2] if len(sys.argv) > 2 else "job"]
     sys.exit(getattr(importlib.import_module(module), function)(sys.argv[1]))

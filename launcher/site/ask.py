@@ -27,7 +27,7 @@ CONTAINER_PROGRAMS = {
     "docker": ("docker",),
 }
 _FIELD = re.compile(r"(\w+)=(\S*)")
-_GRES = re.compile(r"gpu:(?:([^:,()]+):)?(\d+)(?:\([^)]*\))?(?:,|$)")
+_GRES = re.compile(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)(?:\([^)]*\))?(?=,|$)")
 _NONE = ("", "UNLIMITED", "NONE", "N/A", "(null)")
 
 

@@ -58,12 +58,17 @@ def entries(facts: Facts) -> Iterator[Entry]:
 
 def _heading(facts: Facts) -> str:
     config = facts.config
-    preempt = config.get("PreemptType", "?").removeprefix("preempt/")
+    shown = {
+        "Slurm": config.get("SLURM_VERSION", "?"),
+        "accounting": config.get("AccountingStorageType", "?").removeprefix("accounting_storage/"),
+        "preemption": config.get("PreemptType", "?").removeprefix("preempt/"),
+        **{key: config.get(key, "?") for key in ("KillWait", "SlurmdTimeout")},
+    }
     return (
-        f"Written by `prism-launch cluster init` from what this site said. Slurm {config.get('SLURM_VERSION', '?')}, "
-        f"accounting {config.get('AccountingStorageType', '?').removeprefix('accounting_storage/')}, "
-        f"preemption {preempt}, KillWait {config.get('KillWait', '?')}, node time-out {config.get('SlurmdTimeout', '?')}. "
-        "What could not be seen stands as a comment. `prism-launch cluster test` proves it by a short job."
+        "Written by `prism-launch cluster init` from what this site said. What could not be seen stands as a comment; "
+        "`prism-launch cluster test` proves the rest by a short job. "
+        + ", ".join(f"{name} {value}" for name, value in shown.items())
+        + "."
     )
 
 
@@ -76,7 +81,12 @@ def _charging(facts: Facts) -> Iterator[Entry]:
     else:
         yield Entry("account", "my-account", f"Not seen: {facts.accounts_unseen}.", seen=False)
     if facts.qos:
-        yield Entry("qos", facts.qos[0].split()[0], f"The account's default. Yours: {'; '.join(facts.qos)}.", seen=False)
+        yield Entry(
+            "qos",
+            facts.qos[0].split()[0],
+            f"None is named, which is your default. Yours: {'; '.join(facts.qos)}.",
+            seen=False,
+        )
 
 
 def _partitions(facts: Facts) -> Iterator[Entry]:
@@ -89,7 +99,9 @@ def _partitions(facts: Facts) -> Iterator[Entry]:
         gave_way = f"; its jobs give way to others ({chosen.preempted})" if chosen.preempted else ""
         yield Entry("partition", chosen.name, f"{default}, {_size(chosen)}{gave_way}.")
     if facts.cpu_partition:
-        yield Entry("cpu_partition", facts.cpu_partition.name, f"For stages without GPUs: {_size(facts.cpu_partition)}.")
+        yield Entry(
+            "cpu_partition", facts.cpu_partition.name, f"For stages without GPUs: {_size(facts.cpu_partition)}."
+        )
     usable = {q.name: _limits(q) for q in facts.queues if not q.closed}
     closed = "".join(f" Left out: {q.name}, {q.closed}." for q in facts.queues if q.closed)
     if usable:
@@ -128,7 +140,9 @@ def _gpus(facts: Facts) -> Iterator[Entry]:
     tried = {k: v for k, v in facts.refused.items() if k.startswith(("--gpus-per-node", "--gres"))}
     taken = [option for option, said in tried.items() if said is None]
     if not taken:
-        yield Entry("gpu_request", "gres", f"Nothing was taken: {'; '.join(f'{k}: {v}' for k, v in tried.items())}.", False)
+        yield Entry(
+            "gpu_request", "gres", f"Nothing was taken: {'; '.join(f'{k}: {v}' for k, v in tried.items())}.", False
+        )
         return
     refused = "".join(f"; {k} is refused: {v}" for k, v in tried.items() if v)
     how = "gpus_per_node" if taken[0].startswith("--gpus-per-node") else "gres"
@@ -155,11 +169,14 @@ def _memory(facts: Facts) -> Entry:
 
 
 def _caps(facts: Facts) -> Iterator[Entry]:
+    config = facts.config
     if facts.config.get("MaxArraySize", "").isdigit():
-        yield Entry("max_array", int(facts.config["MaxArraySize"]) - 1, "From MaxArraySize, the largest index plus one.")
+        yield Entry(
+            "max_array", int(facts.config["MaxArraySize"]) - 1, "From MaxArraySize, the largest index plus one."
+        )
     if facts.max_submit:
         yield Entry("max_submit", facts.max_submit, "From MaxSubmitJobs of your association or QOS.")
-    why = f"Seconds between looks at the queue; sites ask for patience. MaxJobCount {facts.config.get('MaxJobCount', '?')}."
+    why = f"Seconds between looks at the queue; sites ask for patience. MaxJobCount {config.get('MaxJobCount', '?')}."
     yield Entry("poll_s", 60, why, seen=False)
 
 
@@ -177,7 +194,9 @@ def _runtime(facts: Facts) -> Iterator[Entry]:
 
 
 def _interpreter(facts: Facts) -> Iterator[Entry]:
-    yield Entry("python", facts.python, "The one that runs this command; whether the nodes have it, `cluster test` tells.")
+    yield Entry(
+        "python", facts.python, "The one that runs this command; whether the nodes have it, `cluster test` tells."
+    )
     if facts.code:
         yield Entry("code", facts.code, "This checkout; the nodes must see it.")
     else:

@@ -25,6 +25,8 @@ from launcher.supervisor.processes import Process, kill_all
 _STEP_S = 240.0
 _OTHERS_S = 12.0
 _SIGNAL_S = 15.0
+#: How much later one node may see what another has written: on NFS, a minute.
+_SEEN_S = 75.0
 
 
 def run(stage_json: str) -> int:
@@ -34,7 +36,7 @@ def run(stage_json: str) -> int:
     life = Life(job, Path(stage_json).with_name("job.sbatch"))
     store.new_attempt(job.attempt_dir.parent, job.attempt_dir.name)
     if _asked_for(job):
-        life.note(ended=True)
+        life.note(began=time.time(), ended=True)
         return 0
     life.examine()
     life.note(requeue="asked")
@@ -66,7 +68,7 @@ class Life:
         store.write_json(self.job.attempt_dir / "job.json", self.known)
 
     def examine(self) -> None:
-        """Every part in turn; one that fails is noted and the next one tried."""
+        """Every part in turn; a part that needs all nodes is left out where they did not all start."""
         signal.signal(signal.SIGUSR2, lambda *_: self.heard.append(time.time()))
         python = [sys.executable, platform.python_version()]
         self.note(python=python, node=self.job.attempt.node, nodes=self.job.nodes, began=time.time(), steps={})
@@ -74,9 +76,10 @@ class Life:
         for name, step in steps.items():
             if name not in ("all-reduce", "signals"):
                 self.run_step(step)
-        self.reduce(steps["all-reduce"])
         self.signal_batch()
-        self.signal_step(steps["signals"])
+        if self.known["steps"]["nodes"]["code"] == 0:
+            self.reduce(steps["all-reduce"])
+            self.signal_step(steps["signals"])
         self.note(sbatch=_sbatch(self.script), examined=time.time())
 
     def run_step(self, step: Step) -> None:
@@ -95,15 +98,18 @@ class Life:
 
     def note_end(self, step: Step, process: Process, deadline: float) -> None:
         """Wait for a step's end. After the first rank that fails, the others get a moment to write what they know."""
-        failed = False
+        failed = unstarted = False
+        log = self.job.attempt_dir / f"{step.name}.srun.log"
         while process.poll() is None and time.monotonic() < deadline:
-            if not failed and process.exit() is not None:
+            # srun says of a task that could not be started, and ends with 0 when the others have ended.
+            unstarted = unstarted or (log.exists() and "launch failed" in log.read_text(errors="replace"))
+            if not failed and (process.exit() is not None or unstarted):
                 failed, deadline = True, min(deadline, time.monotonic() + _OTHERS_S)
             time.sleep(0.05)
         late = process.poll() is None and not failed
         kill_all([process])
         end = process.exit()
-        code = "time-out" if late else end.code if end else None
+        code = "time-out" if late else "not started" if unstarted else end.code if end else None
         said = _tail(self.job.attempt_dir, step) if code else ""
         self.note(steps={**self.known["steps"], step.name: {"code": code, "said": said}})
 
@@ -114,7 +120,8 @@ class Life:
         torch = told.get("kernels", {}).get("torch", {})
         if "version" in torch:
             ranks = max(1, torch.get("devices", 0))
-            self.run_step(replace(step, ntasks=step.nodes * ranks, cpus=max(1, step.cpus // ranks)))
+            if step.nodes * ranks > 1:
+                self.run_step(replace(step, ntasks=step.nodes * ranks, cpus=max(1, step.cpus // ranks)))
 
     def signal_batch(self) -> None:
         """USR2 to the batch step, as Slurm sends it before the time limit."""
@@ -130,15 +137,15 @@ class Life:
         if not processes:
             return
         reports = [self.job.attempt_dir / f"{step.name}.{rank}.json" for rank in range(step.ntasks)]
-        _wait(lambda: all(p.exists() for p in reports) or processes[0].poll() is not None, 60.0)
+        _wait(lambda: all(p.exists() for p in reports) or processes[0].poll() is not None, _SEEN_S)
         sent = {"SIGUSR2": time.time()}
         processes[0].signal(signal.SIGUSR2)
-        _wait(lambda: all("SIGUSR2" in _heard(p) for p in reports))
+        _wait(lambda: "SIGUSR2" in _heard(reports[0]))
         number = (store.read_json(reports[0]) or {}).get("step")
         sent["SIGTERM"] = time.time()
         slurm.call("scancel", "--signal=TERM", f"{self.job.job}.{number}")
-        _wait(lambda: all("SIGTERM" in _heard(p) for p in reports))
-        self.note_end(step, processes[0], time.monotonic() + 5)
+        self.note_end(step, processes[0], time.monotonic() + _SIGNAL_S)  # each rank ends at TERM
+        _wait(lambda: all(set(sent) <= set(_heard(p)) for p in reports), _SEEN_S)
         self.note(step_signals={name: _arrivals(reports, name, began) for name, began in sent.items()})
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.site.trial import Outcome
+from launcher.units import format_duration
 
 #: Below this, registering memory for InfiniBand fails.
 _MEMLOCK = 16 * 2**30
@@ -50,27 +51,28 @@ def _not_begun(outcome: Outcome) -> Check:
     """Why the batch step did not get as far as to write down that it runs, from the job's log."""
     log = outcome.log.strip()
     last = log.splitlines()[-1] if log else ""
-    where = f"job {outcome.trial.job} ended {outcome.state}"
+    found = f"job {outcome.trial.job} ended {outcome.state}: {last}"
     if "3.10 or newer" in log:
         return Check("interpreter", "fail", last, "host_python: name a Python of at least 3.10 on the nodes")
     if re.search(r"No module named '?launcher", log):
-        mend = "code: a folder with the `launcher` package that every node sees; or install it for host_python"
-        return Check("launcher importable", "fail", f"{where}: {last}", mend)
-    if re.search(r"exec: .*(not found|No such file|cannot execute)|exec: .*Permission denied", log):
+        mend = "code: a folder with this version's `launcher` that every node sees; or install it for host_python"
+        return Check("launcher importable", "fail", found, mend)
+    if not log or re.search(r"line \d+: cd: ", log):
+        root = outcome.trial.asked["root"]
+        found = f"job {outcome.trial.job} ended {outcome.state} and left no word in {root}: its node does not see that"
+        return Check("root", "fail", found, "choose a --root on a file system that every node sees and may write")
+    if re.search(r"line \d+: .*: (No such file or directory|Permission denied|not found|cannot execute)", log):
         mend = "host_python (else python): the full path of a Python 3.10 or newer, as the nodes see it"
-        return Check("interpreter", "fail", f"{where}: {last}", mend)
-    root = outcome.trial.asked["root"]
-    if not log or f"cd: {root}" in log or re.search(r"cd: .*No such file", log):
-        mend = "choose a --root on a file system that every node sees and may write"
-        return Check("root", "fail", f"{where} and left no word in {root}: the first node cannot write there", mend)
-    return Check("start", "fail", f"{where}: {last}", f"read {outcome.trial.folder}; see setup, env, runtime")
+        return Check("interpreter", "fail", found, mend)
+    return Check("start", "fail", found, f"read {outcome.trial.folder}; see setup, env, runtime")
 
 
 def _begun(outcome: Outcome, life: Mapping[str, Any]) -> Iterator[Check]:
-    host = life["python"]
-    inside = {tuple(r["python"]) for r in _of(outcome, "nodes").values()}
-    workers = "; ".join(f"workers {path} ({version})" for path, version in sorted(inside))
-    yield Check("interpreter", "pass", f"batch step {host[0]} ({host[1]})" + (f"; {workers}" if workers else ""))
+    host = f"Python {life['python'][1]}, {life['python'][0]}"
+    inside = {f"Python {version}, {path}" for path, version in (r["python"] for r in _of(outcome, "nodes").values())}
+    same = inside <= {host}
+    found = host if same else f"batch step: {host}\nworkers: {'; '.join(sorted(inside))}"
+    yield Check("interpreter", "pass", found)
     if inside:
         yield Check("launcher importable", "pass", "in the batch step and in the workers, on every node")
 
@@ -84,7 +86,7 @@ _REASONS = (
         r"execve\(\)|executable file not found|can not execute|cannot execute|No such file or directory",
         "python: the interpreter inside the image (or on the node), or images: one that has it",
     ),
-    (r"could not open|couldn't chdir|Unable to open|open stdout", "choose a --root that every node sees"),
+    (r"could not open|couldn't chdir|Unable to open|could not connect IO", "choose a --root that every node sees"),
     (r"3\.10 or newer", "python: name a Python of at least 3.10"),
     (r"mpi|pmix|PMI", "runtime.mpi: none"),
     (r"import.*image|container|pyxis|FATAL", "images, mounts and runtime.container: the container did not start"),
@@ -92,14 +94,17 @@ _REASONS = (
 
 
 def _steps(life: Mapping[str, Any]) -> Iterator[Check]:
-    """Steps that ended badly; the all-reduce and the signals tell for themselves."""
+    """Steps that ended badly, those for the same reason at once; the all-reduce and the signals tell for themselves."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, end in life["steps"].items():
-        if end["code"] == 0 or name in ("all-reduce", "signals"):
-            continue
-        said = str(end["said"])
-        mend = next((mend for pattern, mend in _REASONS if re.search(pattern, said, re.I)), "read the step's log")
-        last = [line for line in said.splitlines() if line.strip()][-3:]
-        yield Check(f"step {name}", "fail", "\n".join([f"exit code {end['code']}", *last]), mend)
+        if end["code"] != 0 and name not in ("all-reduce", "signals"):
+            said = str(end["said"])
+            mend = next((mend for pattern, mend in _REASONS if re.search(pattern, said, re.I)), "read the step's log")
+            lines = list(dict.fromkeys(line for line in said.splitlines() if line.strip()))
+            code = f"exit code {end['code']}" if isinstance(end["code"], int) else str(end["code"])
+            alike.setdefault((mend, "\n".join([code, *lines[-3:]])), []).append(name)
+    for (mend, found), names in alike.items():
+        yield Check(f"step{'' if len(names) == 1 else 's'} {', '.join(names)}", "fail", found, mend)
 
 
 # ------------------------------------------------------------------------------------------------------ files, nodes
@@ -115,10 +120,10 @@ def _files(outcome: Outcome, nodes: Mapping[int, Mapping[str, Any]]) -> Iterator
     ]
     missing = [str(rank) for rank in range(asked["nodes"]) if rank not in nodes]
     if missing:
-        bad.append(f"no word from node {', '.join(missing)} of the allocation")
+        bad.append(f"rank {', '.join(missing)} left no word: its node does not see the root, or it did not start")
     kinds = ", ".join(sorted({str(r["filesystem"]) for r in nodes.values()}))
     mend = "choose a --root, and set code and mounts to folders, that every node sees"
-    seen = f"root{', code' if len(asked['paths']) > 1 else ''} seen on {len(nodes)} nodes ({kinds})"
+    seen = f"root{', code' if len(asked['paths']) > 1 else ''} seen on each node ({kinds})"
     yield Check("root and mounts", "fail" if bad else "pass", "; ".join(bad) or seen, mend if bad else "")
     pairs = [(r["node"], r["pair"]) for r in nodes.values() if "sees_first_after_s" in r.get("pair", {})]
     delays = [p[key] for _, p in pairs for key in ("sees_first_after_s", "seen_by_first_after_s")]
@@ -129,16 +134,16 @@ def _files(outcome: Outcome, nodes: Mapping[int, Mapping[str, Any]]) -> Iterator
         found = f"files of the first node and of {', '.join(never)} are not seen by each other within 90 s"
         yield Check("files across nodes", "fail", found, mend)
         return
-    yield Check("files across nodes", "pass", f"a file written on one node is seen on another after {max(delays):.2f} s")
+    yield Check("files across nodes", "pass", f"what one node writes, another sees within {_seconds(max(delays))}")
 
 
 def _hardware(outcome: Outcome, nodes: Mapping[int, Mapping[str, Any]]) -> Iterator[Check]:
-    kinds = {(r["machine"], r["gpus"].get("driver", ""), *sorted(set(r["gpus"]["real"] or ()))) for r in nodes.values()}
-    shown = "; ".join(", ".join(filter(None, (k[0], f"driver {k[1]}" if k[1] else "no GPU driver", *k[2:]))) for k in kinds)
+    kinds = sorted({_kind(r) for r in nodes.values()})
     if len(kinds) > 1:
-        yield Check("architecture", "note", f"nodes differ: {shown}", "constraint: features that name one kind of node")
+        mend = "constraint: features that name one kind of node"
+        yield Check("architecture", "note", f"nodes differ: {'; '.join(kinds)}", mend)
     else:
-        yield Check("architecture", "pass", shown)
+        yield Check("architecture", "pass", kinds[0])
     asked = outcome.trial.asked["gpus"]
     if not asked:
         yield Check("GPUs", "note", "none asked: the partition has none, or the profile does not say")
@@ -150,6 +155,12 @@ def _hardware(outcome: Outcome, nodes: Mapping[int, Mapping[str, Any]]) -> Itera
         return
     driver = "" if all(r["gpus"]["real"] for r in nodes.values()) else "; no driver, so nothing behind them was seen"
     yield Check("GPUs", "pass", f"{asked} asked and seen on each node{driver}")
+
+
+def _kind(report: Mapping[str, Any]) -> str:
+    gpus = report["gpus"]
+    driver = f"driver {gpus['driver']}" if gpus.get("driver") else "no GPU driver"
+    return ", ".join([report["machine"], driver, *sorted(set(gpus["real"] or ()))])
 
 
 def _gpu_problem(gpus: Mapping[str, Any], asked: int) -> str:
@@ -166,28 +177,51 @@ def _gpu_problem(gpus: Mapping[str, Any], asked: int) -> str:
 
 
 def _network(outcome: Outcome, nodes: Mapping[int, Mapping[str, Any]]) -> Iterator[Check]:
-    up = {
-        r["node"]: [i["name"] + (f" {i['mbit'] // 1000}G" if i["mbit"] else "") for i in r["interfaces"] if i["up"]]
-        for r in nodes.values()
-    }
-    shown = "; ".join(f"{node}: {', '.join(names) or 'none up'}" for node, names in up.items())
     limited = [r["node"] for r in nodes.values() if r["infiniband"] and 0 <= r["memlock"] < _MEMLOCK]
     if limited:
         mend = "ask the site for an unlimited memlock in jobs"
         yield Check("locked memory", "fail", f"under 16 GiB on {', '.join(limited)}, with InfiniBand there", mend)
+    shown, asked_nodes = _interfaces(nodes), outcome.trial.asked["nodes"]
+    for variable, pattern in outcome.trial.asked.get("interfaces", {}).items():
+        without = [r["node"] for r in nodes.values() if not any(_fits(i["name"], pattern) for i in r["interfaces"])]
+        if without:
+            found = f"{pattern} fits no interface of {', '.join(without)}; there: {shown}"
+            yield Check(variable, "fail", found, f"env.{variable}: one of those")
     pairs = {r["node"]: r.get("pair", {}) for r in nodes.values()}
+    if asked_nodes == 1:
+        yield Check("network", "note", f"one node alone; there: {shown}")
+        return
     if len(nodes) < 2:
-        yield Check("network", "note", f"one node alone; {shown}")
+        yield Check("network", "note", f"not tried: not all nodes started; there: {shown}")
         return
     errors = [f"{node}: {pair['error']}" for node, pair in pairs.items() if "error" in pair]
     if errors:
         mend = "env: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; ask whether nodes may open ports to each other"
-        yield Check("network", "fail", f"no TCP between the nodes: {'; '.join(errors)}; up: {shown}", mend)
+        yield Check("network", "fail", f"no TCP between the nodes: {'; '.join(errors)}; there: {shown}", mend)
         return
     rates = [pair["tcp_gbit_s"] for pair in pairs.values() if "tcp_gbit_s" in pair]
     used = sorted({_interface(r) for r in nodes.values() if "address" in r.get("pair", {})})
-    found = f"{min(rates, default=0):.1f} Gbit/s by one TCP stream over {', '.join(used)}; up: {shown}"
+    found = f"{min(rates, default=0):.1f} Gbit/s by one TCP stream over {', '.join(used)}; there: {shown}"
     yield Check("network", "pass", found)
+
+
+def _interfaces(nodes: Mapping[int, Mapping[str, Any]]) -> str:
+    """The interfaces of the nodes, said once where all have the same."""
+    by_list: dict[str, list[str]] = {}
+    for report in nodes.values():
+        names = [i["name"] + (f" ({i['mbit'] // 1000}G)" if i["mbit"] else "") for i in report["interfaces"]]
+        by_list.setdefault(", ".join(names) or "none", []).append(report["node"])
+    if len(by_list) == 1:
+        return next(iter(by_list))
+    return "; ".join(f"{names} on {', '.join(where)}" for names, where in by_list.items())
+
+
+def _fits(interface: str, pattern: str) -> bool:
+    """Whether an interface is meant by NCCL_SOCKET_IFNAME: prefixes, `=` exact names, `^` all but these prefixes."""
+    words = pattern.lstrip("^=").split(",")
+    if pattern.startswith("="):
+        return interface in words
+    return any(interface.startswith(w) for w in words) is not pattern.startswith("^")
 
 
 def _interface(report: Mapping[str, Any]) -> str:
@@ -202,8 +236,12 @@ def _all_reduce(outcome: Outcome, life: Mapping[str, Any]) -> Iterator[Check]:
     report = _of(outcome, "all-reduce").get(0)
     end = life["steps"].get("all-reduce")
     mend = "env: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME or NCCL_IB_HCA: the network between the nodes"
-    if end is None:
-        yield Check("all-reduce", "note", "not tried: no torch in the image; the TCP stream is all that was measured")
+    if end is None and outcome.trial.asked["nodes"] == 1:
+        yield Check("all-reduce", "note", "not tried: one rank alone")
+    elif end is None and life["steps"]["nodes"]["code"] != 0:
+        yield Check("all-reduce", "note", "not tried: not all nodes started")
+    elif end is None:
+        yield Check("all-reduce", "note", "not tried: no torch to import; the TCP stream is all that was measured")
     elif report is None or end["code"] != 0:
         said = str(end["said"]).splitlines()[-3:]
         yield Check("all-reduce", "fail", "\n".join([f"exit code {end['code']}", *said]), mend)
@@ -243,16 +281,17 @@ def _signals(life: Mapping[str, Any]) -> Iterator[Check]:
     if batch is not None:
         heard = batch["delay_s"] is not None
         mend = "setup: it must not leave a shell in front; without USR2 nothing is saved at the time limit"
-        found = f"heard after {batch['delay_s']:.2f} s" if heard else f"not heard in 15 s {batch['said']}".strip()
+        found = f"heard within {_seconds(batch['delay_s'])}" if heard else f"not heard in 15 s {batch['said']}".strip()
         yield Check("USR2 to the batch step", "pass" if heard else "fail", found, "" if heard else mend)
-    for name, arrivals in life.get("step_signals", {}).items():
+    told = life.get("step_signals", {})
+    for name, arrivals in ((name, told[name]) for name in ("SIGUSR2", "SIGTERM") if name in told):
         deaf, delay = arrivals["deaf"], arrivals["delay_s"]
-        mend = "runtime.container: this one keeps signals from its processes; ask the site (limits.save_s has no effect)"
-        found = f"heard by every rank, after {delay:.2f} s" if not deaf else f"not heard by rank {deaf}"
+        mend = "runtime.container: this one keeps signals from its processes, so nothing is saved at the time limit"
+        found = f"heard by every rank within {_seconds(delay or 0)}" if not deaf else f"not heard by rank {deaf}"
         short = name.removeprefix("SIG")
         yield Check(f"{short} to a step", "fail" if deaf else "pass", found, mend if deaf else "")
     if "step_signals" not in life and "examined" in life:
-        yield Check("USR2 to a step", "fail", "the step did not start", "see the failures above")
+        yield Check("USR2 to a step", "note", "not tried: not all nodes started")
 
 
 def _requeue(outcome: Outcome, life: Mapping[str, Any]) -> Check:
@@ -264,7 +303,12 @@ def _requeue(outcome: Outcome, life: Mapping[str, Any]) -> Check:
     if not outcome.ended:
         why = f"asked and not refused, but no second life: {outcome.state}, {outcome.reason}"
         return Check("requeue", "fail", why, "limits.continuation: chain, or ask the site")
-    return Check("requeue", "pass", "done once: the job had its second life")
+    waited = outcome.lives[-1]["began"] - life["examined"]
+    return Check("requeue", "pass", f"done once: the job's second life began after {format_duration(waited)}")
+
+
+def _seconds(delay: float) -> str:
+    return f"{max(delay, 0.01):.2f} s"
 
 
 def _from_nodes(life: Mapping[str, Any]) -> Check:

@@ -7,15 +7,17 @@ from the moment at which the writer says over the network that the file is whole
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher import store
 
+Lines = io.BufferedRWPair
 #: Longer than the 60 s for which NFS may remember that a name is absent.
 SEEN_WITHIN_S = 90.0
 _MEET_S = 60.0
@@ -81,7 +83,7 @@ def _connect(place: tuple[str, int]) -> socket.socket:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _await_mark(folder: Path, name: str, peer: IO[bytes]) -> float | None:
+def _await_mark(folder: Path, name: str, peer: Lines) -> float | None:
     """Ask for a file and wait until it is seen here; seconds since it was whole there, None if it never was."""
     os.listdir(folder)  # this node now knows, and may remember, that the name is absent
     (folder / name).exists()
@@ -96,7 +98,7 @@ def _await_mark(folder: Path, name: str, peer: IO[bytes]) -> float | None:
     return None
 
 
-def _write_mark(folder: Path, name: str, peer: IO[bytes]) -> None:
+def _write_mark(folder: Path, name: str, peer: Lines) -> None:
     _hear(peer)
     error = ""
     try:
@@ -109,16 +111,16 @@ def _write_mark(folder: Path, name: str, peer: IO[bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-def _lines(connection: socket.socket) -> IO[bytes]:
+def _lines(connection: socket.socket) -> Lines:
     return connection.makefile("rwb")
 
 
-def _say(peer: IO[bytes], **what: Any) -> None:
+def _say(peer: Lines, **what: Any) -> None:
     peer.write(json.dumps(what).encode() + b"\n")
     peer.flush()
 
 
-def _hear(peer: IO[bytes]) -> dict[str, Any]:
+def _hear(peer: Lines) -> dict[str, Any]:
     line = peer.readline()
     if not line:
         raise ConnectionError("the other node has gone")
@@ -134,7 +136,7 @@ def _send(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_WR)
 
 
-def _receive(peer: IO[bytes]) -> float:
+def _receive(peer: Lines) -> float:
     """Gbit/s of one stream."""
     began, count = time.monotonic(), 0
     while got := len(peer.read(2**20)):

@@ -99,11 +99,11 @@ def _import_in_turn(names: list[str]) -> dict[str, Any]:
 
 
 def hear_signals(stage_json: str) -> int:
-    """Write down USR2 and TERM as they come; ends at TERM, or after 40 s."""
+    """Write down USR2 and TERM as they come; ends at TERM, or after two minutes."""
     heard: dict[str, float] = {}
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda got, _: heard.setdefault(signal.Signals(got).name, time.time()))
-    end = time.monotonic() + 40
+    end = time.monotonic() + 120
     written: int | None = None
     while time.monotonic() < end and "SIGTERM" not in heard:
         if written != len(heard):
@@ -138,8 +138,8 @@ def _gpus() -> dict[str, Any]:
         done = subprocess.run(_SMI, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         return {"shown": shown, "real": None}
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"shown": shown, "real": [], "error": f"nvidia-smi: {error}"}
+    except (OSError, subprocess.TimeoutExpired) as failed:
+        return {"shown": shown, "real": [], "error": str(failed)}
     rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if "," in line]
     error = "" if done.returncode == 0 else (done.stderr or done.stdout).strip()[:300]
     return {"shown": shown, "real": [row[0] for row in rows], "driver": rows[0][1] if rows else "", "error": error}
@@ -167,21 +167,26 @@ def filesystem(path: str, mounts: str) -> str:
 
 
 def _interfaces() -> Iterator[dict[str, Any]]:
-    """Network interfaces of this node, the loopback apart; speed in Mbit/s where the driver tells it."""
-    for folder in sorted(Path("/sys/class/net").glob("*")):
-        if folder.name == "lo":
+    """Network interfaces that are up and have an address, the loopback apart; Mbit/s where the driver tells it.
+
+    Asked of the kernel's sockets: `/sys` may be that of another network namespace.
+    """
+    for _, name in socket.if_nameindex():
+        flags, address = _ask_interface(name, _SIOCGIFFLAGS), _ask_interface(name, _SIOCGIFADDR)
+        if name == "lo" or flags is None or address is None or not struct.unpack("H", flags[16:18])[0] & _RUNNING:
             continue
-        state, speed = "", ""
+        speed = ""
         with contextlib.suppress(OSError):
-            state = (folder / "operstate").read_text().strip()
-            speed = (folder / "speed").read_text().strip()
+            speed = Path(f"/sys/class/net/{name}/speed").read_text().strip()
         mbit = int(speed) if speed.isdigit() else None
-        yield {"name": folder.name, "up": state == "up", "address": _address(folder.name), "mbit": mbit}
+        yield {"name": name, "address": socket.inet_ntoa(address[20:24]), "mbit": mbit}
 
 
-def _address(interface: str) -> str | None:
-    """An interface's IPv4 address (SIOCGIFADDR, netdevice(7))."""
+#: Requests of netdevice(7), and IFF_RUNNING: up and connected.
+_SIOCGIFFLAGS, _SIOCGIFADDR, _RUNNING = 0x8913, 0x8915, 0x40
+
+
+def _ask_interface(name: str, request: int) -> bytes | None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        answer = fcntl.ioctl(asking.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))
-        return socket.inet_ntoa(answer[20:24])
+        return fcntl.ioctl(asking.fileno(), request, struct.pack("256s", name.encode()[:15]))
     return None

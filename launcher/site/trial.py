@@ -66,7 +66,8 @@ def plan_trial(profile: Profile, root: Path, partition: str | None, nodes: int) 
     resources = Resources(nodes=nodes, cpus_per_task=cores, gpus_per_node=gpus, partition=name, time="5:00")
     steps = tuple(_steps(profile, nodes, gpus, cores))
     paths = [f"+{root}", *([profile.code] if profile.code else []), *_mounted(profile)]
-    asked = {"nodes": nodes, "gpus": gpus, "partition": name, "paths": paths, "root": str(root), "save_s": 20.0}
+    named = {key: profile.env[key] for key in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if profile.env.get(key)}
+    asked = {"nodes": nodes, "gpus": gpus, "paths": paths, "root": str(root), "interfaces": named}
     spec = StageSpec(
         run=RUN,
         stage=f"{profile.name}.{time.strftime('%Y%m%d-%H%M%S')}",
@@ -157,7 +158,7 @@ def follow(trial: Trial, profile: Profile) -> Outcome:
     Raises WorldError where it is still in the queue after `PATIENCE_S`; there it stays.
     """
     try:
-        return _await_end(trial, max(2.0, profile.poll_s))
+        return _await_end(trial, profile.poll_s)
     except KeyboardInterrupt:
         slurm.cancel([trial.job])
         print(f"cancelled job {trial.job}", file=sys.stderr)
@@ -195,10 +196,10 @@ def _ask(job: str, before: slurm.Job | None) -> slurm.Job | None:
 
 
 def _tell(job: str, outcome: Outcome, told: str) -> str:
-    parts = outcome.lives[-1].get("steps", {}) if outcome.lives else {}
-    now = outcome.state.lower() + (f" ({outcome.reason})" if outcome.state == "PENDING" else "")
-    if outcome.lives and outcome.state == "RUNNING":
-        now += f", after {', '.join(parts)}" if parts else ", looks at its nodes"
+    why = "" if outcome.reason in ("", "None") else f" ({outcome.reason})"
+    now = f"waits{why}" if outcome.state == "PENDING" else outcome.state.lower()
+    if outcome.state == "RUNNING" and outcome.lives:
+        now += f", {len(outcome.lives[0].get('steps', {}))} steps done"
     if now != told:
         print(f"job {job}: {now}", file=sys.stderr)
     return now
