@@ -91,7 +91,9 @@ def _test_profile(args: argparse.Namespace) -> int:
     else:
         _print_checks(checks)
         nodes = test.asked["nodes"]
-        print(f"job {test.job} on {nodes} node{'' if nodes == 1 else 's'}; its files: {test.folder}")
+        failures = sum(check.result == "fail" for check in checks)
+        verdict = f"{failures} failed: mend, and test again" if failed else "no failure"
+        print(f"{verdict}; job {test.job} on {nodes} node{'' if nodes == 1 else 's'}, files in {test.folder}")
     return int(failed)
 
 

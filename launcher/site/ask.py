@@ -28,6 +28,7 @@ CONTAINER_PROGRAMS = {
 }
 _FIELD = re.compile(r"(\w+)=(\S*)")
 _GRES = re.compile(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)(?:\([^)]*\))?(?=,|$)")
+_SILENT = re.compile("Unable to contact|Socket timed out|Connection refused|Could not establish", re.IGNORECASE)
 _NONE = ("", "UNLIMITED", "NONE", "N/A", "(null)")
 
 
@@ -106,8 +107,10 @@ def look(code: str | None) -> Facts:
 
 
 def refusal(*argv: str) -> str | None:
-    """What `sbatch --test-only` has against a job; None where it would take it."""
+    """What `sbatch --test-only` has against a job; None where it would take it. Raises WorldError without an answer."""
     answer = call("sbatch", "--test-only", *argv, timeout=30.0)
+    if answer.code is None or _SILENT.search(answer.err):
+        raise WorldError(f"Slurm's controller does not answer: {answer.err.splitlines()[-1]}")
     if answer.ok:
         return None
     lines = (answer.err or answer.out).strip().splitlines() or ["no answer"]
@@ -249,17 +252,26 @@ def _try_options(queue: Queue | None, base: list[str], refused: dict[str, str | 
     if with_account:
         refused["no --account"] = _try(base[-1])
     if queue.gpus:
-        counts = [str(queue.gpus), *(f"{kind}:{queue.gpus}" for kind in queue.gpu_types)]
-        for count in counts:
-            for option in (f"--gpus-per-node={count}", f"--gres=gpu:{count}"):
-                refused[option] = _try(*base, option)
-        taken = [o for o in refused if o.startswith(("--gpus-per-node", "--gres")) and refused[o] is None]
-        base += taken[:1]
+        tried = _try_gpus(queue, base)
+        refused |= tried
+        base += [option for option, said in tried.items() if said is None][:1]
     refused["no --mem"] = _try(*base)
     for option in ("--mem=0", "--mem=1G"):
         refused[option] = _try(*base, option)
     base += [] if refused["no --mem"] is None else [o for o in ("--mem=0", "--mem=1G") if refused[o] is None][:1]
     refused["--requeue"] = _try(*base, "--requeue")
+
+
+def _try_gpus(queue: Queue, base: list[str]) -> dict[str, str | None]:
+    """Ways to ask for a node's GPUs, with a memory too where nothing is taken without."""
+    counts = [str(queue.gpus), *(f"{kind}:{queue.gpus}" for kind in queue.gpu_types)]
+    options = [option for count in counts for option in (f"--gpus-per-node={count}", f"--gres=gpu:{count}")]
+    tried: dict[str, str | None] = {}
+    for memory in ([], ["--mem=1G"]):
+        tried = {option: _try(*base, *memory, option) for option in options}
+        if None in tried.values():
+            break
+    return tried
 
 
 # ------------------------------------------------------------------------------------------------- accounts, machine

@@ -25,6 +25,8 @@ _CORES = 8
 PATIENCE_S = 3600.0
 #: A file system may show the last report this much later than Slurm tells the end.
 _LATE_S = 70.0
+#: The same for one that ended badly, which may have left nothing.
+_GONE_S = 2.0
 _PAUSE_S = 0.5
 
 
@@ -179,7 +181,7 @@ def _await_end(trial: Trial, poll_s: float) -> Outcome:
         if job is None or not job.is_active:
             gone_since = gone_since or now
             # Only a job that calls itself well owes us a report.
-            if now - gone_since > (_LATE_S if job and job.state == "COMPLETED" else 2.0):
+            if now - gone_since > (_LATE_S if job and job.state == "COMPLETED" else _GONE_S):
                 return outcome
         if now - began > PATIENCE_S:
             raise WorldError(f"job {trial.job} still waits ({outcome.reason}); later: --job {trial.job} shows it")
