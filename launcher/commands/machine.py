@@ -77,9 +77,10 @@ def _test_profile(args: argparse.Namespace) -> int:
         test = trial.submit_trial(trial.plan_trial(profile, root, args.partition, args.nodes), profile, root)
         if args.no_wait:
             at = f"{shlex.quote(args.profile)} --job {test.job} --root {shlex.quote(str(root))}"
-            print_json({"job": test.job}) if args.json else print(
-                f"job {test.job} submitted; its result: prism-launch cluster test {at}"
-            )
+            if args.json:
+                print_json({"job": test.job})
+            else:
+                print(f"job {test.job} submitted; its result: prism-launch cluster test {at}")
             return 0
         outcome = trial.follow(test, profile)
     checks = judge(outcome)

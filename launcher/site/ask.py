@@ -223,8 +223,9 @@ def _groups() -> set[str]:
 
 
 def _choose(queues: tuple[Queue, ...], base: list[str], refused: dict[str, str | None]) -> tuple[Queue | None, ...]:
-    """The partitions for stages with and without GPUs: the site's default first, then the largest that takes a job."""
-    ranked = sorted(queues, key=lambda q: (q.is_default, q.nodes * max(1, q.gpus)), reverse=True)
+    """The partitions for stages with and without GPUs: the site's default first, then one whose jobs are not preempted,
+    then the largest that takes a job."""
+    ranked = sorted(queues, key=lambda q: (q.is_default, not q.preempted, q.nodes * max(1, q.gpus)), reverse=True)
     usable = [q for q in ranked if not q.closed]
     gpu = _first_taken([q for q in usable if q.gpus], base, refused)
     without = [q for q in usable if not q.gpus]

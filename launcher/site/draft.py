@@ -189,8 +189,10 @@ def _runtime(facts: Facts) -> Iterator[Entry]:
     seen = f"Containers: {', '.join(facts.containers) or 'none'} seen on this node; `none` until images are named"
     yield Entry("runtime", value, f"{seen}. MPI flavours: {flavours}; default {default}; our ranks meet over TCP.")
     if facts.containers:
-        why = f"With images by kind of stage, set runtime.container to {facts.containers[0]}."
-        yield Entry("images", {"train": "/path/on/every/node/train.sqsh"}, why, seen=False)
+        first = facts.containers[0]
+        why = f"With images by kind of stage, set runtime.container to {first}."
+        suffix = {"pyxis": ".sqsh", "apptainer": ".sif"}.get(first, "")
+        yield Entry("images", {"train": f"/path/on/every/node/train{suffix}"}, why, seen=False)
 
 
 def _interpreter(facts: Facts) -> Iterator[Entry]:

@@ -89,6 +89,17 @@ def test_what_sbatch_refuses_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "no sacctmgr here" in text and "# account: my-account" in text
 
 
+def test_jobs_that_give_way_are_the_last_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = FakeSite(
+        [partition("scavenge", 90, PreemptMode="REQUEUE"), partition("gpu", 4)],
+        "scavenge|90|8|gpu:8|(null)\ngpu|4|8|gpu:8|(null)\n",
+    )
+    assert drafted(site, monkeypatch, tmp_path).partition == "gpu"
+    site.partitions = site.partitions[:1]
+    profile, text = draft(site, monkeypatch, tmp_path)
+    assert profile.partition == "scavenge" and "give way to others (REQUEUE)" in text
+
+
 def test_memory_that_slurm_does_not_count_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     site = FakeSite([partition("p5", 4, Default="YES")], "p5|4|192|gpu:8|(null)\n", select="CR_CORE")
     profile, text = draft(site, monkeypatch, tmp_path)
