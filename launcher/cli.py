@@ -182,7 +182,7 @@ def _add_cluster_commands(commands: Commands) -> None:
     init.add_argument("--force", action="store_true", help="replace a file that is there")
     text = "submit a five-minute job of two nodes that shows whether a profile is true"
     test = actions.add_parser("test", help=text, description=text)
-    test.add_argument("profile", metavar="NAME", help="cluster profile, by name or path")
+    test.add_argument("cluster", metavar="NAME", help="cluster profile, by name or path")
     test.add_argument("--partition", metavar="P", help="default: the profile's")
     test.add_argument("--nodes", type=_count, metavar="N", default=2, help="nodes; default: 2, or 1 where there is one")
     test.add_argument("--no-wait", action="store_true", help="submit alone; --job shows the result later")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from launcher.commands.shared import print_json, root_of
+from launcher.commands.shared import print_json, profile_of, root_of
 
 if TYPE_CHECKING:
     from launcher.site.judge import Check
@@ -63,11 +63,10 @@ def _init_profile(args: argparse.Namespace) -> int:
 def _test_profile(args: argparse.Namespace) -> int:
     """Prove a profile by a job, or show what an earlier one told."""
     from launcher import slurm, store
-    from launcher.cluster import load_profile
     from launcher.site import trial
     from launcher.site.judge import judge
 
-    profile = load_profile(args.profile)
+    profile = profile_of(args)
     root = root_of(args)
     if args.job:
         test = trial.find_trial(root, args.job)
@@ -76,7 +75,7 @@ def _test_profile(args: argparse.Namespace) -> int:
         root = store.open_root(root)
         test = trial.submit_trial(trial.plan_trial(profile, root, args.partition, args.nodes), profile, root)
         if args.no_wait:
-            at = f"{shlex.quote(args.profile)} --job {test.job} --root {shlex.quote(str(root))}"
+            at = f"{shlex.quote(args.cluster)} --job {test.job} --root {shlex.quote(str(root))}"
             if args.json:
                 print_json({"job": test.job})
             else:

@@ -71,6 +71,7 @@ class Facts:
     containers: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()
     fabric: tuple[str, ...] = ()
+    slurm_conf: str | None = None
     refused: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -102,6 +103,7 @@ def look(code: str | None) -> Facts:
         containers=tuple(_containers()),
         interfaces=tuple(_interfaces()),
         fabric=tuple(sorted(p.name for p in Path("/sys/class/infiniband").glob("*"))),
+        slurm_conf=os.environ.get("SLURM_CONF"),
         refused=refused,
     )
 

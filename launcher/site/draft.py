@@ -42,6 +42,8 @@ def entries(facts: Facts) -> Iterator[Entry]:
     config = facts.config
     yield Entry("description", f"{config.get('ClusterName', 'a Slurm cluster')}, as seen by {facts.user}")
     yield Entry("scheduler", "slurm")
+    if facts.slurm_conf:
+        yield Entry("slurm_conf", facts.slurm_conf, "SLURM_CONF of the shell that looked.")
     yield from _charging(facts)
     yield from _partitions(facts)
     yield from _gpus(facts)
@@ -170,10 +172,8 @@ def _memory(facts: Facts) -> Entry:
 
 def _caps(facts: Facts) -> Iterator[Entry]:
     config = facts.config
-    if facts.config.get("MaxArraySize", "").isdigit():
-        yield Entry(
-            "max_array", int(facts.config["MaxArraySize"]) - 1, "From MaxArraySize, the largest index plus one."
-        )
+    if config.get("MaxArraySize", "").isdigit():
+        yield Entry("max_array", int(config["MaxArraySize"]), "MaxArraySize: most elements of a job array.")
     if facts.max_submit:
         yield Entry("max_submit", facts.max_submit, "From MaxSubmitJobs of your association or QOS.")
     why = f"Seconds between looks at the queue; sites ask for patience. MaxJobCount {config.get('MaxJobCount', '?')}."

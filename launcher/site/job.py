@@ -5,9 +5,12 @@ What it learns stands in `job.json` of the attempt's folder, written anew after 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,10 +20,11 @@ from typing import Any
 
 from launcher import slurm, store
 from launcher.errors import PrismError
-from launcher.spec import Step, read_stage
-from launcher.supervisor.allocation import SlurmJob
-from launcher.supervisor.processes import Process, kill_all
+from launcher.spec import StageSpec, Step, read_stage
+from launcher.steps import SRUN_DEFAULTS, Place, SlurmAttempt, slurm_place, srun_argv
 
+#: `srun: error: NODE: task 1: Exited with exit code 7`, `srun: error: task 1 launch failed: REASON`.
+_COMPLAINT = re.compile(r"^srun: error: (.*\btasks? .+)$", re.MULTILINE)
 #: How long a step may take, and how much longer than the first rank that failed.
 _STEP_S = 240.0
 _OTHERS_S = 12.0
@@ -31,48 +35,50 @@ _SEEN_S = 75.0
 
 def run(stage_json: str) -> int:
     """The first life examines and asks for a second one, which only says that it came."""
-    spec = read_stage(stage_json)
-    job = SlurmJob.current(spec, Path(os.environ["PRISM_ROOT"]))
-    life = Life(job, Path(stage_json).with_name("job.sbatch"))
-    store.new_attempt(job.attempt_dir.parent, job.attempt_dir.name)
-    if _asked_for(job):
+    spec, root = read_stage(stage_json), Path(os.environ["PRISM_ROOT"])
+    restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+    life = Life(spec, slurm_place(spec, root, sys.executable, attempt), attempt)
+    store.new_attempt(life.folder.parent, life.folder.name)
+    earlier = life.folder.with_name(f"{attempt.job}.{int(restarts) - 1}") / "job.json"
+    if (store.read_json(earlier) or {}).get("requeue") == "asked":
         life.note(began=time.time(), ended=True)
         return 0
     life.examine()
     life.note(requeue="asked")
-    refused = slurm.requeue(job.job)
+    refused = slurm.requeue(attempt.job)
     if refused is None:
         os._exit(0)
     life.note(requeue=refused, ended=True)
     return 0
 
 
-def _asked_for(job: SlurmJob) -> bool:
-    """Whether this life is the one that an earlier one asked for."""
-    earlier = job.attempt_dir.with_name(f"{job.job}.{int(job.attempt.restarts) - 1}")
-    return (store.read_json(earlier / "job.json") or {}).get("requeue") == "asked"
-
-
 @dataclass
 class Life:
     """One life of the job and what it has learnt so far."""
 
-    job: SlurmJob
-    script: Path
+    spec: StageSpec
+    place: Place
+    attempt: SlurmAttempt
     known: dict[str, Any] = field(default_factory=dict)
     heard: list[float] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """What this life writes."""
+        return Path(self.place.attempt_dir)
 
     def note(self, **what: Any) -> None:
         """Add to what is known, and write it down."""
         self.known |= what
-        store.write_json(self.job.attempt_dir / "job.json", self.known)
+        store.write_json(self.folder / "job.json", self.known)
 
     def examine(self) -> None:
         """Every part in turn; a part that needs all nodes is left out where they did not all start."""
         signal.signal(signal.SIGUSR2, lambda *_: self.heard.append(time.time()))
         python = [sys.executable, platform.python_version()]
-        self.note(python=python, node=self.job.attempt.node, nodes=self.job.nodes, began=time.time(), steps={})
-        steps = {step.name: step for step in self.job.spec.steps}
+        self.note(python=python, nodes=os.environ["SLURM_JOB_NODELIST"], began=time.time(), steps={})
+        steps = {step.name: step for step in self.spec.steps}
         for name, step in steps.items():
             if name not in ("all-reduce", "signals"):
                 self.run_step(step)
@@ -80,43 +86,53 @@ class Life:
         if self.known["steps"]["nodes"]["code"] == 0:
             self.reduce(steps["all-reduce"])
             self.signal_step(steps["signals"])
-        self.note(sbatch=_sbatch(self.script), examined=time.time())
+        self.note(sbatch=_sbatch(self.folder.parent / "job.sbatch"), examined=time.time())
 
     def run_step(self, step: Step) -> None:
         """Start a step and wait for its end."""
-        processes = self.start(step)
-        if processes:
-            self.note_end(step, processes[0], time.monotonic() + _STEP_S)
+        srun = self.start(step)
+        if srun:
+            self.note_end(step, srun, time.monotonic() + _STEP_S)
 
-    def start(self, step: Step) -> list[Process]:
-        """Start a step; none where it cannot be, which is noted."""
+    def start(self, step: Step) -> subprocess.Popen[bytes] | None:
+        """The step's srun, which says what it has to say in STEP.srun.log; None where there is none, which is noted."""
+        unset = (*SRUN_DEFAULTS, *self.spec.runtime.env_unset)
+        inherited = {name: value for name, value in os.environ.items() if name not in unset}
         try:
-            return self.job.start(step, self.job.place())
-        except PrismError as error:
-            self.note(steps={**self.known["steps"], step.name: {"code": None, "said": str(error)}})
-            return []
+            argv = srun_argv(step, self.place, self.spec.runtime)
+            with self._log(step).open("ab") as log:
+                null = subprocess.DEVNULL
+                return subprocess.Popen(
+                    argv, env=inherited, cwd=self.folder, stdin=null, stdout=null, stderr=log, start_new_session=True
+                )
+        except (PrismError, OSError) as error:
+            self.note(steps={**self.known["steps"], step.name: {"code": "not started", "said": str(error)}})
+            return None
 
-    def note_end(self, step: Step, process: Process, deadline: float) -> None:
+    def _log(self, step: Step) -> Path:
+        return self.folder / f"{step.name}.srun.log"
+
+    def note_end(self, step: Step, srun: subprocess.Popen[bytes], deadline: float) -> None:
         """Wait for a step's end. After the first rank that fails, the others get a moment to write what they know."""
-        failed = unstarted = False
-        log = self.job.attempt_dir / f"{step.name}.srun.log"
-        while process.poll() is None and time.monotonic() < deadline:
-            # srun says of a task that could not be started, and ends with 0 when the others have ended.
-            unstarted = unstarted or (log.exists() and "launch failed" in log.read_text(errors="replace"))
-            if not failed and (process.exit() is not None or unstarted):
-                failed, deadline = True, min(deadline, time.monotonic() + _OTHERS_S)
+        complaint = None
+        while srun.poll() is None and time.monotonic() < deadline:
+            # srun says of a task that could not be started, but ends with 0 when the others have ended.
+            if complaint is None and (complaint := _COMPLAINT.search(self._log(step).read_text(errors="replace"))):
+                deadline = min(deadline, time.monotonic() + _OTHERS_S)
             time.sleep(0.05)
-        late = process.poll() is None and not failed
-        kill_all([process])
-        end = process.exit()
-        code = "time-out" if late else "not started" if unstarted else end.code if end else None
-        said = _tail(self.job.attempt_dir, step) if code else ""
+        complaint = complaint or _COMPLAINT.search(self._log(step).read_text(errors="replace"))
+        late = srun.poll() is None and not complaint
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(srun.pid, signal.SIGKILL)
+        ended = srun.wait()
+        code = "time-out" if late else _code(complaint[1]) if complaint else ended
+        said = _tail(self.folder, step) if code else ""
         self.note(steps={**self.known["steps"], step.name: {"code": code, "said": said}})
 
     def reduce(self, step: Step) -> None:
         """The all-reduce, with a rank a GPU where torch sees some; left out where its image has no torch."""
-        names = [s.name for s in self.job.spec.steps if s.name.startswith("imports-") and s.image == step.image]
-        told = store.read_json(self.job.attempt_dir / f"{names[0]}.0.json") or {}
+        names = [s.name for s in self.spec.steps if s.name.startswith("imports-") and s.image == step.image]
+        told = store.read_json(self.folder / f"{names[0]}.0.json") or {}
         torch = told.get("kernels", {}).get("torch", {})
         if "version" in torch:
             ranks = max(1, torch.get("devices", 0))
@@ -126,27 +142,36 @@ class Life:
     def signal_batch(self) -> None:
         """USR2 to the batch step, as Slurm sends it before the time limit."""
         sent = time.time()
-        answer = slurm.call("scancel", "--signal=USR2", "--batch", self.job.job)
+        answer = slurm.call("scancel", "--signal=USR2", "--batch", self.attempt.job)
         _wait(lambda: self.heard)
         delay = self.heard[0] - sent if self.heard else None
         self.note(batch_signal={"delay_s": delay, "said": answer.err})
 
     def signal_step(self, step: Step) -> None:
         """USR2 through srun, as the supervisor sends it, and TERM through Slurm, as preemption does."""
-        processes = self.start(step)
-        if not processes:
+        srun = self.start(step)
+        if srun is None:
             return
-        reports = [self.job.attempt_dir / f"{step.name}.{rank}.json" for rank in range(step.ntasks)]
-        _wait(lambda: all(p.exists() for p in reports) or processes[0].poll() is not None, _SEEN_S)
+        reports = [self.folder / f"{step.name}.{rank}.json" for rank in range(step.ntasks)]
+        _wait(lambda: all(p.exists() for p in reports) or srun.poll() is not None, _SEEN_S)
+        if not all(p.exists() for p in reports):
+            self.note_end(step, srun, time.monotonic())
+            return
         sent = {"SIGUSR2": time.time()}
-        processes[0].signal(signal.SIGUSR2)
+        srun.send_signal(signal.SIGUSR2)
         _wait(lambda: "SIGUSR2" in _heard(reports[0]))
         number = (store.read_json(reports[0]) or {}).get("step")
         sent["SIGTERM"] = time.time()
-        slurm.call("scancel", "--signal=TERM", f"{self.job.job}.{number}")
-        self.note_end(step, processes[0], time.monotonic() + _SIGNAL_S)  # each rank ends at TERM
+        slurm.call("scancel", "--signal=TERM", f"{self.attempt.job}.{number}")
+        self.note_end(step, srun, time.monotonic() + _SIGNAL_S)  # each rank ends at TERM
         _wait(lambda: all(set(sent) <= set(_heard(p)) for p in reports), _SEEN_S)
         self.note(step_signals={name: _arrivals(reports, name, began) for name, began in sent.items()})
+
+
+def _code(complaint: str) -> int | str:
+    """An exit code as a number; what else srun complains of as it says it."""
+    number = re.search(r"exit code (\d+)", complaint)
+    return int(number[1]) if number else "not started" if "launch failed" in complaint else complaint
 
 
 def _arrivals(reports: list[Path], name: str, sent: float) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_init_writes_what_the_dev_cluster_says_of_itself(devcluster: DevCluster,
     assert ours.time == "00:30:00" and theirs.time == "30:00"
     # What cannot be seen: how long a hang is, and how long saving takes.
     not_seen = {"name": "dev", "description": "", "time": "", "limits": theirs.limits, "poll_s": theirs.poll_s}
-    more = {key: getattr(theirs, key) for key in ("max_array", "max_submit") if hasattr(theirs, key)}
+    more = {key: getattr(theirs, key) for key in ("max_array", "max_submit", "slurm_conf") if hasattr(theirs, key)}
     assert replace(ours, **not_seen, **more) == replace(theirs, **not_seen)
     done = prism("check", "demo", "--cluster", str(site))
     assert done.returncode == 0, done.stderr

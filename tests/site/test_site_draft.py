@@ -154,4 +154,4 @@ def test_the_caps_on_submitted_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     facts = ask.look(None)
     assert facts.max_submit == 50
     assert facts.qos == ("normal (MaxSubmitPU=50, MaxJobsPU=8, MaxTRESPU=gres/gpu=64)",)
-    assert "max_submit: 50" in draft_profile(facts) and "max_array: 1000" in draft_profile(facts)
+    assert "max_submit: 50" in draft_profile(facts) and "max_array: 1001" in draft_profile(facts)
