@@ -74,7 +74,9 @@ def _begun(outcome: Outcome, life: Mapping[str, Any]) -> Iterator[Check]:
     found = host if same else f"batch step: {host}\nworkers: {'; '.join(sorted(inside))}"
     yield Check("interpreter", "pass", found)
     if inside:
-        yield Check("launcher importable", "pass", "in the batch step and in the workers, on every node")
+        yield Check(
+            "launcher importable", "pass", f"in the batch step and in the workers of {len(_of(outcome, 'nodes'))} nodes"
+        )
 
 
 _REASONS = (
