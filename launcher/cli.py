@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint_commands(commands)
     _add_fit_command(commands)
     _add_listing_commands(commands)
+    _add_cluster_commands(commands)
     _add_devcluster_commands(commands)
     return parser
 
@@ -206,9 +207,30 @@ def _add_listing_commands(commands: Commands) -> None:
     _command(
         commands, "recipes.backends", "which model × algorithm × RL backend works, and why another does not", "json"
     )
-    _command(commands, "machine.clusters", "list the cluster profiles", "json")
     _command(commands, "recipes.schema", "print the recipe's JSON schema, for editors")
     _command(commands, "machine.doctor", "what this machine has and lacks", "root", "json")
+
+
+def _add_cluster_commands(commands: Commands) -> None:
+    parser = _command(commands, "machine.cluster", "cluster profiles: list, make one by looking, prove one")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    text = "list the shipped profiles and your own"
+    listing = actions.add_parser("list", help=text, description=text)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    text = "write a profile by looking at this site, on a login node"
+    init = actions.add_parser("init", help=text, description=text)
+    init.add_argument("name", metavar="NAME", nargs="?", help="how --cluster will call it; default: Slurm's own name")
+    init.add_argument("-o", "--output", metavar="FILE", help="a .yaml file; default: among your own profiles")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    text = "submit a five-minute job of two nodes that shows whether a profile is true"
+    test = actions.add_parser("test", help=text, description=text)
+    test.add_argument("cluster", metavar="NAME", help="cluster profile, by name or path")
+    test.add_argument("--partition", metavar="P", help="default: the profile's")
+    test.add_argument("--nodes", type=_count, metavar="N", default=2, help="nodes; default: 2, or 1 where there is one")
+    test.add_argument("--no-wait", action="store_true", help="submit alone; --job shows the result later")
+    test.add_argument("--job", metavar="ID", help="show a test that was submitted before")
+    test.add_argument("--root", metavar="DIR", help="the store; default: PRISM_ROOT, else ./prism-root")
+    test.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_devcluster_commands(commands: Commands) -> None:

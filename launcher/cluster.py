@@ -59,7 +59,7 @@ class Profile:
 
     name: str = option(..., "The file's name without .yaml; not a key of the file.")
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
-    description: str = option("", "One line for `prism-launch clusters`.")
+    description: str = option("", "One line for `prism-launch cluster list`.")
     poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
     slurm_conf: str | None = option(None, "slurm.conf that Slurm's commands read; null: the shell's or the site's own.")
     submit_rate: int | None = option(None, "Most calls of sbatch in a minute, over all runs in one root; null: no cap.")

@@ -121,11 +121,11 @@ def array_text(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> 
     )
 
 
-def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
+def sbatch_text(stage: PlannedStage, profile: Profile, root: Path, module: str = "launcher.supervisor") -> str:
     """The script that runs one attempt after another of a stage placed on the profile's cluster (`place_stage`).
 
-    It becomes the supervisor, which starts the steps. `root` is the store as the nodes see it. Raises UserError for
-    values that neither sbatch nor the container runtime can quote.
+    It becomes the supervisor, or another `module` that takes the path of stage.json, which starts the steps. `root` is
+    the store as the nodes see it. Raises UserError for values that neither sbatch nor the container runtime can quote.
     """
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
@@ -141,6 +141,7 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
             *_shown_steps(spec, profile, root, SlurmAttempt()),
         ],
         stage_json=shlex.quote(str(folder / "stage.json")),
+        module=module,
     )
 
 
@@ -153,6 +154,7 @@ def _text(
     lines: list[str],
     stage_json: str,
     array: str | None = None,
+    module: str = "launcher.supervisor",
 ) -> str:
     """submitit's text with our lines before its command; `stage_json` stands in it as it is."""
     spec = stage.spec
@@ -164,7 +166,7 @@ def _text(
     interpreter = shlex.quote(profile.host_python or profile.python)
     text: str = _make_sbatch_string(
         # `exec`: Slurm signals the process of the batch script, which must be the supervisor and not bash.
-        command=f"exec {interpreter} -u -m launcher.supervisor {stage_json}",
+        command=f"exec {interpreter} -u -m {module} {stage_json}",
         folder=folder,
         **header,
         wckey=None,

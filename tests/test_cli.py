@@ -127,10 +127,10 @@ def test_output_into_a_closed_pipe_is_no_failure() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["recipes", "clusters", "doctor", "backends"])
+@pytest.mark.parametrize("command", ["recipes", "cluster list", "doctor", "backends"])
 def test_listings_speak_json(command: str, tmp_path: Path) -> None:
     arguments = ("--root", str(tmp_path)) if command == "doctor" else ()
-    done = prism(command, "--json", *arguments)
+    done = prism(*command.split(), "--json", *arguments)
     assert json.loads(done.stdout), done.stderr
 
 

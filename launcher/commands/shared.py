@@ -113,7 +113,7 @@ def slurm_profile(args: argparse.Namespace) -> Profile:
     profile = profile_of(args)
     if profile.scheduler != "slurm":
         raise UserError(
-            f"cluster {profile.name} has no Slurm; name one that has with --cluster (`prism-launch clusters`)"
+            f"cluster {profile.name} has no Slurm; name one that has with --cluster (`prism-launch cluster list`)"
         )
     return profile
 
