@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,12 +27,18 @@ from launcher.workers.train_script import read_line
 SCRIPT = Path(__file__).with_name("pretrain_small.py")
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start(stage: ts.TrainStage, attempt: int = 0, **variables: str) -> subprocess.Popen[str]:
     folder = stage.attempt(attempt)
     folder.mkdir(parents=True)
     env = {
         **os.environ, "PRISM_ROOT": str(stage.root), "PRISM_ATTEMPT_DIR": str(folder), "PRISM_STEP": "train",
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617",
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
         "PYTHONPATH": str(ts.REPOSITORY), **variables,
     }  # fmt: skip
     command = [sys.executable, "-m", "launcher.workers.train_script", str(stage.path)]
