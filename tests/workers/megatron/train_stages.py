@@ -170,7 +170,7 @@ def run(stage: TrainStage, fault: Fault | None = None, attempt: int = 0) -> list
         hosts={step.name: "127.0.0.1"},
         ports={step.name: port},
     )
-    commands = steps.local_commands(step, place)
+    commands = steps.local_commands(stage.spec, step, place, "")
     ranks = [_PROCESSES.Process(target=_worker, args=(argv, env, fault)) for argv, env in commands]
     for rank in ranks:
         rank.start()
