@@ -161,7 +161,7 @@ def test_the_trainer_loads_it_and_saves_the_same_bits(
 def test_layers_under_keys_of_their_own_are_read_too(
     tmp_path: Path, to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints
 ) -> None:
-    stacked = to_megatron("mistral")
+    stacked = to_megatron("Mistral-7B-v0.1")
     tensors, folder = read_all(stacked), new(tmp_path / "separate")
     writer = TorchDistWriter(folder, {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=False)
     for name, tensor in tensors.items():
@@ -171,7 +171,7 @@ def test_layers_under_keys_of_their_own_are_read_too(
     keys = pickle.loads((folder / "release" / ".metadata").read_bytes()).state_dict_metadata
     assert "decoder.layers.1.mlp.linear_fc2.weight" in keys
     convert(folder, new(tmp_path / "hf"), "hf")
-    wanted = load_file(hf_checkpoint("mistral") / "model.safetensors")
+    wanted = load_file(hf_checkpoint("Mistral-7B-v0.1") / "model.safetensors")
     assert same(load_file(tmp_path / "hf" / "model.safetensors"), wanted)
 
 
@@ -210,7 +210,7 @@ def test_a_large_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
 def test_a_wrong_bit_on_the_disk_is_found(
     to: Any, tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = hf_checkpoint("granite")
+    source = hf_checkpoint("granite-3.3-8b-base")
     if to == "hf":
         convert(source, new(tmp_path / "megatron"), "megatron")
         source = tmp_path / "megatron"

@@ -28,7 +28,7 @@ def tokens(name: str) -> Tensor:
     No more than a sliding window has: attention on a CPU has none, which `check_layout` refuses to train.
     """
     config = CONFIGS[name]
-    size = (2, config.get("sliding_window", 100))
+    size = (2, config.get("sliding_window") or 100)
     return torch.randint(2, config["vocab_size"], size, generator=torch.Generator().manual_seed(11))
 
 
@@ -119,7 +119,7 @@ def test_transformers_gives_the_logits_of_what_megatron_core_saved(name: str, tm
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama-rope3", {"rope_scaling": None}),
+        ("Llama-3.1-8B", {"rope_scaling": None}),
         ("llama-tiny", {"rotary_base": 20000.0}),
         ("llama-tiny", {"norm_epsilon": 1e-3}),
         ("granite-tiny", {"embedding_multiplier": 11.0}),
