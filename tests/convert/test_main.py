@@ -13,7 +13,6 @@ import pytest
 
 from launcher import spec
 from launcher.convert.__main__ import main
-from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped
 from launcher.workers import convert as worker
 
@@ -80,7 +79,8 @@ def test_the_worker_fills_its_port_and_records_the_verification(
     record = json.loads((job.workdir / "record.json").read_text())
     assert record["verification"]["round_trip"] == "bit-exact"
     beat = json.loads((job.attempt_dir / "heartbeat.main.0.json").read_text())
-    assert beat["step"] == beat["total"] - 1 > 10
+    assert beat["step"] == beat["total"] > 100_000
+    assert beat["figures"]["bytes_per_s"] > 0
 
 
 def test_the_worker_stops_when_asked(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> None:
@@ -88,10 +88,3 @@ def test_the_worker_stops_when_asked(tmp_path: Path, hf_checkpoint: Callable[...
     job._asked.append(0.0)
     with pytest.raises(Stopped):
         worker.main(job)
-
-
-def test_the_worker_refuses_a_pair_of_formats_that_it_does_not_know(
-    tmp_path: Path, hf_checkpoint: Callable[..., Path]
-) -> None:
-    with pytest.raises(UserError, match="from hf to nemo"):
-        worker.main(make_job(tmp_path, hf_checkpoint("llama"), target="nemo"))
