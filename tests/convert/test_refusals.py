@@ -142,6 +142,33 @@ def test_all_problems_are_named_at_once(hf: Path) -> None:
     assert len(error.value.problems) == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_kept_and_warned_of(
+    value: float, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors(lambda t: t[NORM].__setitem__(7, value))(hf)
+    assert main([str(hf), str(hf.parent / "target"), "--to", "megatron"]) == 0
+    assert capsys.readouterr().err == f"prism-launch: warning: {NORM} holds nan or infinity, which is kept\n"
+    record = json.loads((hf.parent / "target" / "conversion.json").read_text())
+    assert record["not_finite"] == [NORM]
+    assert record["round_trip"] == "bit-exact"
+
+
+def test_a_read_only_target_is_refused(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, whom no mode keeps out, the kernel's answer is put in its place."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.geteuid() == 0:
+
+        def read_only(*_: Any, **__: Any) -> None:
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(store.tempfile, "mkdtemp", read_only)
+    with pytest.raises(UserError, match=r"locked/target: cannot be written: (Read-only file system|Permission denied)"):
+        run(hf, locked / "target", "megatron")
+    assert not list(locked.iterdir())
+
+
 def test_a_pickle_beside_safetensors_is_left_alone(hf: Path) -> None:
     (hf / "pytorch_model.bin").write_bytes(b"\x80never loaded")
     run(hf, hf.parent / "target", "megatron")
