@@ -1,4 +1,4 @@
-"""Commands on checkpoints by hand: convert, diff, cka, each in a process of its own."""
+"""Commands on checkpoints by hand: convert, merge, diff, cka, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,8 +23,18 @@ def _module(name: str, arguments: Sequence[str]) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert a checkpoint, verified."""
-    flags = ["--no-verify"] if args.no_verify else []
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("fold_multipliers", "parity", "no_verify") if getattr(args, name)
+    ]
+    flags += ["--config", args.config] if args.config else []
     return _module("launcher.convert", [args.source, args.target, "--to", args.to, *flags, *_json_flag(args)])
+
+
+def merge(args: argparse.Namespace) -> int:
+    """A linear combination of checkpoints."""
+    flags = ["--no-verify"] if args.no_verify else []
+    words = ["merge", *args.sources, f"--weights={args.weights}", "-o", args.output, *flags, *_json_flag(args)]
+    return _module("launcher.convert", words)
 
 
 def diff(args: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
@@ -24,22 +23,10 @@ from launcher.convert.torch_dist import TRACKER, TorchDistReader, checkpoint_dir
 from launcher.errors import UserError, WorldError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
+from launcher.models.side_files import is_side_file
 
 #: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
 CARRIED = "hf"
-#: Files of a Hugging Face folder that are neither weights nor code.
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-)
 
 
 class Reader(Protocol):
@@ -150,7 +137,7 @@ def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape
 def _side(files: Files, folder: str = "") -> Files:
     prefix = f"{folder}/" if folder else ""
     names = {n.removeprefix(prefix): s for n, s in files.items() if n.startswith(prefix)}
-    return {n: s for n, s in names.items() if any(fnmatch(n, pattern) for pattern in _SIDE_FILES) and "/" not in n}
+    return {n: s for n, s in names.items() if is_side_file(n) and "/" not in n}
 
 
 def copy_side_files(side: Files, target: Path) -> list[str]:

@@ -8,7 +8,9 @@ from launcher.stages import Need, worker_step
 
 VERSION = 1
 #: What a checkpoint can be converted from and to.
-CONVERSIONS: frozenset[tuple[Format, Format]] = frozenset({("hf", "megatron"), ("megatron", "hf")})
+CONVERSIONS: frozenset[tuple[Format, Format]] = frozenset(
+    {("hf", "megatron"), ("megatron", "hf"), ("hf", "nemo"), ("megatron", "nemo"), ("nemo", "hf")}
+)
 
 
 def needs(config: ConvertConfig) -> tuple[Need, ...]:

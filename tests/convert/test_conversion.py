@@ -310,6 +310,7 @@ def test_weights_come_out_of_a_training_checkpoint_with_its_optimizer(name: str,
 
     from launcher.models.families import shape_of
     from launcher.workers.megatron import checkpoint, hf_files
+    from launcher.workers.megatron.loop import _mend_order
     from launcher.workers.megatron.model import build_model, initialize, sharding_metadata
 
     shape = shape_of(CONFIGS[name])
@@ -322,6 +323,7 @@ def test_weights_come_out_of_a_training_checkpoint_with_its_optimizer(name: str,
     optimizer = get_megatron_optimizer(settings, [wrapped])
     for parameter in model.parameters():
         parameter.main_grad.fill_(0.01)
+    _mend_order(optimizer)
     optimizer.step()
     checkpoint.save_weights(new(tmp_path / "weights"), 5, model)
     metadata = sharding_metadata()
