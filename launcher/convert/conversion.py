@@ -19,7 +19,14 @@ from launcher.convert.files import in_folder, in_tar, pack
 from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Format, Link, links
-from launcher.convert.torch_dist import RELEASE, RELEASE_COMMON, TRACKER, TorchDistReader, TorchDistWriter
+from launcher.convert.torch_dist import (
+    RELEASE,
+    RELEASE_COMMON,
+    TRACKER,
+    TorchDistReader,
+    TorchDistWriter,
+    extra_states,
+)
 from launcher.errors import UserError, WorldError
 from launcher.models.shape import ModelShape
 
@@ -155,12 +162,11 @@ def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkp
 
 def torch_dist_writer(target: Path, to: Format, wanted: Mapping[str, Entry], shape: ModelShape) -> TorchDistWriter:
     """Where the tensors of a checkpoint of format `megatron` or `nemo` go."""
-    stacked = shape.hybrid_override_pattern is None
-    if to == "megatron":
-        return TorchDistWriter(target / RELEASE, wanted, stacked=stacked, common=RELEASE_COMMON)
-    return TorchDistWriter(
-        target / nemo.WEIGHTS, wanted, stacked=stacked, prefix=nemo.PREFIX, objects=nemo.objects(shape)
+    folder, prefix, common = (
+        (target / RELEASE, "", RELEASE_COMMON) if to == "megatron" else (target / nemo.WEIGHTS, nemo.PREFIX, {})
     )
+    stacked = shape.hybrid_override_pattern is None
+    return TorchDistWriter(folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common)
 
 
 def _write_around(target: Path, to: Format, found: Checkpoint, name: str | None) -> list[str]:

@@ -25,9 +25,6 @@ PREFIX = "model."
 #: NeMo has llama3 scaling built in for this factor alone.
 _FACTOR = 8.0
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
-#: Modules of Transformer Engine that ask for a state, in any of the versions that NeMo runs with.
-_STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
-_STATEFUL += ("mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def refuse(shape: ModelShape, fold: bool) -> None:
@@ -47,17 +44,6 @@ def refuse(shape: ModelShape, fold: bool) -> None:
         problems.append(f"RoPE's factor is {rope.get('factor')}; NeMo has {_FACTOR:g} built in")
     if problems:
         raise UserError(problems)
-
-
-def objects(shape: ModelShape) -> list[str]:
-    """Keys of the states that NeMo's modules ask for when they are restored."""
-    layers = range(shape.num_layers)
-    inside = [
-        f"{PREFIX}decoder.layers.{module}._extra_state/shard_{i}_{shape.num_layers}"
-        for module in _STATEFUL
-        for i in layers
-    ]
-    return [*inside, f"{PREFIX}decoder.final_layernorm._extra_state/shard_0_1"]
 
 
 def architecture(shape: ModelShape) -> dict[str, Any]:

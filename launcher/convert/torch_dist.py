@@ -38,6 +38,7 @@ from launcher.convert.files import Files, begin_writing
 from launcher.convert.lanes import LANES
 from launcher.convert.metadata import parse_metadata
 from launcher.errors import UserError
+from launcher.models.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 #: Megatron-LM takes no iteration 0; a checkpoint to start training from is a `release`.
@@ -48,6 +49,27 @@ _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 #: What a training run saves besides the model.
 _NOT_WEIGHTS = ("optimizer.", "chained_")
+
+
+#: Modules of each kind of layer that ask a checkpoint for a state, in one version of Transformer Engine or another.
+_STATEFUL = {
+    "M": ("mixer.in_proj", "mixer.out_proj"),
+    "*": ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+    "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
+
+
+def extra_states(shape: ModelShape) -> list[str]:
+    """Keys of the states that Transformer Engine's modules ask for; without them Megatron-LM and NeMo load nothing."""
+    last, n = ("final_layernorm" if shape.hybrid_override_pattern is None else "final_norm"), shape.num_layers
+    if shape.hybrid_override_pattern is None:
+        modules = (*_STATEFUL["*"], *_STATEFUL["-"])
+        inside = [f"decoder.layers.{module}._extra_state/shard_{i}_{n}" for module in modules for i in range(n)]
+    else:
+        kinds = enumerate(shape.hybrid_override_pattern)
+        inside = [f"decoder.layers.{i}.{m}._extra_state/shard_0_1" for i, kind in kinds for m in _STATEFUL[kind]]
+        inside.append("output_layer._extra_state/shard_0_1")  # a hybrid model asks for it, a GPT model does not
+    return [*inside, f"decoder.{last}._extra_state/shard_0_1"]
 
 
 @dataclass(frozen=True)
@@ -184,8 +206,8 @@ def checkpoint_dir(folder: Path) -> Path:
 class TorchDistWriter:
     """Fills a folder with a torch_dist checkpoint, in the order in which tensors come.
 
-    `stacked`: one tensor for all layers, as a homogeneous model's. Keys begin with `prefix`. `objects` are keys that
-    Transformer Engine's modules ask for: each holds None, which they take for nothing to restore.
+    `stacked`: one tensor for all layers, as a homogeneous model's. Keys begin with `prefix`. `objects` are keys of
+    `extra_states`: each holds None, which Transformer Engine takes for nothing to restore.
     """
 
     lanes = LANES
@@ -272,7 +294,7 @@ class TorchDistWriter:
             chunks = described[key].chunks
             places[MetadataIndex(names[key], torch.Size(offset), len(chunks))] = info
             chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
-        for key in self._objects:
+        for key in (self._prefix + name for name in self._objects):
             described[key] = BytesStorageMetadata()
             places[MetadataIndex(key)] = self._append([None], 0)
         self.stop()
