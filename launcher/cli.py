@@ -156,6 +156,10 @@ def _add_checkpoint_commands(commands: Commands) -> None:
     convert.add_argument(
         "--fold-multipliers", action="store_true", help="Granite to nemo: multipliers into fp32 weights, for inference"
     )
+    convert.add_argument("--cluster", metavar="NAME", help="as a CPU job of this cluster, by name or path of a profile")
+    convert.add_argument(
+        "--root", metavar="DIR", help="with --cluster: the store; default: PRISM_ROOT, else ./prism-root"
+    )
     merge = _command(commands, "checkpoints.merge", "add checkpoints of one model, each times a weight", "json")
     merge.add_argument("sources", metavar="CHECKPOINT", nargs="+", help="two or more, of one model and format")
     merge.add_argument("--weights", required=True, metavar="W,W", help="one a checkpoint, such as 0.15,0.85")

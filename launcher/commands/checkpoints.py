@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from launcher.errors import WorldError
+from launcher.configs import ConvertConfig, Resources
+from launcher.errors import UserError, WorldError
+from launcher.recipe import Recipe, Stage
+from launcher.stages.convert import CONVERSIONS
 
 
 def _module(name: str, arguments: Sequence[str]) -> int:
@@ -22,12 +27,54 @@ def _module(name: str, arguments: Sequence[str]) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Convert a checkpoint, verified."""
+    """Convert a checkpoint, verified: here, or as a job of a cluster."""
+    if args.cluster:
+        return _submit(args)
     flags = [
         f"--{name.replace('_', '-')}" for name in ("fold_multipliers", "parity", "no_verify") if getattr(args, name)
     ]
     flags += ["--config", args.config] if args.config else []
     return _module("launcher.convert", [args.source, args.target, "--to", args.to, *flags, *_json_flag(args)])
+
+
+def _submit(args: argparse.Namespace) -> int:
+    """A run of one stage; the target is a link to the artifact, which leads nowhere until the job is done."""
+    from launcher import store
+    from launcher.cluster import place_record
+    from launcher.commands.shared import cluster_name, record_of, root_of, slurm_profile
+    from launcher.inputs import read_checkpoint
+    from launcher.submit import submit_run
+
+    local = [name for name in ("fold_multipliers", "parity", "config") if getattr(args, name)]
+    target = Path(os.path.abspath(args.target))
+    problems = [f"--{name.replace('_', '-')}: not with --cluster; convert here" for name in local]
+    if os.path.lexists(target):
+        problems.append(f"{target}: is there already; name a new folder")
+    if target.suffix == ".nemo":
+        problems.append(f"{target}: archives are not written with --cluster; name a folder")
+    if problems:
+        raise UserError(problems)
+    profile, root = slurm_profile(args), store.open_root(root_of(args))
+    source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
+    if (source.format, args.to) not in CONVERSIONS:
+        raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
+    config = ConvertConfig(checkpoint=source.path, source=source.format, target=args.to, verify=not args.no_verify)
+    record = place_record(record_of(_recipe(config), profile, cluster_name(args)), profile, root)
+    jobs = submit_run(root, record, profile)
+    artifact = root / record.stages[0].spec.outputs["checkpoint"].path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(artifact)
+    print("\n".join(f"{stage}: job {job}" for stage, job in jobs.items()) or "done already")
+    print(f"{target}: will be {artifact}; follow with: prism-launch watch {record.run} --root {root}")
+    return 0
+
+
+def _recipe(config: ConvertConfig) -> Recipe:
+    """A recipe that no file holds: one conversion. Its name is the same for the same work."""
+    digest = hashlib.sha256(f"{config.checkpoint} {config.target}".encode()).hexdigest()[:6]
+    name = f"convert-to-{config.target}-{digest}"
+    stage = Stage("convert", "convert", config, Resources(cpus_per_task=2), seed=0)
+    return Recipe(name, config.checkpoint, 0, {"convert": stage}, (), {"name": name}, {})
 
 
 def merge(args: argparse.Namespace) -> int:

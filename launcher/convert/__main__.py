@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ _NO_PARITY = "--parity: compares formats hf and megatron; of nemo there is no mo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert or merge by hand; returns the exit code."""
+    # Large tensors come and go: in pages of 2 MiB that takes the kernel much less. torch looks when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     words = list(sys.argv[1:] if argv is None else argv)
     merging = words[:1] == ["merge"]
     args = _parse_merge(words[1:]) if merging else _parse_convert(words)

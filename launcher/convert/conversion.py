@@ -230,7 +230,7 @@ class Job:
         self.seconds["move"] = time.monotonic() - began
 
     def _move(self, lane: int, link: Link, writer: Any) -> None:
-        tensors = [self.reader.read(name) for name in link.sources]
+        tensors = self.reader.read_together(link.sources)
         made = link.forward(tensors)
         for name, tensor in zip(link.targets, made, strict=True):
             writer.add(name, tensor, lane)
@@ -252,7 +252,7 @@ class Job:
         began, wrong = time.monotonic(), []
 
         def one(_: int, link: Link) -> None:
-            tensors = [written.read(name) for name in link.targets]
+            tensors = written.read_together(link.targets)
             if exact:
                 found = self._sums(link, link.back(tensors))
                 wrong.extend(name for name, digest in found.items() if digest != self.source_sums[name])

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,9 @@ class Reader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors of one type."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ The format: eight bytes with the header's length, the header as JSON, the tensor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,14 +62,19 @@ class HfReader:
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        file, start = self._places[name]
-        entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        with (self.where / file).open("rb", buffering=0) as opened:
-            there = read_into(opened, raw_bytes(tensor), start)
-        if there < entry.nbytes:
-            raise UserError(f"{self.where / file}: {name} is cut short; get the file again")
-        return tensor
+        return self.read_together((name,))[0]
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Tensors of one type, one behind the other in memory: what joins them then has nothing to do."""
+        sizes = [math.prod(self.entries[name].shape) for name in names]
+        parts = torch.empty(sum(sizes), dtype=self.entries[names[0]].dtype).split(sizes)
+        for name, part in zip(names, parts, strict=True):
+            file, start = self._places[name]
+            with (self.where / file).open("rb", buffering=0) as opened:
+                there = read_into(opened, raw_bytes(part), start)
+            if there < part.nbytes:
+                raise UserError(f"{self.where / file}: {name} is cut short; get the file again")
+        return [part.view(self.entries[name].shape) for name, part in zip(names, parts, strict=True)]
 
 
 def _single(folder: Path) -> str:

@@ -130,7 +130,7 @@ def to_megatron(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) ->
         groups = [t.view(shape.num_query_groups, -1, width) for t in tensors]
         return [torch.cat(groups, dim=1).view(row.megatron_shapes[0])]
     if row.transform == "gate_up":
-        return [torch.cat(list(tensors))]
+        return [_joined(tensors)]
     if row.transform == "split":
         return list(tensors[0].split([s[0] for s in row.megatron_shapes]))
     return list(tensors)
@@ -149,8 +149,22 @@ def to_hf(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[
     if row.transform == "gate_up":
         return list(tensors[0].split([s[0] for s in row.hf_shapes]))
     if row.transform == "split":
-        return [torch.cat(list(tensors))]
+        return [_joined(tensors)]
     return list(tensors)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One above the other; without a copy where they lie so in memory, as `HfReader.read_together` reads them."""
+    first = tensors[0]
+    home, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        if (tensor.untyped_storage().data_ptr(), tensor.storage_offset()) != (
+            home,
+            place,
+        ) or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        place += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:

@@ -155,6 +155,10 @@ class TorchDistReader:
             whole[into] = self._load(key, piece, entry.dtype)[of]
         return whole.view(entry.shape)
 
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors."""
+        return [self.read(name) for name in names]
+
     def _load(self, key: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
         span = self._files[piece.info.relative_path]
         try:

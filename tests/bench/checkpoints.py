@@ -266,6 +266,7 @@ def _child(scratch: Path, *words: str, timeout: int = 1200) -> tuple[dict[str, l
 
 def main(words: list[str]) -> None:
     """Measure `RUNS` times; print the values as JSON."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command and the stage set it, before torch is there
     import safetensors.torch  # noqa: F401  start-up
     import torch
 
