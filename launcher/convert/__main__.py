@@ -105,14 +105,14 @@ def run(
     from launcher.convert.conversion import convert
     from launcher.convert.folders import new_folder
 
+    target = Path(os.path.abspath(target))
     if parity and to == "nemo":
         raise UserError(_NO_PARITY)
     with new_folder(target) as partial:
-        name = target.absolute().name
-        record = convert(source, partial, to, verify, progress, config=config, fold=fold, name=name)
+        record = convert(source, partial, to, verify, progress, config=config, fold=fold, final=target)
         if parity:
             record["parity"] = _parity(source, partial, record)
-        if not (partial / name).is_file():  # an archive has no place for it
+        if not (partial / target.name).is_file():  # an archive has no place for it
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record
 

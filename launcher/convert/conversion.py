@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from launcher.convert import lanes, nemo
-from launcher.convert.entry import Entry, checksum
+from launcher.convert import nemo
+from launcher.convert.entry import Entry
 from launcher.convert.files import in_folder, in_tar, pack
 from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Format, Link, links
+from launcher.convert.moving import Job, Progress, check_written, target_entries
 from launcher.convert.torch_dist import (
     RELEASE,
     RELEASE_COMMON,
@@ -27,11 +25,9 @@ from launcher.convert.torch_dist import (
     TorchDistWriter,
     extra_states,
 )
-from launcher.errors import UserError, WorldError
+from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 
-#: Called with the bytes of tensors that are done and all that there are, those to verify included.
-Progress = Callable[[int, int], None]
 #: Bytes beside a tensor's own in any format, at most, and of the files around them.
 _TENSOR_OVERHEAD, _FOLDER_OVERHEAD = 4096, 64 << 20
 
@@ -45,13 +41,13 @@ def convert(
     *,
     config: Path | None = None,
     fold: bool = False,
-    name: str | None = None,
+    final: Path | None = None,
 ) -> dict[str, Any]:
     """Fill the empty folder `target` with the checkpoint `source` in the format `to`; returns the verification.
 
     `config`: a folder with config.json and tokenizer, for a source that carries none. `fold`: put Granite's
-    multipliers into the weights of a `nemo` checkpoint. `name`: what the folder will be called, in files that say
-    so; one that ends in .nemo becomes an archive of that name inside `target`. Raises UserError where the source is
+    multipliers into the weights of a `nemo` checkpoint. `final`: where the checkpoint will lie, `target` by default;
+    where that ends in .nemo, an archive of that name is made inside `target`. Raises UserError where the source is
     no checkpoint that can be converted, before anything is written, and WorldError where the disk has no room or what
     was written is not what was read.
     """
@@ -64,17 +60,18 @@ def convert(
         found.reader, {n: fit for link in table for n, fit in zip(link.sources, link.source_shapes, strict=True)}
     )
     _check_types(found.reader, table, folded if to == "nemo" else None)
-    wanted = _target_entries(found.reader, table)
-    archive = to == "nemo" and name is not None and name.endswith(".nemo")
+    wanted = target_entries(found.reader, table)
+    final = (final or target).absolute()
+    archive = target / final.name if to == "nemo" and final.suffix == ".nemo" else None
     size = sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD
     check_room(target, size * (2 if archive else 1))
     writer = _writer(target, to, wanted, found)
-    files = _write_around(target, to, found, name)
+    files = _write_around(target, to, found, final)
     job = Job(table, found.reader, progress, verify)
     job.move(writer)
-    if archive and name is not None:
-        pack(target, target / name)
-    written = _written(target, to, name if archive else None)
+    if archive:
+        pack(target, archive)
+    written = _written(target, to, archive)
     check_written(written, wanted)
     exact = folded is None or to == "nemo"
     if verify:
@@ -139,15 +136,6 @@ def _shown(problems: list[str], where: Path) -> list[str]:
     return problems[:20] + [f"{where}: {len(problems) - 20} more"] * (len(problems) > 20)
 
 
-def _target_entries(reader: Reader, table: Sequence[Link]) -> dict[str, Entry]:
-    """What will be written: the table's shapes, the source's types."""
-    return {
-        name: Entry(shape, link.dtype or reader.entries[link.sources[0]].dtype)
-        for link in table
-        for name, shape in zip(link.targets, link.target_shapes, strict=True)
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
@@ -169,134 +157,27 @@ def torch_dist_writer(target: Path, to: Format, wanted: Mapping[str, Entry], sha
     return TorchDistWriter(folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common)
 
 
-def _write_around(target: Path, to: Format, found: Checkpoint, name: str | None) -> list[str]:
+def _write_around(target: Path, to: Format, found: Checkpoint, final: Path) -> list[str]:
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
         (target / TRACKER).write_text(RELEASE)
     if to == "nemo":
         import yaml
 
-        folder = (target.parent / name if name else target).absolute()
         spread = found.config.get("initializer_range")
-        config = nemo.model_config(found.shape, folder / CARRIED, spread if isinstance(spread, float) else 0.02)
+        config = nemo.model_config(found.shape, final / CARRIED, spread if isinstance(spread, float) else 0.02)
         (target / nemo.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     return copy_side_files(found.side, target if to == "hf" else target / CARRIED)
 
 
-def _written(target: Path, to: Format, archive: str | None) -> Reader:
+def _written(target: Path, to: Format, archive: Path | None) -> Reader:
     if to == "hf":
         return HfReader(target)
     if to == "megatron":
         return TorchDistReader(target / RELEASE, in_folder(target / RELEASE))
-    files, inside = (in_tar(target / archive) if archive else in_folder(target)), f"{nemo.WEIGHTS}/"
+    files, inside = (in_tar(archive) if archive else in_folder(target)), f"{nemo.WEIGHTS}/"
     weights = {n.removeprefix(inside): s for n, s in files.items() if n.startswith(inside)}
     return TorchDistReader(target / nemo.WEIGHTS, weights, nemo.PREFIX)
-
-
-# -------------------------------------------------------------------------------------------------------------- moving
-
-
-class Job:
-    """The moving of a table's tensors, and their comparison: what was seen on the way."""
-
-    def __init__(self, table: Sequence[Link], reader: Reader, progress: Progress, verify: bool):
-        self.table, self.reader, self.verify = table, reader, verify
-        self.source_sums: dict[str, str] = {}
-        self.target_sums: dict[str, str] = {}
-        self.not_finite: list[str] = []
-        self.seconds: dict[str, float] = {}
-        total = sum(self._bytes(link) for link in table)
-        self._report = Reporter(progress, total * (2 if verify else 1))
-        largest = max((e.nbytes for e in reader.entries.values()), default=0)
-        outputs = (e.nbytes for e in _target_entries(reader, table).values())
-        self._most = 2 * max(largest, *outputs)
-
-    def _bytes(self, link: Link) -> int:
-        return sum(self.reader.entries[name].nbytes for name in link.sources)
-
-    def _cost(self, link: Link) -> int:
-        wide = 3 if link.dtype is torch.float32 else 1
-        return self._bytes(link) * (2 if link.copies else 1) * wide
-
-    def move(self, writer: Any) -> None:
-        """Convert every row of the table into the writer, and close it."""
-        began = time.monotonic()
-        shares = lanes.share_out(self.table, self._bytes, writer.lanes)
-        try:
-            lanes.run(shares, lambda lane, link: self._move(lane, link, writer), self._cost, self._most)
-            writer.close()
-        finally:
-            writer.stop()
-        self.seconds["move"] = time.monotonic() - began
-
-    def _move(self, lane: int, link: Link, writer: Any) -> None:
-        tensors = self.reader.read_together(link.sources)
-        made = link.forward(tensors)
-        for name, tensor in zip(link.targets, made, strict=True):
-            writer.add(name, tensor, lane)
-        if self.verify:
-            self.source_sums |= self._sums(link, tensors)
-            self.target_sums |= {n: checksum(t) for n, t in zip(link.targets, made, strict=True)} if link.dtype else {}
-            self.not_finite += [n for n, t in zip(link.sources, tensors, strict=True) if not is_finite(t)]
-        self._report.add(self._bytes(link))
-
-    @staticmethod
-    def _sums(link: Link, tensors: Sequence[Tensor]) -> dict[str, str]:
-        return {name: checksum(link.content(tensor)) for name, tensor in zip(link.sources, tensors, strict=True)}
-
-    def compare(self, written: Reader, exact: bool) -> None:
-        """Turn what was written back into source tensors. Raises WorldError naming those that are not the same bytes.
-
-        Not `exact`: the way back rounds, so that what was written is compared with what was to be written.
-        """
-        began, wrong = time.monotonic(), []
-
-        def one(_: int, link: Link) -> None:
-            tensors = written.read_together(link.targets)
-            if exact:
-                found = self._sums(link, link.back(tensors))
-                wrong.extend(name for name, digest in found.items() if digest != self.source_sums[name])
-            else:
-                pairs = zip(link.targets, tensors, strict=True)
-                wrong.extend(name for name, t in pairs if checksum(t) != self.target_sums[name])
-            padding = ((n, t[link.rows :]) for n, t in zip(link.targets, tensors, strict=True) if link.rows)
-            wrong.extend(name for name, rows in padding if rows.count_nonzero())
-            self._report.add(self._bytes(link))
-
-        lanes.run(lanes.share_out(self.table, self._bytes), one, self._cost, self._most)
-        self.seconds["verify"] = time.monotonic() - began
-        if wrong:
-            raise WorldError(
-                f"{written.where}: {', '.join(sorted(wrong))}: read back, not the bytes that were converted; "
-                "convert again"
-            )
-
-
-class Reporter:
-    """Adds up bytes from several threads."""
-
-    def __init__(self, progress: Progress, total: int):
-        self._progress, self._total, self._done = progress, total, 0
-        self._lock = threading.Lock()
-        progress(0, total)
-
-    def add(self, size: int) -> None:
-        """So many more bytes are done."""
-        with self._lock:
-            self._done += size
-            self._progress(self._done, self._total)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is nan or infinite: the extremes tell, for a tenth of what a look at each takes."""
-    return not tensor.numel() or all(bool(x.isfinite()) for x in torch.aminmax(tensor))
-
-
-def check_written(written: Reader, wanted: Mapping[str, Entry]) -> None:
-    """Raise WorldError unless exactly the tensors wanted are there."""
-    wrong = sorted(name for name in {*written.entries, *wanted} if written.entries.get(name) != wanted.get(name))
-    if wrong:
-        raise WorldError(f"{written.where}: {', '.join(wrong)}: not as they should be after writing; convert again")
 
 
 # -------------------------------------------------------------------------------------------------------------- record

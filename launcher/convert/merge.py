@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 from launcher.convert import lanes
-from launcher.convert.conversion import (
-    Progress,
-    Reporter,
-    check_tensors,
-    check_written,
-    digest_of,
-    is_finite,
-    torch_dist_writer,
-)
+from launcher.convert.conversion import check_tensors, digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.files import in_folder
 from launcher.convert.folders import CARRIED, Checkpoint, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import links
+from launcher.convert.moving import Progress, Reporter, check_written, is_finite
 from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader
 from launcher.errors import UserError, WorldError
 

@@ -29,7 +29,8 @@ def main(job: StageJob) -> None:
             last[0] = now
             job.beat(done, total, bytes_per_s=round(done / max(now - began, 1e-9)))
 
-    found = convert(job.input("checkpoint"), target, config.target, config.verify, progress)
+    final = job.root / job.spec.outputs["checkpoint"].path
+    found = convert(job.input("checkpoint"), target, config.target, config.verify, progress, final=final)
     for name in found["not_finite"] or ():
         print(f"warning: {name} holds nan or infinity, which is kept", file=sys.stderr)
     job.record(verification=found)

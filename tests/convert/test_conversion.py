@@ -286,8 +286,9 @@ def test_memory_holds_two_of_the_largest_tensors(
             peak = max(peak, sum(storages.values()))
         return tensor
 
-    true_read, true_links = HfReader.read, conversion.links
-    monkeypatch.setattr(conversion.HfReader, "read", lambda self, name: count(true_read(self, name)))
+    true_read, true_back, true_links = HfReader.read_together, TorchDistReader.read, conversion.links
+    monkeypatch.setattr(HfReader, "read_together", lambda self, names: [count(t) for t in true_read(self, names)])
+    monkeypatch.setattr(TorchDistReader, "read", lambda self, name: count(true_back(self, name)))
 
     def counting_links(*args: Any) -> Any:
         return tuple(replace(k, forward=lambda t, f=k.forward: [count(x) for x in f(t)]) for k in true_links(*args))

@@ -83,6 +83,15 @@ def test_the_worker_fills_its_port_and_records_the_verification(
     assert beat["figures"]["bytes_per_s"] > 0
 
 
+def test_the_worker_makes_a_nemo_checkpoint_that_knows_its_place(
+    tmp_path: Path, hf_checkpoint: Callable[..., Path]
+) -> None:
+    job = make_job(tmp_path, hf_checkpoint("llama"), target="nemo")
+    worker.main(job)
+    place = tmp_path / "artifacts" / "convert" / ("c" * 20) / "checkpoint" / "hf"
+    assert f"type: {place}\n" in (job.output("checkpoint") / "model_config.yaml").read_text()
+
+
 def test_the_worker_stops_when_asked(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> None:
     job = make_job(tmp_path, hf_checkpoint("llama"))
     job._asked.append(0.0)
