@@ -12,7 +12,7 @@ import torch
 
 from launcher.convert import nemo
 from launcher.convert.entry import Entry
-from launcher.convert.files import in_folder, in_tar, pack
+from launcher.convert.files import in_folder, in_tar, leave_cache, pack
 from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Format, Link, links
@@ -71,6 +71,8 @@ def convert(
     job.move(writer)
     if archive:
         pack(target, archive)
+    if verify:
+        leave_cache(target)
     written = _written(target, to, archive)
     check_written(written, wanted)
     exact = folded is None or to == "nemo"

@@ -12,7 +12,7 @@ from torch import Tensor
 from launcher.convert import lanes
 from launcher.convert.conversion import check_tensors, digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
-from launcher.convert.files import in_folder
+from launcher.convert.files import in_folder, leave_cache
 from launcher.convert.folders import CARRIED, Checkpoint, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import links
@@ -51,6 +51,8 @@ def merge(
         (target / TRACKER).write_text(RELEASE)
     files = copy_side_files(first.side, target if hf else target / CARRIED)
     sums, not_finite = _sum_all(found, weights, writer, verify, progress)
+    if verify:
+        leave_cache(target)
     written = HfReader(target) if hf else TorchDistReader(target / RELEASE, in_folder(target / RELEASE))
     check_written(written, entries)
     wrong = sorted(name for name in entries if verify and checksum(written.read(name)) != sums[name])
@@ -117,9 +119,10 @@ def _sum_all(
     def size(name: str) -> int:
         return entries[name].nbytes
 
-    # Sums in fp32 take several times a tensor of 16 bits: a large one runs alone.
     try:
-        lanes.run(lanes.share_out(list(entries), size), one, lambda n: 4 * size(n), 2 * max(map(size, entries)))
+        lanes.run(
+            lanes.share_out(list(entries), size), one, lambda n: len(found) * size(n), 2 * max(map(size, entries))
+        )
         writer.close()
     finally:
         writer.stop()

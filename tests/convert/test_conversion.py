@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -237,6 +238,25 @@ def test_a_wrong_bit_on_the_disk_is_found(
     with pytest.raises(WorldError, match=r"read back, not the bytes that were converted"):
         convert(source, new(tmp_path / "target"), to)
     assert convert(source, new(tmp_path / "blind"), to, verify=False)["round_trip"] == "not run"
+
+
+def test_it_is_the_disk_that_is_read_back(
+    tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the reading back begins, the file is synced and is asked out of the cache."""
+    done: list[str] = []
+    true_sync, true_advise, true_read = os.fsync, os.posix_fadvise, TorchDistReader.read
+
+    def noted(what: str, file: int) -> None:
+        done.append(f"{what} {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+
+    monkeypatch.setattr(os, "fsync", lambda file: (noted("sync", file), true_sync(file)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *a: (noted(f"advise {a[-1]}", file), true_advise(file, *a)))
+    monkeypatch.setattr(TorchDistReader, "read", lambda self, name: (done.append("read"), true_read(self, name))[1])
+    convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
+    for file in ("__0_0.distcp", "__0_1.distcp"):
+        places = [done.index(f"sync {file}"), done.index(f"advise {os.POSIX_FADV_DONTNEED} {file}"), done.index("read")]
+        assert places == sorted(places)
 
 
 def test_padding_that_is_not_zero_is_found(
