@@ -9,7 +9,7 @@ from launcher.stages import Need, worker_step
 VERSION = 1
 #: What a checkpoint can be converted from and to.
 CONVERSIONS: frozenset[tuple[Format, Format]] = frozenset(
-    {("hf", "megatron"), ("megatron", "hf"), ("hf", "nemo"), ("megatron", "nemo"), ("nemo", "hf")}
+    {("hf", "megatron"), ("megatron", "hf"), ("hf", "nemo"), ("nemo", "hf"), ("megatron", "nemo"), ("nemo", "megatron")}
 )
 
 

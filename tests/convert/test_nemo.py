@@ -22,6 +22,7 @@ from launcher.convert import nemo
 from launcher.convert.__main__ import main, run
 from launcher.convert.entry import checksum
 from launcher.convert.files import in_folder
+from launcher.convert.folders import open_checkpoint
 from launcher.convert.links import vocabulary_unit
 from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
@@ -62,15 +63,17 @@ def test_an_archive_holds_the_folder_and_no_links(tmp_path: Path, hf_checkpoint:
     }
 
 
-def test_a_megatron_checkpoint_goes_straight_to_nemo(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+def test_a_megatron_checkpoint_goes_straight_to_nemo_and_back(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
     run(hf_checkpoint("llama"), tmp_path / "megatron", "megatron")
     assert run(tmp_path / "megatron", tmp_path / "nemo", "nemo")["round_trip"] == "bit-exact"
     run(hf_checkpoint("llama"), tmp_path / "wanted", "nemo")
     assert sums(tmp_path / "nemo") == sums(tmp_path / "wanted")
+    assert run(tmp_path / "nemo", tmp_path / "back", "megatron")["round_trip"] == "bit-exact"
+    assert sums(tmp_path / "back") == sums(tmp_path / "megatron") != sums(tmp_path / "nemo")
 
 
 def sums(folder: Path) -> dict[str, str]:
-    reader = TorchDistReader(folder, in_folder(folder / nemo.WEIGHTS), nemo.PREFIX)
+    reader = open_checkpoint(folder).reader
     return {name: checksum(reader.read(name)) for name in reader.entries}
 
 
