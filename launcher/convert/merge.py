@@ -140,10 +140,9 @@ def combine(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     whole = tensors[0].reshape(-1)
     pieces = [t.reshape(-1).split(_PIECE) for t in tensors]
+    wide = torch.float64 if whole.dtype is torch.float64 else torch.float32
+    used = [i for i, weight in enumerate(weights) if weight]  # zero times infinity is no number: it has no say
     for parts in zip(*pieces, strict=True):
-        total = torch.zeros(len(parts[0]), dtype=torch.float64 if whole.dtype is torch.float64 else torch.float32)
-        for part, weight in zip(parts, weights, strict=True):
-            if weight:  # zero times infinity is no number, and what has no weight has no say
-                total += part.to(total.dtype) * weight
-        parts[0].copy_(total)
+        terms = [parts[i].to(wide) * weights[i] for i in used]
+        parts[0].copy_(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(parts[0]))
     return whole.view(tensors[0].shape)
