@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from launcher import __version__
+from launcher.cluster import Profile
 from launcher.configs import ConvertConfig, Resources
 from launcher.errors import UserError, WorldError
-from launcher.recipe import Recipe, Stage
-from launcher.stages.convert import CONVERSIONS
+from launcher.inputs import External
+from launcher.run_record import PlannedStage, RunRecord
+from launcher.spec import Input, Output, StageSpec, encode
+from launcher.stages import convert as convert_stage
 
 
 def _module(name: str, arguments: Sequence[str]) -> int:
@@ -41,7 +47,7 @@ def _submit(args: argparse.Namespace) -> int:
     """A run of one stage; the target is a link to the artifact, which leads nowhere until the job is done."""
     from launcher import store
     from launcher.cluster import place_record
-    from launcher.commands.shared import cluster_name, record_of, root_of, slurm_profile
+    from launcher.commands.shared import root_of, slurm_profile
     from launcher.inputs import read_checkpoint
     from launcher.submit import submit_run
 
@@ -56,10 +62,10 @@ def _submit(args: argparse.Namespace) -> int:
         raise UserError(problems)
     profile, root = slurm_profile(args), store.open_root(root_of(args))
     source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
-    if (source.format, args.to) not in CONVERSIONS:
+    if (source.format, args.to) not in convert_stage.CONVERSIONS:
         raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
     config = ConvertConfig(checkpoint=source.path, source=source.format, target=args.to, verify=not args.no_verify)
-    record = place_record(record_of(_recipe(config), profile, cluster_name(args)), profile, root)
+    record = place_record(_run_of(config, source, profile, args.cluster), profile, root)
     jobs = submit_run(root, record, profile)
     artifact = root / record.stages[0].spec.outputs["checkpoint"].path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +75,38 @@ def _submit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(config: ConvertConfig) -> Recipe:
-    """A recipe that no file holds: one conversion. Its name is the same for the same work."""
-    digest = hashlib.sha256(f"{config.checkpoint} {config.target}".encode()).hexdigest()[:6]
-    name = f"convert-to-{config.target}-{digest}"
-    stage = Stage("convert", "convert", config, Resources(cpus_per_task=2), seed=0)
-    return Recipe(name, config.checkpoint, 0, {"convert": stage}, (), {"name": name}, {})
+def _run_of(config: ConvertConfig, source: External, profile: Profile, cluster: str) -> RunRecord:
+    """A run of one stage that no recipe holds; its name is the same for the same work."""
+    from launcher.plan import fingerprint
+
+    inputs = {"checkpoint": Input(source.path, source.format, source.fingerprint)}
+    key = fingerprint("convert", convert_stage.VERSION, replace(config, checkpoint=""), 0, inputs, {})
+    name, resources = f"convert-to-{config.target}-{key[:6]}", Resources(cpus_per_task=2)
+    spec = StageSpec(
+        run=name,
+        stage="convert",
+        kind="convert",
+        kind_version=convert_stage.VERSION,
+        fingerprint=key,
+        config=encode(config),
+        seed=0,
+        inputs=inputs,
+        outputs={"checkpoint": Output(f"artifacts/convert/{key}/checkpoint", config.target)},
+        steps=convert_stage.steps(config, resources),
+        limits=profile.limits,
+        runtime=profile.runtime,
+    )
+    return RunRecord(
+        run=name,
+        recipe=source.path,
+        overrides=(),
+        # a profile of the user's own is found again by its path, wherever the next command is typed
+        cluster=os.path.abspath(cluster) if Path(cluster).name != cluster or Path(cluster).suffix else cluster,
+        resolved={"name": name},
+        stages=(PlannedStage(spec, (), resources),),
+        created=time.time(),
+        versions={"prism-launch": __version__, "python": platform.python_version()},
+    )
 
 
 def merge(args: argparse.Namespace) -> int:

@@ -39,18 +39,13 @@ def records_of(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
     """Every run that the recipe on the command line describes, planned and checked. Raises UserError."""
     from launcher.recipe.load import load_recipes
 
-    cluster = cluster_name(args)
-    return [record_of(recipe, profile, cluster) for recipe in load_recipes(args.recipe, args.overrides, args.name)]
+    # A profile of the user's own is found again by its path, wherever the next command is typed.
+    named = args.cluster or "local"
+    cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
+    return [_record(recipe, profile, cluster) for recipe in load_recipes(args.recipe, args.overrides, args.name)]
 
 
-def cluster_name(args: argparse.Namespace) -> str:
-    """What a run record calls its profile: one of the user's own by its path, so that it is found from anywhere."""
-    named: str = args.cluster or "local"
-    return os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
-
-
-def record_of(recipe: Recipe, profile: Profile, cluster: str) -> RunRecord:
-    """A recipe planned and checked for a cluster. Raises UserError."""
+def _record(recipe: Recipe, profile: Profile, cluster: str) -> RunRecord:
     from launcher.check import check_recipe
     from launcher.inputs import resolve_inputs
     from launcher.plan import build_plan
