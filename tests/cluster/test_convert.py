@@ -17,7 +17,7 @@ def test_a_conversion_as_a_job(
     profile = str(devcluster.slurm_conf.parent.parent / "dev.yaml")
     source, target, root = hf_checkpoint("llama"), tmp_path / "megatron", tmp_path / "root"
     command = ["convert", str(source), str(target), "--to", "megatron", "--cluster", profile, "--root", str(root)]
-    done = prism(*command)
+    done = prism(*command, SLURM_CONF=str(devcluster.slurm_conf))
     assert done.returncode == 0, done.stderr
     assert f"{target}: will be {root}/artifacts/convert/" in done.stdout
     assert target.is_symlink()
