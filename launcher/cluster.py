@@ -16,7 +16,7 @@ from launcher.data import data_dir, own_profiles
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import KINDS, Limits, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
+from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
 from launcher.units import format_duration, parse_duration
 
 #: sbatch options that a profile's `sbatch:` may not set, and what sets them.
@@ -77,7 +77,8 @@ class Profile:
     images: Mapping[str, str] = option({}, "Container image by kind of stage.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
-    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation.")
+    limits: Limits = option(Limits(), "When the supervisor acts, and how a stage gets another life.")
+    preflight: Preflight | None = option(Preflight(), "What nodes must pass before the steps start; null: nothing.")
 
     def __post_init__(self) -> None:
         _raise([*_profile_problems(self), *(_slurm_problems if self.scheduler == "slurm" else _local_problems)(self)])
@@ -143,6 +144,7 @@ def _local_problems(profile: Profile) -> Problems:
         "code",
         "images",
         "mounts",
+        "preflight",
     )
     defaults = {f.name: default_of(f) for f in fields(profile)}
     for key in (*ignored, "python", "time"):
@@ -300,7 +302,9 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
     Nothing of that decides what the stage computes, so the fingerprint stays. `root` is the store as the nodes see it.
     """
     steps = tuple(_place_step(step, stage.spec, profile, root) for step in stage.spec.steps)
-    return replace(stage, spec=replace(stage.spec, steps=steps))
+    looked_at = profile.scheduler == "slurm" and (stage.resources.nodes > 1 or stage.resources.gpus_per_node > 0)
+    preflight = profile.preflight if looked_at else None
+    return replace(stage, spec=replace(stage.spec, steps=steps, preflight=preflight))
 
 
 def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:

@@ -2,10 +2,12 @@
 
     attempt folder   heartbeat.STEP.RANK.json   the newest step, atomically replaced
                      exit.STEP.RANK.json        how the rank ended; written last
+                     term                       a rank was told to terminate
     artifact         metrics.jsonl              one line a step (rank 0), kept with the artifact
                      record.json                versions, verification, figures: goes into the receipt
 
-A worker is asked to save and stop by SIGUSR2 (TERM counts as the same); it then exits 0 with class `time-limit`.
+A worker is asked to save and stop by SIGUSR2; it then exits 0 with class `time-limit`. TERM counts as the same and is
+noted, because Slurm tells of a preemption with grace time nobody but the steps' processes.
 Standard library only.
 """
 
@@ -32,6 +34,9 @@ from launcher.spec import ExitClass, SpecError, StageSpec, decode, read_stage
 
 METRICS = "metrics.jsonl"
 RECORD = "record.json"
+TERM_NOTE = "term"
+#: What each node must find in the attempt's folder before a stage starts, and what it leaves there by its own name.
+PREFLIGHT_SEEN, PREFLIGHT_LEFT = "preflight.seen", "preflight.{node}"
 
 
 class Stopped(BaseException):
@@ -122,6 +127,12 @@ class StageJob:
         body = {"class": exit_class, "message": message, "time": time.time(), **used, **evidence}
         self._replace(self.attempt_dir / f"exit.{self.step}.{self.rank}.json", body)
 
+    def _stop_asked(self, number: int) -> None:
+        self._asked.append(time.time())
+        if number == signal.SIGTERM:
+            with contextlib.suppress(OSError):
+                (self.attempt_dir / TERM_NOTE).touch()
+
     @staticmethod
     def _replace(path: Path, value: Mapping[str, Any]) -> None:
         # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
@@ -159,7 +170,7 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, lambda *_: job._asked.append(time.time()))
+        signal.signal(number, lambda got, _: job._stop_asked(got))
     sys.exit(_run(main, job))
 
 

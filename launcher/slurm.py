@@ -49,6 +49,7 @@ class Job:
     restarts: int = 0
     nodes: str = ""
     preempted: bool = False
+    excluded: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -88,6 +89,7 @@ def parse_show_job(text: str) -> Job | None:
         reason=fields.get("Reason", ""),
         restarts=int(fields.get("Restarts", "0")),
         nodes=fields.get("NodeList", "") if fields.get("NodeList") not in _EMPTY else "",
+        excluded=fields.get("ExcNodeList", "") if fields.get("ExcNodeList") not in _EMPTY else "",
         preempted=fields.get("PreemptTime", "None") not in _EMPTY,
     )
 
@@ -154,8 +156,40 @@ def requeue(job: str) -> str | None:
     return None if answer.ok else answer.err or "no answer"
 
 
-def bad_nodes(nodes: str) -> tuple[str, ...]:
+def exclude(job: str, nodes: Iterable[str], timeout: float = 2.0) -> str | None:
+    """Add nodes to those that a waiting job must not run on; returns what Slurm said where it refused.
+
+    Slurm refuses it for a job that runs, and takes it from the batch script itself once that is requeued.
+    """
+    known = show_job(job, timeout)
+    if known is None:
+        return f"job {job} is not known"
+    listed = ",".join([*filter(None, [known.excluded]), *nodes])
+    answer = call("scontrol", "update", f"jobid={job}", f"ExcNodeList={listed}", timeout=timeout)
+    return None if answer.ok else answer.err or "no answer"
+
+
+#: What slurmstepd writes into a batch script's log as it ends it, and what that is in launcher.spec's words.
+_ENDING = re.compile(r"\*\*\* JOB (\d+) ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
+
+
+def reason_in_log(text: str, job: str) -> str | None:
+    """`PREEMPTION`, `NODE FAILURE`, `JOB REQUEUE`, `TIME LIMIT`, or "" where no reason is given; None: not ended.
+
+    From the lines that slurmstepd adds to a batch script's log (Slurm 22.05: slurmstepd/req.c); the last one counts.
+    """
+    found = [reason.strip() for number, reason in _ENDING.findall(text) if number == job]
+    return found[-1] if found else None
+
+
+def host_names(nodes: str) -> tuple[str, ...]:
+    """The nodes of a compressed list, in its order; empty where Slurm does not answer."""
+    answer = call("scontrol", "show", "hostnames", nodes, timeout=2.0)
+    return tuple(answer.out.split()) if answer.ok else ()
+
+
+def bad_nodes(nodes: str, timeout: float = 5.0) -> tuple[str, ...]:
     """Of a node list, those that are down, draining, failing or do not respond."""
-    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=5.0)
+    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=timeout)
     rows = (line.strip().split("|") for line in answer.out.splitlines() if "|" in line)
     return tuple(sorted({n for n, state in rows if state.endswith("*") or state.startswith(("down", "drain", "fail"))}))
