@@ -22,6 +22,7 @@ from pathlib import Path
 from launcher import store
 from launcher.cluster import Profile, place_record
 from launcher.errors import UserError
+from launcher.links import job_count
 from launcher.run_record import RunRecord
 from launcher.sbatch import sbatch_text
 from launcher.spec import encode, stage_text
@@ -111,6 +112,7 @@ _FUNCTIONS = """
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
+links=()
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -119,7 +121,7 @@ stop() {
     else
         echo "submit.sh: submitted before it, and still there:" >&2
         for name in "${submitted[@]}"; do echo "    $name: job ${ids[$name]}" >&2; done
-        echo "submit.sh: to take them back: scancel ${ids[*]}" >&2
+        echo "submit.sh: to take them back: scancel ${ids[*]} ${links[*]}" >&2
     fi
     exit 1
 }
@@ -145,6 +147,28 @@ submit() {  # STAGE, its fingerprint and the stages that it reads
     echo "$stage: job $id"
 }
 
+submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
+    local jobs=$1 stage=$2 fingerprint=$3 after="" id name chain before i
+    shift 3
+    for name in "$@"; do after+=":${ids[$name]}"; done
+    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
+    for ((i = 1; i <= jobs; i++)); do
+        before=${after:+afterok$after}${after:+${id:+,}}${id:+afterany:$id}
+        id=$(sbatch --parsable ${before:+--dependency="$before"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
+            stop "$stage" "sbatch refused its job $i of $jobs, as it says above"
+        id=${id%%;*}
+        [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
+        chain=${chain:-$id}
+        # What reads the stage waits for the last job.
+        ids[$stage]=$id
+        links+=("$id")
+        printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "chain": "%s"}\n' \
+            "$stage" "$fingerprint" "$id" "$(date +%s)" "$chain" >> "$run/jobs.jsonl"
+    done
+    submitted+=("$stage")
+    echo "$stage: jobs $chain to $id"
+}
+
 if ! command -v sbatch >/dev/null; then
     echo "submit.sh: no sbatch here; run this on the cluster's login node" >&2
     exit 1
@@ -167,4 +191,6 @@ def _submit_lines(record: RunRecord, root: Path) -> Iterator[str]:
     yield f"run={run}"
     yield _FUNCTIONS
     for stage in record.stages:
-        yield " ".join(["submit", stage.spec.stage, stage.spec.fingerprint, *stage.depends])
+        words = [stage.spec.stage, stage.spec.fingerprint, *stage.depends]
+        jobs = job_count(stage.spec.limits)
+        yield " ".join(["submit", *words] if jobs == 1 else ["submit_chain", str(jobs), *words])

@@ -17,7 +17,16 @@ from launcher.containers import LEAKS
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.spec import StageSpec
-from launcher.steps import REFERENCE, SRUN_DEFAULTS, SlurmAttempt, slurm_place, srun_argv
+from launcher.steps import (
+    REFERENCE,
+    SRUN_DEFAULTS,
+    SlurmAttempt,
+    preflight_argv,
+    preflight_place,
+    preflight_steps,
+    slurm_place,
+    srun_argv,
+)
 from launcher.units import parse_duration, slurm_duration
 
 #: In an #SBATCH line a new line ends the directive and starts a command, and sbatch reads a backslash itself.
@@ -44,10 +53,10 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path) -> str:
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,
-        setup=[*_setup(spec, profile, root), *_shown_steps(spec, profile, root)],
+        setup=[*_setup(spec, profile, root), *_shown_steps(spec, stage.resources.nodes, profile, root)],
         additional_parameters={
             "signal": f"B:USR2@{profile.signal_lead_s}",
-            "requeue": True,
+            "requeue" if spec.limits.continuation == "requeue" else "no-requeue": True,
             "kill-on-invalid-dep": "yes",
             **further,
         },
@@ -113,17 +122,26 @@ def _quoted(value: str) -> str:
     return shlex.quote(value)
 
 
-def _shown_steps(spec: StageSpec, profile: Profile, root: Path) -> Iterator[str]:
+#: Its words differ from the references' where something is known late.
+_EXAMPLE = SlurmAttempt("0", "0", "-")
+
+
+def _shown_steps(spec: StageSpec, nodes: int, profile: Profile, root: Path) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
     place = slurm_place(spec, root, profile.python)
-    example = slurm_place(spec, root, profile.python, SlurmAttempt("0", "0", "-"))
+    example = slurm_place(spec, root, profile.python, _EXAMPLE)
     yield ""
     yield "# The supervisor starts on the first node and runs:"
+    for step in preflight_steps(spec, nodes, profile.host_python or profile.python):
+        there, sample = (preflight_place(p, a.node, a) for p, a in ((place, SlurmAttempt()), (example, _EXAMPLE)))
+        yield from _shown_step(*(preflight_argv(step, p, spec.runtime) for p in (there, sample)))
     for step in spec.steps:
-        argv = srun_argv(step, place, spec.runtime)
-        late = set(argv) - set(srun_argv(step, example, spec.runtime))
-        yield "#"
-        yield from (f"# {line}" for line in readable(argv, late))
+        yield from _shown_step(*(srun_argv(step, p, spec.runtime) for p in (place, example)))
+
+
+def _shown_step(argv: tuple[str, ...], example: tuple[str, ...]) -> Iterator[str]:
+    yield "#"
+    yield from (f"# {line}" for line in readable(argv, set(argv) - set(example)))
 
 
 def readable(argv: tuple[str, ...], late: Set[str]) -> list[str]:

@@ -169,16 +169,16 @@ def exclude(job: str, nodes: Iterable[str], timeout: float = 2.0) -> str | None:
     return None if answer.ok else answer.err or "no answer"
 
 
-#: What slurmstepd writes into a batch script's log as it ends it, and what that is in launcher.spec's words.
-_ENDING = re.compile(r"\*\*\* JOB (\d+) ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
+#: What slurmstepd writes into a batch script's log as it ends it.
+_ENDING = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+[A-Z]))?")
 
 
-def reason_in_log(text: str, job: str) -> str | None:
+def reason_in_log(text: str) -> str | None:
     """`PREEMPTION`, `NODE FAILURE`, `JOB REQUEUE`, `TIME LIMIT`, or "" where no reason is given; None: not ended.
 
-    From the lines that slurmstepd adds to a batch script's log (Slurm 22.05: slurmstepd/req.c); the last one counts.
+    From what slurmstepd adds to a batch script's log, of which `text` is the part of this life (Slurm 22.05).
     """
-    found = [reason.strip() for number, reason in _ENDING.findall(text) if number == job]
+    found: list[str] = _ENDING.findall(text)
     return found[-1] if found else None
 
 

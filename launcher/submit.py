@@ -11,13 +11,15 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import slurm, store
 from launcher.cluster import Profile
 from launcher.errors import UserError
+from launcher.links import link_that_counts, newest_links, submit_links
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import sbatch_text
-from launcher.spec import stage_text
+from launcher.spec import StageSpec, stage_text
 from launcher.state import Jobs, stage_states
 
 JOBS = "jobs.jsonl"
@@ -25,12 +27,13 @@ JOBS = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job of a run; the newest one of a stage counts."""
+    """A job of a run; the newest one of a stage counts. `chain`: the first of the jobs that continue each other."""
 
     stage: str
     fingerprint: str
     job: str
     time: float
+    chain: str | None = None
 
 
 def read_submitted(root: Path, run: str) -> list[Submitted]:
@@ -50,10 +53,20 @@ def stage_jobs(root: Path, record: RunRecord) -> Jobs:
 
     A job that nothing knows any more stands as state GONE.
     """
+    links = _newest(root, record)
+    known = slurm.job_states(job for jobs in links.values() for job in jobs)
+    specs = {s.spec.stage: s.spec for s in record.stages}
+    return {stage: link_that_counts(root, specs[stage], jobs, known) for stage, jobs in links.items()}
+
+
+def _newest(root: Path, record: RunRecord) -> dict[str, list[str]]:
+    """The jobs of every stage's newest submission, one or the links of a chain."""
     planned = {s.spec.stage: s.spec.fingerprint for s in record.stages}
-    newest = {s.stage: s for s in read_submitted(root, record.run) if planned.get(s.stage) == s.fingerprint}
-    known = slurm.job_states(s.job for s in newest.values())
-    return {stage: known.get(s.job) or slurm.Job(s.job, "GONE") for stage, s in newest.items()}
+    lines: dict[str, list[Submitted]] = {}
+    for line in read_submitted(root, record.run):
+        if planned.get(line.stage) == line.fingerprint:
+            lines.setdefault(line.stage, []).append(line)
+    return {stage: [s.job for s in newest_links(of)] for stage, of in lines.items()}
 
 
 def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
@@ -84,6 +97,7 @@ def _refuse_other_plans(root: Path, record: RunRecord) -> None:
 
 def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
     known = stage_jobs(root, record)
+    last = {stage: jobs[-1] for stage, jobs in _newest(root, record).items()}
     # A job may still be completing when its attempt has said how it ended: nothing more comes of that one.
     states = {s.stage: s.state for s in stage_states(root, record, jobs=known)}
     waiting_for: dict[str, str] = {}  # job ids of stages that are not done
@@ -93,7 +107,7 @@ def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str,
         if states[name] == "done":
             continue
         if name in known and states[name] in ("queued", "running"):
-            waiting_for[name] = known[name].id
+            waiting_for[name] = last[name]
             continue
         after = [waiting_for[d] for d in stage.depends if d in waiting_for]
         waiting_for[name] = submitted[name] = _submit_stage(root, stage, profile, after)
@@ -105,18 +119,23 @@ def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: list
     store.write_atomic(folder / "stage.json", stage_text(stage.spec))
     script = folder / "job.sbatch"
     store.write_atomic(script, sbatch_text(stage, profile, root))
-    options = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-    job = slurm.submit(str(script), *options)
-    facts = {"stage": stage.spec.stage, "fingerprint": stage.spec.fingerprint, "job": job, "time": time.time()}
-    with (store.run_dir(root, stage.spec.run) / JOBS).open("a") as file:
-        file.write(json.dumps(facts) + "\n")
+    return submit_links(
+        str(script), stage.spec.limits, after, lambda job, chain: _write_down(root, stage.spec, job, chain)
+    )
+
+
+def _write_down(root: Path, spec: StageSpec, job: str, chain: str | None) -> None:
+    facts: dict[str, Any] = {"stage": spec.stage, "fingerprint": spec.fingerprint, "job": job, "time": time.time()}
+    with (store.run_dir(root, spec.run) / JOBS).open("a") as file:
+        file.write(json.dumps({**facts, **({"chain": chain} if chain else {})}) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    return job
 
 
 def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
     """Cancel every job of a run that waits or runs; returns the names of their stages."""
-    active = {name: job for name, job in stage_jobs(root, record).items() if job.is_active}
-    slurm.cancel(job.id for job in active.values())
-    return list(active)
+    links = _newest(root, record)
+    known = slurm.job_states(job for jobs in links.values() for job in jobs)
+    active = {stage: [j for j in jobs if j in known and known[j].is_active] for stage, jobs in links.items()}
+    slurm.cancel(job for jobs in active.values() for job in jobs)
+    return [stage for stage, jobs in active.items() if jobs]

@@ -106,7 +106,7 @@ class SlurmJob:
         known = slurm.show_job(self.job, _ANSWER_S)
         if number == signal.SIGUSR2:
             return Reason("preempted" if known is not None and known.preempted else "time-limit")
-        return self._ended(known, slurm.reason_in_log(_log_since(self.log_start), self.job)) or self._unasked(number)
+        return self._ended(known, slurm.reason_in_log(_log_since(self.log_start))) or self._unasked(number)
 
     def _ended(self, known: Job | None, said: str | None) -> Reason | None:
         """Why Slurm is ending this life of the job, by its record and by what slurmstepd wrote into the log."""

@@ -2,8 +2,9 @@
 
     python counter_worker.py STAGE_JSON [key=value ...]
 
-Keys: until=N, sleep=S (a step), save=N (steps between saves), fail_at=N with fail=raise|exit|user|diverge|kill|full,
-hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the port empty), fill=BYTES (of the port).
+Keys: until=N, sleep=S (a step), save=N (steps between saves), fail_at=N with fail=raise|exit|user|diverge|kill|full|
+gpu, fail_on=NODE (on that node alone), hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the port
+empty), fill=BYTES (of the port).
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def fail(step: int, saved: Any) -> None:
     failed_before = saved.with_name("failed")
     if step != int(OPTIONS.get("fail_at", -1)) or failed_before.exists():
         return
+    if OPTIONS.get("fail_on", os.environ.get("SLURMD_NODENAME")) != os.environ.get("SLURMD_NODENAME"):
+        return
     if OPTIONS.get("once"):
         write_atomic(failed_before, "")
     how = OPTIONS["fail"]
@@ -68,6 +71,8 @@ def fail(step: int, saved: Any) -> None:
         raise Diverged("loss is nan")
     if how == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    if how == "gpu":
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
     if how == "exit":
         os._exit(7)
     os.kill(os.getpid(), signal.SIGKILL)
