@@ -35,6 +35,8 @@ from launcher.spec import ExitClass, SpecError, StageSpec, decode, read_stage
 METRICS = "metrics.jsonl"
 RECORD = "record.json"
 TERM_NOTE = "term"
+#: How often the claim of the artifact is read by those who work on it.
+CLAIM_S = 2.0
 #: What each node must find in the attempt's folder before a stage starts, and what it leaves there by its own name.
 PREFLIGHT_SEEN, PREFLIGHT_LEFT = "preflight.seen", "preflight.{node}"
 
@@ -58,6 +60,7 @@ class StageJob:
     rank: int = 0
     world_size: int = 1
     _asked: list[float] = field(default_factory=list)
+    _claim: dict[str, Any] = field(default_factory=dict)
 
     # ---- paths
 
@@ -90,7 +93,11 @@ class StageJob:
         return bool(self._asked)
 
     def beat(self, step: int, total: int, **figures: float | int | str) -> None:
-        """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s."""
+        """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
+
+        Does not return where the artifact is another attempt's by now.
+        """
+        self._end_if_given_up()
         beat = {"time": time.time(), "pid": os.getpid(), "step": step, "total": total, "figures": figures}
         self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", beat)
 
@@ -126,6 +133,23 @@ class StageJob:
         }
         body = {"class": exit_class, "message": message, "time": time.time(), **used, **evidence}
         self._replace(self.attempt_dir / f"exit.{self.step}.{self.rank}.json", body)
+
+    def _end_if_given_up(self) -> None:
+        """Exit at once where the supervisor that started this process holds the artifact's claim no more.
+
+        Slurm cannot end the processes of a node whose slurmd is gone: they would write beside the next attempt's.
+        """
+        now = time.monotonic()
+        if now - self._claim.get("looked", -CLAIM_S) < CLAIM_S:
+            return
+        self._claim["looked"] = now
+        try:
+            holder = store.claim_holder(store.claim_dir(self.root, self.spec.artifact))
+        except OSError:  # a file system that is away for a while
+            return
+        if holder != self._claim.setdefault("holder", holder):
+            print("the attempt that this process belongs to is over: it ends", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _stop_asked(self, number: int) -> None:
         self._asked.append(time.time())
@@ -169,6 +193,7 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+    job._end_if_given_up()  # whoever holds the claim now has started this process
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda got, _: job._stop_asked(got))
     sys.exit(_run(main, job))

@@ -156,15 +156,13 @@ def requeue(job: str) -> str | None:
     return None if answer.ok else answer.err or "no answer"
 
 
-def exclude(job: str, nodes: Iterable[str], timeout: float = 2.0) -> str | None:
-    """Add nodes to those that a waiting job must not run on; returns what Slurm said where it refused.
+def exclude(job: str, nodes: Iterable[str], before: str, timeout: float = 4.0) -> str | None:
+    """Keep a waiting job off nodes, besides those that it is kept off already (`before`: `Job.excluded`).
 
-    Slurm refuses it for a job that runs, and takes it from the batch script itself once that is requeued.
+    Returns what Slurm said where it refused. It refuses that for a job that runs, and takes it from the batch script
+    itself once that is requeued.
     """
-    known = show_job(job, timeout)
-    if known is None:
-        return f"job {job} is not known"
-    listed = ",".join([*filter(None, [known.excluded]), *nodes])
+    listed = ",".join([*filter(None, [before]), *nodes])
     answer = call("scontrol", "update", f"jobid={job}", f"ExcNodeList={listed}", timeout=timeout)
     return None if answer.ok else answer.err or "no answer"
 

@@ -22,6 +22,7 @@ from typing import Any
 from launcher import __version__, store
 from launcher.attempts import attempts_at
 from launcher.errors import PrismError, UserError
+from launcher.progress import CLAIM_S
 from launcher.spec import SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
 from launcher.supervisor import chain, processes, sealing
@@ -33,10 +34,8 @@ from launcher.supervisor.slurm_job import SlurmJob
 
 EVENTS = "events.jsonl"
 _POLL_S = 0.05
-#: How often the claim is read: a life that Slurm has given up on, but cannot reach, must not go on beside the next one.
-_CLAIM_S = 2.0
-#: What the next life leaves the earlier one to notice that.
-_NOTICE_S = 3 * _CLAIM_S
+#: What a life leaves an earlier one that Slurm has given up on, but cannot reach, to notice that its claim is gone.
+_NOTICE_S = 3 * CLAIM_S
 #: How long the cause is waited for when ranks have only said that they lost others.
 _CAUSE_S = 2.0
 
@@ -263,7 +262,7 @@ class Supervisor:
 
     def _noticed(self) -> Reason | None:
         now = time.monotonic()
-        if now - self._claim_read > _CLAIM_S:
+        if now - self._claim_read > CLAIM_S:
             self._claim_read = now
             if self._is_superseded():
                 processes.kill_all(self.started)

@@ -167,22 +167,24 @@ class SlurmJob:
         """
         if self.spec.limits.continuation == "chain":
             links = chain.read_links(self.root, self.spec, self.job)
-            self._exclude(links[links.index(self.job) + 1 :], exclude)
+            for job in links[links.index(self.job) + 1 :] if exclude else ():
+                _keep_off(job, exclude, slurm.show_job(job))
             return None
-        known = slurm.show_job(self.job, _ANSWER_S)
+        known = slurm.show_job(self.job) or slurm.show_job(self.job)
         if known is None or known.restarts <= int(self.attempt.restarts):
             refused = slurm.requeue(self.job)
             if refused is not None:
                 said = f"Slurm does not put the job back into its queue ({refused})"
                 return f"{said}; set `continuation: chain` under limits: of the cluster profile"
-        self._exclude((self.job,), exclude)
+        if exclude:  # at once: after the requeue there is KillWait for it
+            _keep_off(self.job, exclude, known)
         return None
 
-    def _exclude(self, jobs: Sequence[str], nodes: Sequence[str]) -> None:
-        for job in jobs if nodes else ():
-            refused = slurm.exclude(job, nodes, _ANSWER_S)
-            if refused is not None:
-                print(f"job {job} is not kept off {', '.join(nodes)}: {refused}", flush=True)
+
+def _keep_off(job: str, nodes: Sequence[str], known: Job | None) -> None:
+    refused = slurm.exclude(job, nodes, known.excluded if known is not None else "")
+    if refused is not None:
+        print(f"job {job} is not kept off {', '.join(nodes)}: {refused}", flush=True)
 
 
 def _log_size() -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from launcher import store
-from launcher.spec import Input, Limits, Probe, StageSpec, Step, stage_text
+from launcher.spec import Input, Limits, Probe, StageSpec, Step, encode, stage_text
 from tests.supervisor.counting import Store, counting_stage, counting_step
 
 
@@ -119,6 +119,19 @@ def test_no_worker_outlives_a_killed_supervisor(at: Store) -> None:
     # The claim of the dead is no obstacle, and the next attempt goes on from what was saved.
     assert at.run(replace(spec, steps=(counting_step(until=4),))) == 0
     assert weights(at, spec) is not None
+
+
+def test_a_life_whose_claim_is_taken_over_ends_at_once(at: Store) -> None:
+    """As when Slurm cannot reach the node, gives it up and starts the job elsewhere."""
+    spec = counting_stage(counting_step(until=1000, sleep=0.05))
+    supervisor = at.start(spec)
+    at.wait_for(lambda: at.step_reached(spec, 2))
+    claim = store.claim_dir(at.root, spec.artifact)
+    later = store.this_process()
+    store.write_json(claim / "owner.json", encode(later))
+    assert supervisor.wait(timeout=30) == 1
+    assert at.end(spec)["class"] == "requeued" and not at.processes()
+    assert store.claim_holder(claim) == later
 
 
 def test_what_a_cut_off_attempt_left_in_a_port_is_cleared(at: Store) -> None:
