@@ -192,7 +192,8 @@ class Supervisor:
         if found is None:
             return None
         failed = {node: problems for node, problems in found.problems.items() if problems}
-        self._event("preflight", nodes=found.nodes, failed=failed, seconds=found.seconds, **found.facts)
+        facts = {"failed": failed, "seconds": found.seconds, "argv": found.argv, **found.facts}
+        self._event("preflight", nodes=found.nodes, **facts)
         if self.asked:
             self._stop()
             return classify(self._evidence([RankExit("preflight", 0, -signal.SIGTERM)]))

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Findings:
     facts: Mapping[str, Any] = field(default_factory=dict)
     common: str = ""
     seconds: float = 0.0
+    argv: tuple[tuple[str, ...], ...] = ()
 
 
 def judge(findings: Findings) -> Outcome | None:
@@ -65,7 +66,8 @@ def look(
             findings = _with_all_reduce(findings, asked, said)
         if stopped() or any(findings.problems.values()):
             break
-    return Findings(nodes, findings.problems, findings.facts, findings.common, time.monotonic() - began)
+    run = tuple(argv for _, argv in commands)
+    return replace(findings, seconds=time.monotonic() - began, argv=run)
 
 
 def _run(

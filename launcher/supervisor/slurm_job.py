@@ -170,6 +170,8 @@ class SlurmJob:
             for job in links[links.index(self.job) + 1 :] if exclude else ():
                 _keep_off(job, exclude, slurm.show_job(job))
             return None
+        # Ending this life, Slurm sends TERM to all that runs in it, the commands of Slurm below too.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         known = slurm.show_job(self.job) or slurm.show_job(self.job)
         if known is None or known.restarts <= int(self.attempt.restarts):
             refused = slurm.requeue(self.job)

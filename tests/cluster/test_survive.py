@@ -27,6 +27,7 @@ from launcher.render import render_plan
 from launcher.run_record import RunRecord
 from launcher.spec import AllReduce, Preflight
 from launcher.state import stage_states
+from launcher.steps import SlurmAttempt, preflight_argv, preflight_place, preflight_steps, slurm_place
 from launcher.submit import cancel_jobs, read_submitted, stage_jobs
 
 #: Saves when it is asked to and at no other time.
@@ -150,7 +151,11 @@ def test_bad_nodes_are_named_and_left_out(on: Surviving) -> None:
     assert not [e for e in on.events(first) if e["event"] == "launched"]
     looked = [e for e in on.events(second) if e["event"] == "preflight"]
     assert [e["nodes"] for e in looked] == [["n1", "n3"]] and looked[0]["failed"] == {}
-    assert shown(on.cluster, jobs["a"])["ExcNodeList"] == "n[2,4]"
+    spec, attempt = record.stage("a").spec, SlurmAttempt(jobs["a"], "1", "n1")
+    place = preflight_place(slurm_place(spec, on.root, on.profile.python, attempt), "n1", attempt)
+    rendered = [preflight_argv(s, place, spec.runtime) for s in preflight_steps(spec, 2, on.profile.python)]
+    assert [tuple(argv) for argv in looked[0]["argv"]] == rendered
+    assert shown(on.cluster, jobs["a"])["ExcNodeList"] == "n4,n2"
     end = on.end(f"{jobs['b']}.0", "b")
     assert (end["class"], end["excluded"]) == ("gpu-fault", ["n1"])
     assert "rank 0 on n1: " in end["message"] and "busy or unavailable" in end["message"]
