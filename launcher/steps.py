@@ -124,12 +124,12 @@ def preflight_steps(spec: StageSpec, nodes: int, python: str) -> tuple[Step, ...
     if asked is None:
         return ()
     gpus = max(step.gpus for step in spec.steps)
-    words = ("--gpus", str(gpus), "--min-free-gb", f"{asked.min_free_gb:g}")
+    words = (f"--gpus={gpus}", f"--min-free-gb={asked.min_free_gb:g}")
     look = (python, "-m", "launcher.workers.preflight", "nodes", *words)
     steps = [Step(name="preflight", argv=look, nodes=nodes, ntasks=nodes, gpus=gpus)]
     if asked.all_reduce is not None and nodes * gpus != 1:
         main = max((s for s in spec.steps if s.role == "main"), key=lambda s: s.gpus)
-        words = ("--size-mb", str(asked.all_reduce.size_mb), "--rounds", str(asked.all_reduce.rounds))
+        words = (f"--size-mb={asked.all_reduce.size_mb}", f"--rounds={asked.all_reduce.rounds}")
         argv = (main.argv[0], "-m", "launcher.workers.preflight", "all-reduce", *words)
         tasks = nodes * max(gpus, 1)
         steps.append(replace(main, name="all-reduce", argv=argv, nodes=nodes, ntasks=tasks, gpus=gpus, probe=None))

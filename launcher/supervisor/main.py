@@ -196,7 +196,7 @@ class Supervisor:
         self._event("preflight", nodes=found.nodes, **facts)
         if self.asked:
             self._stop()
-            return classify(self._evidence([RankExit("preflight", 0, -signal.SIGTERM)]))
+            return classify(self._evidence([]))
         return judge(found)
 
     def _cost(self) -> dict[str, float]:

@@ -88,3 +88,8 @@ def test_lost_nodes_are_named_and_left_out() -> None:
 
 def test_every_class_has_an_action() -> None:
     assert set(ACTIONS) == set(typing.get_args(ExitClass))
+
+
+def test_asked_before_anything_ran_it_is_not_finished() -> None:
+    found = classify(Evidence([], asked="time-limit"))
+    assert (found.exit_class, found.action, found.message) == ("time-limit", "again", "the time limit came")

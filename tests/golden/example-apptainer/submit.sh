@@ -6,6 +6,7 @@ run=/scratch/prism/runs/golden
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
+links=()
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -14,7 +15,7 @@ stop() {
     else
         echo "submit.sh: submitted before it, and still there:" >&2
         for name in "${submitted[@]}"; do echo "    $name: job ${ids[$name]}" >&2; done
-        echo "submit.sh: to take them back: scancel ${ids[*]}" >&2
+        echo "submit.sh: to take them back: scancel ${ids[*]} ${links[*]}" >&2
     fi
     exit 1
 }
@@ -38,6 +39,28 @@ submit() {  # STAGE, its fingerprint and the stages that it reads
     printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s}
 '         "$stage" "$fingerprint" "$id" "$(date +%s)" >> "$run/jobs.jsonl"
     echo "$stage: job $id"
+}
+
+submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
+    local jobs=$1 stage=$2 fingerprint=$3 after="" id name chain before i
+    shift 3
+    for name in "$@"; do after+=":${ids[$name]}"; done
+    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
+    for ((i = 1; i <= jobs; i++)); do
+        before=${after:+afterok$after}${after:+${id:+,}}${id:+afterany:$id}
+        id=$(sbatch --parsable ${before:+--dependency="$before"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
+            stop "$stage" "sbatch refused its job $i of $jobs, as it says above"
+        id=${id%%;*}
+        [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
+        chain=${chain:-$id}
+        # What reads the stage waits for the last job.
+        ids[$stage]=$id
+        links+=("$id")
+        printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "chain": "%s"}
+'             "$stage" "$fingerprint" "$id" "$(date +%s)" "$chain" >> "$run/jobs.jsonl"
+    done
+    submitted+=("$stage")
+    echo "$stage: jobs $chain to $id"
 }
 
 if ! command -v sbatch >/dev/null; then
