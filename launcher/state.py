@@ -68,7 +68,7 @@ def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Jo
         made = {"state": "done", "exit_class": "finished", "message": "", "seconds": receipt.seconds}
         return StageState(**{**facts, **made})
     if job is not None and (attempt is None or not _tells_more(attempt, job)):
-        return StageState(**{**facts, **_job_facts(job)})
+        return StageState(**{**facts, **_job_facts(job, attempt)})
     return StageState(state="waiting" if attempt is None else _state(attempt), **facts)
 
 
@@ -93,11 +93,12 @@ _ENDED: Mapping[str, tuple[State, str]] = {
 }
 
 
-def _job_facts(job: Job) -> dict[str, Any]:
+def _job_facts(job: Job, last: Attempt | None) -> dict[str, Any]:
     if job.is_active:
         waits = job.state != "RUNNING"
         reason = "" if job.reason in ("None", "") else f", {job.reason}"
-        words = f"job {job.id} {job.state.lower()}{reason}"
+        before = f"; before: {last.end.get('message') or last.end.get('class')}" if waits and last and last.end else ""
+        words = f"job {job.id} {job.state.lower()}{reason}{before}"
         return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
     state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
     return {"state": state, "exit_class": exit_class, "message": f"job {job.id} ended as {job.state}"}

@@ -26,7 +26,7 @@ from launcher.devcluster.cluster import DevCluster
 from launcher.render import render_plan
 from launcher.run_record import RunRecord
 from launcher.spec import AllReduce, Preflight
-from launcher.state import stage_states
+from launcher.state import StageState, stage_states
 from launcher.steps import SlurmAttempt, preflight_argv, preflight_place, preflight_steps, slurm_place
 from launcher.submit import cancel_jobs, read_submitted, stage_jobs
 
@@ -59,9 +59,21 @@ class Surviving(OnSlurm):
         until(lambda: "from step " in self.log(attempt, stage), 30.0, "a worker's first words")
         return int(self.log(attempt, stage).split("from step ")[1].split()[0])
 
-    def message(self, record: RunRecord, stage: str = "a") -> str:
+    def state_of(self, record: RunRecord, stage: str) -> StageState:
         states = stage_states(self.root, record, jobs=stage_jobs(self.root, record))
-        return next(s.message for s in states if s.stage == stage)
+        return next(s for s in states if s.stage == stage)
+
+    def message(self, record: RunRecord, stage: str = "a") -> str:
+        return self.state_of(record, stage).message
+
+    def await_queued(self, record: RunRecord, stage: str, words: str) -> None:
+        """Wait until the stage is shown in the queue, with the reason why it is there again."""
+
+        def queued() -> bool:
+            now = self.state_of(record, stage)
+            return now.state == "queued" and words in now.message
+
+        until(queued, 60.0, f"{stage} in the queue again, {words}")
 
     def node_of(self, job: str) -> str:
         known = slurm.show_job(job)
@@ -103,6 +115,8 @@ def test_preempted_with_and_without_grace_it_saves_and_goes_on(on: Surviving) ->
     taken = sorted({on.node_of(job) for job in jobs.values()})
     above = ("--partition=high", f"--nodes={len(taken)}", f"--nodelist={','.join(taken)}", "--exclusive")
     other = submit(on.cluster, *above, script="sleep 1")
+    for stage in "ab":
+        on.await_queued(record, stage, "before: preempted by")
     assert on.finish(record, 120.0) == {"a": "done", "b": "done"}
     assert shown(on.cluster, other)["JobState"] == "COMPLETED"
     for stage, job in jobs.items():
