@@ -12,7 +12,7 @@ from launcher.cluster import Profile, check_resources, list_profiles, load_profi
 from launcher.configs import Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
-from launcher.spec import Input, StageSpec, read_stage
+from launcher.spec import Input, Limits, Preflight, SpecError, StageSpec, read_stage
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PYXIS = load_profile("example-pyxis")
@@ -241,3 +241,25 @@ def test_without_containers_nothing_is_mounted() -> None:
 def test_a_snapshot_wins_over_the_profiles_code() -> None:
     (step,) = placed(replace(PYXIS, code="/code"), replace(SPEC, snapshot="snapshots/1")).steps
     assert step.env["PYTHONPATH"] == "/scratch/prism/snapshots/1"
+
+
+@pytest.mark.parametrize(
+    ("resources", "looked_at"),
+    [
+        (Resources(), False),
+        (Resources(nodes=2), True),
+        (Resources(gpus_per_node=1), True),
+    ],
+)
+def test_nodes_are_looked_at_for_gpus_or_several_of_them(resources: Resources, looked_at: bool) -> None:
+    stage = PlannedStage(read_stage(Path(__file__).parent / "data" / "stage.json"), (), resources)
+    profile = Profile(name="x", scheduler="slurm")
+    assert place_stage(stage, profile, Path("/root")).spec.preflight == (Preflight() if looked_at else None)
+    assert place_stage(stage, replace(profile, preflight=None), Path("/root")).spec.preflight is None
+    assert place_stage(stage, Profile(name="x", scheduler="local"), Path("/root")).spec.preflight is None
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(SpecError) as refused:
+        Limits(chain_jobs=0, max_excluded=-1, max_no_progress=-1)
+    assert [key for key, _ in refused.value.problems] == ["max_no_progress", "chain_jobs", "max_excluded"]

@@ -20,8 +20,8 @@ from launcher.configs import Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.sbatch import sbatch_text
-from launcher.spec import Limits, Runtime, SpecError, read_stage
-from launcher.steps import SlurmAttempt, slurm_place, srun_argv
+from launcher.spec import AllReduce, Limits, Preflight, Runtime, SpecError, read_stage
+from launcher.steps import SlurmAttempt, preflight_argv, preflight_place, preflight_steps, slurm_place, srun_argv
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PROFILE = Profile(name="site", scheduler="slurm", partition="gpu", account="me")
@@ -75,6 +75,8 @@ def test_the_header_says_what_the_supervisor_needs_of_slurm() -> None:
     options = header(text(replace(PROFILE, limits=Limits(save_s=300.5))))
     assert options["signal"] == "B:USR2@331", "B: the batch script alone, when there is still time to save"
     assert options["requeue"] == "" and options["open-mode"] == "append" and options["kill-on-invalid-dep"] == "yes"
+    chain = header(text(replace(PROFILE, limits=Limits(continuation="chain"))))
+    assert chain["no-requeue"] == "" and "requeue" not in chain
     assert options["output"] == "/scratch/prism/runs/demo/stages/midtrain/%j_0_log.out"
     assert options["job-name"] == "demo.midtrain"
     assert "wckey" not in options and "error" not in options
@@ -262,7 +264,8 @@ def test_a_nul_in_a_variable_never_gets_into_a_profile() -> None:
 def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     image = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}}[container]
     runtime = Runtime(container=container, mpi="none")  # type: ignore[arg-type]
-    profile = replace(PROFILE, runtime=runtime, images=image)
+    preflight = Preflight(all_reduce=AllReduce(300.0))
+    profile = replace(PROFILE, runtime=runtime, images=image, preflight=preflight, host_python="/usr/bin/python3.11")
     stage = planned(profile, nodes=2, ntasks_per_node=8, gpus_per_node=8)
     server = replace(
         stage.spec.steps[0], name="server", role="server", ntasks=1, nodes=1, argv=("serve", "{port:train}")
@@ -270,6 +273,10 @@ def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     stage = replace(stage, spec=replace(stage.spec, steps=(server, *stage.spec.steps)))
     shown = commented(sbatch_text(stage, profile, ROOT))
     place = slurm_place(stage.spec, ROOT, profile.python, ATTEMPT)
-    run = [word for step in stage.spec.steps for word in srun_argv(step, place, runtime)[1:]]
-    assert words_of(shown, tmp_path) == run and len(run) > 30
-    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 2
+    there = preflight_place(place, ATTEMPT.node, ATTEMPT)
+    look = [preflight_argv(s, there, runtime) for s in preflight_steps(stage.spec, 2, "/usr/bin/python3.11")]
+    run = [word for argv in (*look, *(srun_argv(s, place, runtime) for s in stage.spec.steps)) for word in argv[1:]]
+    assert words_of(shown, tmp_path) == run and len(run) > 60
+    # The nodes are looked at from outside the image, the network between them from inside.
+    assert ["i.s" in " ".join(argv) for argv in look] == [False, container != "none"]
+    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 4
