@@ -75,7 +75,9 @@ def test_the_header_says_what_the_supervisor_needs_of_slurm() -> None:
     options = header(text(replace(PROFILE, limits=Limits(save_s=300.5))))
     assert options["signal"] == "B:USR2@331", "B: the batch script alone, when there is still time to save"
     assert options["requeue"] == "" and options["open-mode"] == "append" and options["kill-on-invalid-dep"] == "yes"
-    chain = header(text(replace(PROFILE, limits=Limits(continuation="chain"))))
+    stage = planned(PROFILE, ROOT)
+    chained = replace(stage, spec=replace(stage.spec, limits=Limits(continuation="chain")))
+    chain = header(sbatch_text(chained, PROFILE, ROOT))
     assert chain["no-requeue"] == "" and "requeue" not in chain
     assert options["output"] == "/scratch/prism/runs/demo/stages/midtrain/%j_0_log.out"
     assert options["job-name"] == "demo.midtrain"

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +219,8 @@ class Supervisor:
             self._launch(step, place)
             if step.probe is not None and not self._wait_ready(step, place):
                 exits = self._exits()
-                self._stop()
                 failed = None if exits or self.asked else step.name
-                return self._evidence(exits or self._exits(), ready_failed=failed)
+                return replace(self._stopped(exits), ready_failed=failed)
         return self._until_decided()
 
     def _launch(self, step: Step, place: Place) -> None:
@@ -273,14 +272,16 @@ class Supervisor:
     def _stopped(self, noticed: list[RankExit]) -> Evidence:
         """Stop what still runs, and say what is known."""
         before = list(noticed)
-        asked = bool(self.asked or self.reason)
+        if not self.asked and not self.reason and classify(Evidence(before)).exit_class != "finished":
+            # First of all: where Slurm has told the steps to end, a server may be dead and a worker be saving.
+            self.reason = self.allocation.why(None)
         self._stop()
         late = [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in before}]
-        # A server is stopped when the work is done: how it takes that is no evidence.
-        exits = [*before, *(e for e in late if asked or (self._is_main(e) and e.said))]
-        if not asked and classify(Evidence(exits)).exit_class != "finished":
-            self.reason = self.allocation.why(None)
-        return self._evidence(exits)
+        if self.reason is None:
+            # A server is stopped when the work is done: how it takes that is no evidence.
+            return self._evidence([*before, *(e for e in late if self._is_main(e) and e.said)])
+        exits = [*before, *late]
+        return self._evidence([e for e in exits if self._is_main(e) or e.code > 0] or exits)
 
     def _evidence(self, exits: list[RankExit], **facts: Any) -> Evidence:
         asked, nodes = (self.reason.exit_class, self.reason.nodes) if self.reason else (None, ())
@@ -308,8 +309,9 @@ class Supervisor:
         signalled = self.asked[0] if self.asked else None
         self.reason = self.reason or self.allocation.why(signalled) or Reason("cancelled")
         self._event("stopping", signal=signalled and signalled.name, why=self.reason.exit_class)
-        # When Slurm itself is ending the job, its KillWait is all the time there is.
-        grace = min(3.0, self.spec.limits.save_s) if self.reason.leaving else self.spec.limits.save_s
+        # When Slurm itself is ending the job, its KillWait is all the time there is; without a node nobody can save.
+        short = self.reason.leaving or self.reason.exit_class == "node-failure"
+        grace = min(3.0, self.spec.limits.save_s) if short else self.spec.limits.save_s
         processes.stop_all(self.started, grace)
 
     def _newest_beat(self) -> float:
