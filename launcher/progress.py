@@ -196,7 +196,10 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
     job._end_if_given_up()  # whoever holds the claim now has started this process
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda got, _: job._stop_asked(got))
-    sys.exit(_run(main, job))
+    code = _run(main, job)
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Python would go back to the default on its way out: death
+    sys.exit(code)
 
 
 def _run(main: Callable[[StageJob], None], job: StageJob) -> int:

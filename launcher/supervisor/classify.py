@@ -113,7 +113,8 @@ def _said(exit: RankExit) -> str | None:
 
 
 def _ended_well(exit: RankExit) -> bool:
-    return exit.code == 0 and _said(exit) in ("finished", "time-limit")
+    # What a rank says of itself is its last act: a signal that meets it on the way out takes nothing away.
+    return exit.code <= 0 and _said(exit) in ("finished", "time-limit")
 
 
 def _message(exit: RankExit) -> str:

@@ -48,6 +48,9 @@ def ended(
         (Evidence([], hang_s=5.0, asked="node-failure", bad_nodes=("n2",)), "node-failure", "again"),
         (Evidence([ended(0, SAVED)], asked="preempted"), "preempted", "again"),
         (Evidence([ended(-15)], asked="preempted"), "preempted", "again"),
+        (Evidence([ended(-12, SAVED)]), "time-limit", "again"),
+        (Evidence([ended(-15, FINISHED)]), "finished", "done"),
+        (Evidence([ended(1, FINISHED)]), "crashed", "stop"),
         (Evidence([ended(1, LOST)]), "crashed", "again"),
         (Evidence([ended(1, LOST)], asked="node-failure", bad_nodes=("n2",)), "node-failure", "again"),
         (Evidence([ended(1, LOST), ended(1, {"class": "diverged", "message": "nan"}, rank=1)]), "diverged", "stop"),
@@ -93,3 +96,7 @@ def test_every_class_has_an_action() -> None:
 def test_asked_before_anything_ran_it_is_not_finished() -> None:
     found = classify(Evidence([], asked="time-limit"))
     assert (found.exit_class, found.action, found.message) == ("time-limit", "again", "the time limit came")
+
+
+def test_who_was_killed_after_it_had_saved_has_saved() -> None:
+    assert classify(Evidence([ended(-12, SAVED)], asked="preempted")).message == "preempted by a job of higher priority"
