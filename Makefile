@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test test-container soak check bench golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -24,6 +24,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What `make test` leaves out: repetitions, and faults that wait long on Slurm's own timers.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
+
+# Containers by what is installed here: docker, podman, ch-run, Slurm. Part of `make test`.
+test-container: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/containers tests/cluster/test_containers_on_slurm.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def newest_attempt(root: Path, spec: StageSpec) -> Attempt | None:
 
 
 def _read_attempt(path: Path) -> tuple[Attempt, str] | None:
-    events = _read_events(path)
+    events = [e for e in _read_events(path) if e["event"] != "notify"]  # a hook's trouble says nothing of the work
     if not events or events[0].get("event") != "start":
         return None
     first, last = events[0], events[-1]
@@ -83,6 +83,26 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
 def _newest_beat(folder: Path) -> Mapping[str, Any] | None:
     beats = [store.read_json(p) for p in folder.glob("heartbeat.*.json")]
     return max((b for b in beats if b), key=lambda b: float(b["time"]), default=None)
+
+
+def last_words(folder: Path, step: str, rank: int, lines: int = 5) -> dict[str, Any]:
+    """Name and last lines of a rank's log; of its srun's, or nothing, where the rank said nothing."""
+    for name in (f"{step}.{rank}.log", f"{step}.srun.log"):
+        tail = tail_of(folder / name, lines)
+        if tail:
+            return {"log": name, "tail": tail}
+    return {}
+
+
+def tail_of(path: Path, lines: int) -> list[str]:
+    """The last lines of a file that are not empty, each cut to 500 characters; none where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip()[:500] for line in text.splitlines() if line.strip()][-lines:]
 
 
 def step_of(attempt: Attempt) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from launcher.cluster import Profile, check_resources
-from launcher.configs import RLConfig, TrainConfig
+from launcher.configs import Component, Resources, RLConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
-from launcher.rl import backends
+from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
+
+_OWN = {f.name for f in fields(Component)}
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -20,21 +23,67 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     found = []
     cpu = profile.scheduler == "local" and not Path("/dev/nvidiactl").exists()
     for stage in recipe.stages.values():
-        for key, message in _stage_problems(stage, cpu):
+        for key, message in _stage_problems(recipe, stage, cpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
-        for key, message in check_resources(planned.resources, planned.spec, profile):
-            path = f"stages.{planned.spec.stage}.resources.{key}"
-            found.append(f"{recipe.where(path)}: {path}: {message}")
-    return found
+        for part, resources in planned.job_parts.items():
+            for key, message in check_resources(resources, planned.spec, profile):
+                own = f"components.{part}"  # which has no key for what it shares with the stage
+                inner = (f"{own}.{key}" if key in _OWN else own) if part else key
+                path = f"stages.{planned.part_of or planned.spec.stage}.resources.{inner}"
+                found.append(f"{recipe.where(path)}: {path}: {message}")
+    return list(dict.fromkeys(found))
 
 
-def _stage_problems(stage: Stage, cpu: bool) -> Iterator[tuple[str, str]]:
-    if isinstance(stage.config, TrainConfig):
-        yield from _train_problems(stage, stage.config, cpu)
-    if isinstance(stage.config, RLConfig) and stage.config.backend in backends():
-        yield from backends()[stage.config.backend].problems(stage.config, stage.resources)
+def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool) -> Iterator[tuple[str, str]]:
+    config = stage.config
+    components: tuple[str, ...] = ()
+    if isinstance(config, TrainConfig):
+        yield from _train_problems(stage, config, cpu)
+    if isinstance(config, RLConfig) and config.backend in backends():
+        module = backends()[config.backend]
+        components = module.COMPONENTS
+        yield from refusals(config.backend, config.algorithm, _family(recipe, config.checkpoint))
+        yield from module.problems(config, stage.resources)
+    yield from _component_problems(stage.resources, components)
+
+
+def _family(recipe: Recipe, ref: str) -> str | None:
+    """The family of the model that a checkpoint reference leads to; None where the recipe does not say."""
+    maker = recipe.stages.get(ref)
+    if maker is None:
+        return None
+    if isinstance(maker.config, TrainConfig):
+        return maker.config.model.family
+    return _family(recipe, maker.config.checkpoint) if isinstance(maker.config, RLConfig) else None
+
+
+def _component_problems(resources: Resources, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name, own in resources.components.items():
+        key = f"resources.components.{name}"
+        if name not in known:
+            yield key, f"this stage has no component {name}; there is {', '.join(known) or 'none'}"
+        if resources.placement == "shared":
+            yield from ((f"{key}.{inner}", message) for inner, message in _shared_problems(own, resources))
+    if resources.placement == "heterogeneous":
+        for name in known:
+            if name not in resources.components:
+                yield "resources.components", f"say what {name} asks for: each component is a part of the job"
+        if not known:
+            yield "resources.placement", "this stage has one program: shared"
+
+
+def _shared_problems(own: Component, resources: Resources) -> Iterator[tuple[str, str]]:
+    """What nodes that are all of the main program's kind cannot give a component."""
+    mend = "; ask for no more, or for placement: heterogeneous"
+    if own.gpus_per_node and not own.nodes:
+        yield "gpus_per_node", "would share the main program's GPUs; give it nodes of its own"
+    elif own.gpus_per_node > resources.gpus_per_node:
+        yield "gpus_per_node", f"asks for {own.gpus_per_node} of {resources.gpus_per_node} GPUs on a node{mend}"
+    cores, most = own.cpus_per_task * own.ntasks_per_node, resources.cpus_per_task * resources.ntasks_per_node
+    if cores > most:
+        yield "cpus_per_task", f"asks for {cores} of {most} cores on a node{mend}"
 
 
 def _train_problems(stage: Stage, config: TrainConfig, cpu: bool) -> Iterator[tuple[str, str]]:

@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe_commands(commands)
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
+    _add_fit_command(commands)
     _add_listing_commands(commands)
+    _add_cluster_commands(commands)
     _add_devcluster_commands(commands)
     return parser
 
@@ -115,23 +117,42 @@ def _add_recipe_commands(commands: Commands) -> None:
         commands, "recipes.render", "write the sbatch scripts into a folder", "recipe", "cluster", "root", "json"
     )
     render.add_argument("-o", "--output", metavar="DIR", required=True, help="a new folder, or one rendered before")
-    run = _command(commands, "runs.run", "run or submit what is not done, and follow it", "recipe", "cluster", "root")
+    run = _command(
+        commands, "runs.run", "run or submit what is not done, and follow it", "recipe", "cluster", "root", "json"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
     run.add_argument("--detach", action="store_true", help="do not follow")
 
 
 def _add_run_commands(commands: Commands) -> None:
-    _command(commands, "runs.status", "what each stage of a run is doing", "run", "root", "json")
-    _command(commands, "runs.watch", "follow a run", "run", "root")
-    logs = _command(commands, "runs.logs", "print a stage's log", "run", "root")
-    logs.add_argument("--stage", metavar="STAGE", help="default: the one that failed or runs")
-    logs.add_argument("--step", metavar="STEP", help="one component of the stage")
-    logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
+    _command(commands, "watching.status", "what each stage of a run is doing", "run", "root", "json")
+    _command(commands, "watching.watch", "follow a run", "run", "root", "json")
+    _add_logs_command(commands)
+    clean = _command(commands, "watching.clean", "free what nothing needs any more", "root", "json")
+    clean.add_argument("run", metavar="RUN", nargs="?", help="only what belongs to this run; default: the whole store")
+    clean.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    clean.add_argument("--artifacts", action="store_true", help="also whole artifacts that no run names")
+    clean.add_argument("--forget", action="store_true", help="remove the record of RUN itself, with its logs")
     _command(commands, "runs.cancel", "stop a run's stages; they save first", "run", "root", "json")
-    resume = _command(commands, "runs.resume", "go on with a run, as it was planned", "run", "root")
+    resume = _command(commands, "runs.resume", "go on with a run, as it was planned", "run", "root", "json")
     resume.add_argument("--detach", action="store_true", help="do not follow")
     _command(commands, "runs.report", "write the report: one HTML page, JSON and CSV", "run", "root", "json")
+
+
+def _add_logs_command(commands: Commands) -> None:
+    logs = _command(commands, "watching.logs", "print a stage's log", "root")
+    logs.add_argument(
+        "names",
+        metavar="[RUN] [STAGE]",
+        nargs="*",
+        help="one word: a stage of the latest run, else a run; default: the stage that failed or runs",
+    )
+    logs.add_argument("--run", metavar="RUN", help="name of the run; default: the latest")
+    logs.add_argument("--component", metavar="NAME", help="a component of the stage, or `supervisor`")
+    logs.add_argument("--rank", metavar="N", type=int, help="a process of the component; default: 0")
+    logs.add_argument("--attempt", metavar="NAME", help="an attempt as `status` names it; default: the newest")
+    logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into the next attempts")
 
 
 def _count(text: str) -> int:
@@ -162,11 +183,54 @@ def _add_checkpoint_commands(commands: Commands) -> None:
             parser.add_argument("--texts", required=True, metavar="FILE", help="one text a line")
 
 
+def _add_fit_command(commands: Commands) -> None:
+    fit = _command(commands, "fit.fit", "the layouts of a model that fit on some GPUs, best first", "json")
+    fit.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint's folder or its config.json")
+    fit.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    fit.add_argument("--gpu", default="h100-80gb", metavar="TYPE", help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    fit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="bounds tensor parallelism; default: 8")
+    fit.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="where the type's own figure is wrong")
+    fit.add_argument("--seq-length", type=int, default=8192, metavar="N", help="tokens in a sequence; default: 8192")
+    fit.add_argument(
+        "--global-batch-size", type=int, default=128, metavar="N", help="sequences in a step; default: 128"
+    )
+    fit.add_argument(
+        "--tokens", type=float, default=27e9, metavar="N", help="to train on; default: 27e9, as PRISM has it"
+    )
+    fit.add_argument("--mfu", type=float, metavar="SHARE", help="of the bf16 peak; default: what public runs reach")
+    for size in ("tensor-model-parallel", "pipeline-model-parallel", "context-parallel", "micro-batch"):
+        fit.add_argument(f"--{size}-size", type=int, metavar="N", help="this size alone; default: all that can work")
+
+
 def _add_listing_commands(commands: Commands) -> None:
     _command(commands, "recipes.recipes", "list the shipped recipes", "json")
-    _command(commands, "machine.clusters", "list the cluster profiles", "json")
+    _command(
+        commands, "recipes.backends", "which model × algorithm × RL backend works, and why another does not", "json"
+    )
     _command(commands, "recipes.schema", "print the recipe's JSON schema, for editors")
     _command(commands, "machine.doctor", "what this machine has and lacks", "root", "json")
+
+
+def _add_cluster_commands(commands: Commands) -> None:
+    parser = _command(commands, "machine.cluster", "cluster profiles: list, make one by looking, prove one")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    text = "list the shipped profiles and your own"
+    listing = actions.add_parser("list", help=text, description=text)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    text = "write a profile by looking at this site, on a login node"
+    init = actions.add_parser("init", help=text, description=text)
+    init.add_argument("name", metavar="NAME", nargs="?", help="how --cluster will call it; default: Slurm's own name")
+    init.add_argument("-o", "--output", metavar="FILE", help="a .yaml file; default: among your own profiles")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    text = "submit a five-minute job of two nodes that shows whether a profile is true"
+    test = actions.add_parser("test", help=text, description=text)
+    test.add_argument("cluster", metavar="NAME", help="cluster profile, by name or path")
+    test.add_argument("--partition", metavar="P", help="default: the profile's")
+    test.add_argument("--nodes", type=_count, metavar="N", default=2, help="nodes; default: 2, or 1 where there is one")
+    test.add_argument("--no-wait", action="store_true", help="submit alone; --job shows the result later")
+    test.add_argument("--job", metavar="ID", help="show a test that was submitted before")
+    test.add_argument("--root", metavar="DIR", help="the store; default: PRISM_ROOT, else ./prism-root")
+    test.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_devcluster_commands(commands: Commands) -> None:

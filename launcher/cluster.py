@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.configs import Resources, default_of, option
-from launcher.containers import RUNTIMES, image_problems, mount_problem, not_built, order_mounts
-from launcher.data import data_dir, own_profiles
+from launcher.containers import image_problems, mount_problem, order_mounts, runtime_problem
+from launcher.data import data_dir, own_profiles, package_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
@@ -31,7 +31,12 @@ OWNED = {
     **dict.fromkeys(("wrap", "parsable", "wait", "test-only"), "nothing: scripts are files and submit.sh reads ids"),
     **dict.fromkeys(("container", "container-image", "container-mounts", "environment"), "runtime and images"),
 }
+#: Kinds of stage, and RL backends whose libraries need an image of their own.
+IMAGE_NAMES = (*KINDS, "rl-nemo-aligner", "rl-nemo-rl")
+#: Where containers of this machine find the `launcher` package that started them.
+CODE_INSIDE = "/opt/prism-launch"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
@@ -54,8 +59,16 @@ class Profile:
 
     name: str = option(..., "The file's name without .yaml; not a key of the file.")
     scheduler: Literal["local", "slurm"] = option(..., "slurm, or local: processes of this machine.")
-    description: str = option("", "One line for `prism-launch clusters`.")
+    description: str = option("", "One line for `prism-launch cluster list`.")
     poll_s: float = option(10.0, "slurm: seconds between looks at the queue while a run is followed.")
+    slurm_conf: str | None = option(None, "slurm.conf that Slurm's commands read; null: the shell's or the site's own.")
+    submit_rate: int | None = option(None, "Most calls of sbatch in a minute, over all runs in one root; null: no cap.")
+    max_submit: int | None = option(None, "Most jobs of a user in the queue, elements of arrays counted each; null.")
+    max_array: int = option(1001, "Most elements of a job array: the site's MaxArraySize.")
+    max_array_running: int | None = option(None, "Most elements of a job array that run at the same time; null.")
+    share_group: str | None = option(
+        None, "Group that may read and write the store, so that several people share one; null: you alone."
+    )
     slots: int = option(1, "local: processes that run side by side: each stage takes its tasks times their cores.")
     partition: str | None = option(None, "Partition of stages that name none; null: the site's default.")
     cpu_partition: str | None = option(None, "Partition of stages that ask for no GPU; null: `partition`.")
@@ -70,15 +83,21 @@ class Profile:
     gpu_type: str | None = option(None, "Type in the request: gpu:TYPE:8.")
     sbatch: Mapping[str, str | int | bool] = option({}, "Further sbatch options; true for one without a value.")
     setup: tuple[str, ...] = option((), "Shell lines before the supervisor starts, such as `module load`.")
-    env: Mapping[str, str] = option({}, "Variables of every job and every step.")
+    env: Mapping[str, str] = option({}, "Variables of every job and every step; local: of steps in containers.")
     python: str = option("python3", "Interpreter of the workers: in the image where there is one.")
     host_python: str | None = option(None, "Python 3.10 or newer on the nodes, outside images; null: `python`.")
-    code: str | None = option(None, "Folder with the `launcher` package as nodes see it; null: it is installed there.")
-    images: Mapping[str, str] = option({}, "Container image by kind of stage.")
+    code: str | None = option(
+        None, "Folder with the `launcher` package as nodes see it; null: it is installed there, or, local, mounted."
+    )
+    images: Mapping[str, str] = option(
+        {}, "Container image by kind of stage; rl-nemo-aligner and rl-nemo-rl for those backends."
+    )
+    gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
-    runtime: Runtime = option(Runtime(), "container: none, pyxis or apptainer; mpi; env_unset.")
+    runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
     limits: Limits = option(Limits(), "When the supervisor acts, and how a stage gets another life.")
     preflight: Preflight | None = option(Preflight(), "What nodes must pass before the steps start; null: nothing.")
+    notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
 
     def __post_init__(self) -> None:
         _raise([*_profile_problems(self), *(_slurm_problems if self.scheduler == "slurm" else _local_problems)(self)])
@@ -117,60 +136,78 @@ def _time_problem(key: str, text: str | None) -> Problems:
 
 def _profile_problems(profile: Profile) -> Problems:
     yield from _time_problem("time", profile.time)
-    if profile.slots < 1:
-        yield "slots", f"must be at least 1, got {profile.slots}"
+    for key in ("slots", "submit_rate", "max_submit", "max_array", "max_array_running"):
+        count = getattr(profile, key)
+        if count is not None and count < 1:
+            yield key, f"must be at least 1, got {count}"
     if profile.mem and not _MEMORY.fullmatch(profile.mem):
         yield "mem", f"{profile.mem!r} is no amount of memory; write 64G"
     for kind in profile.images:
-        if kind not in KINDS:
-            yield f"images.{kind}", f"no such kind of stage{did_you_mean(kind, KINDS)}; there is {', '.join(KINDS)}"
+        if kind not in IMAGE_NAMES:
+            hint = did_you_mean(kind, IMAGE_NAMES)
+            yield f"images.{kind}", f"no such kind of stage{hint}; there is {', '.join(IMAGE_NAMES)}"
     for key, names in (("env", profile.env), ("runtime.env_unset", profile.runtime.env_unset)):
         yield from ((key, f"{name!r} is no name of a variable") for name in names if not _NAME.fullmatch(name))
     for name, value in profile.env.items():
+        if _SECRET.search(name):
+            yield (
+                f"env.{name}",
+                "looks like a secret; name it under the recipe's `secrets:` and export it in your shell",
+            )
         if "\0" in value:
             yield f"env.{name}", "holds a NUL character"
+    yield from _notify_problems(profile.notify)
+
+
+def _notify_problems(argv: tuple[str, ...]) -> Problems:
+    """It runs on nodes and login nodes, in folders of its callers' choice, and without a shell."""
+    program = argv[0] if argv else "true"
+    if not program or ("/" in program and not program.startswith("/")):
+        yield "notify[0]", f"{program!r}: give a full path, or the name of a program on PATH"
+    yield from ((f"notify[{i}]", "holds a NUL character") for i, word in enumerate(argv) if "\0" in word)
 
 
 def _local_problems(profile: Profile) -> Problems:
     slurm_only = ("partition", "cpu_partition", "partitions", "account", "qos", "constraint", "mem", "exclusive")
-    ignored = (
-        *slurm_only,
-        "gpu_request",
-        "gpu_type",
-        "sbatch",
-        "setup",
-        "env",
-        "host_python",
-        "code",
-        "images",
-        "mounts",
-        "preflight",
-    )
+    submission = ("slurm_conf", "submit_rate", "max_submit", "max_array", "max_array_running", "share_group")
+    jobs = ("gpu_request", "gpu_type", "sbatch", "setup", "host_python", "time", "preflight")
+    ignored = (*slurm_only, *submission, *jobs)
+    in_containers = ("env", "code", "images", "mounts", "python")
+    contained = profile.runtime.container != "none"
     defaults = {f.name: default_of(f) for f in fields(profile)}
-    for key in (*ignored, "python", "time"):
+    for key in (*ignored, *(() if contained else in_containers)):
         if getattr(profile, key) != defaults[key]:
-            yield key, "has no effect where scheduler is local"
-    if profile.runtime.container != "none":
-        yield "runtime.container", f"{profile.runtime.container} on the local scheduler is not built yet"
+            without = " without containers" if key in in_containers else ""
+            yield key, f"has no effect where scheduler is local{without}"
+    if contained:
+        yield from _container_problems(profile)
 
 
-def _slurm_problems(profile: Profile) -> Problems:
-    if profile.runtime.container not in RUNTIMES:
-        yield "runtime.container", not_built(profile.runtime.container)
-    if profile.limits.continuation == "chain":
-        yield "limits.continuation", "chain is not built yet; there is requeue"
-    for key in ("partition", "cpu_partition"):
-        name = getattr(profile, key)
-        if name and profile.partitions and name not in profile.partitions:
-            yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
+def _container_problems(profile: Profile) -> Problems:
+    problem = runtime_problem(profile.runtime.container, profile.scheduler)
+    if problem:
+        yield "runtime.container", problem
     for kind, image in profile.images.items():
         yield from ((f"images.{kind}", problem) for problem in image_problems(image, profile.runtime))
     for i, mount in enumerate(profile.mounts):
-        problem = mount_problem(mount)
+        problem = mount_problem(mount, profile.runtime.container)
         if problem:
             yield f"mounts[{i}]", problem
     if profile.code and not profile.code.startswith("/"):
         yield "code", f"{profile.code}: give the full path on the nodes"
+
+
+def _slurm_problems(profile: Profile) -> Problems:
+    limits = profile.limits
+    if limits.continuation == "chain" and limits.chain_jobs > (profile.max_submit or limits.chain_jobs):
+        yield "limits.chain_jobs", f"{limits.chain_jobs} jobs a stage, but max_submit is {profile.max_submit}"
+    for key in ("partition", "cpu_partition"):
+        name = getattr(profile, key)
+        if name and profile.partitions and name not in profile.partitions:
+            yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
+    yield from _container_problems(profile)
+    if profile.slurm_conf and not profile.slurm_conf.startswith("/"):
+        yield "slurm_conf", f"{profile.slurm_conf}: give the full path"
     for i, line in enumerate(profile.setup):
         if line.lstrip().startswith("#SBATCH"):
             yield f"setup[{i}]", "sbatch options go under sbatch:"
@@ -189,6 +226,13 @@ def _option_problems(profile: Profile) -> Problems:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+
+def speak_to(profile: Profile) -> Profile:
+    """Let this process' Slurm commands, and all it starts, read the profile's `slurm_conf`; returns the profile."""
+    if profile.slurm_conf:
+        os.environ["SLURM_CONF"] = profile.slurm_conf
+    return profile
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -228,7 +272,7 @@ def _where(document: Document, key: str, path: Path) -> str:
 
 def profile_files() -> list[Path]:
     """The shipped profiles' files."""
-    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"))
+    return sorted((data_dir("slurm") / "clusters").glob("*.yaml"), key=lambda path: path.stem)
 
 
 def _named_files() -> dict[str, Path]:
@@ -250,13 +294,19 @@ def check_resources(resources: Resources, spec: StageSpec, profile: Profile) -> 
     if profile.scheduler == "local":
         if resources.nodes > 1:
             yield "nodes", f"asks for {resources.nodes} nodes, but cluster {profile.name} is one machine"
+        if profile.runtime.container != "none":
+            yield from _image_problems(resources, spec, profile)
         return
     yield from _limit_problems(resources, profile)
     yield from _time_problems(resources, profile)
     if resources.mem and not _MEMORY.fullmatch(resources.mem):
         yield "mem", f"{resources.mem!r} is no amount of memory; write 64G"
+    yield from _image_problems(resources, spec, profile)
+
+
+def _image_problems(resources: Resources, spec: StageSpec, profile: Profile) -> Problems:
     mend = f"; set images.{spec.kind} in the profile of cluster {profile.name}, or image here"
-    for problem in image_problems(resources.image or profile.images.get(spec.kind), profile.runtime):
+    for problem in image_problems(resources.image or image_of(spec, profile), profile.runtime):
         yield "image", problem + (mend if problem == "no container image" else "")
 
 
@@ -302,34 +352,50 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
     Nothing of that decides what the stage computes, so the fingerprint stays. `root` is the store as the nodes see it.
     """
     steps = tuple(_place_step(step, stage.spec, profile, root) for step in stage.spec.steps)
-    looked_at = profile.scheduler == "slurm" and (stage.resources.nodes > 1 or stage.resources.gpus_per_node > 0)
+    asked = stage.job_parts[None]
+    looked_at = profile.scheduler == "slurm" and (asked.nodes > 1 or asked.gpus_per_node > 0)
     preflight = profile.preflight if looked_at else None
     return replace(stage, spec=replace(stage.spec, steps=steps, preflight=preflight))
 
 
 def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:
-    """The run with every stage placed on this cluster."""
+    """The run with every stage placed on this cluster; on this machine without containers it stays as it is."""
+    if profile.scheduler == "local" and profile.runtime.container == "none":
+        return record
     return replace(record, stages=tuple(place_stage(stage, profile, root) for stage in record.stages))
 
 
 def _place_step(step: Step, spec: StageSpec, profile: Profile, root: Path) -> Step:
-    code = code_folder(spec, profile, root)
+    code, code_mount = code_folder(spec, profile, root), None
+    if code:
+        code_mount = f"{code}:{code}:ro"
+    elif profile.scheduler == "local":
+        # The package alone: what else is installed beside it is the image's affair.
+        code, code_mount = CODE_INSIDE, f"{package_dir()}:{CODE_INSIDE}/launcher:ro"
     env = {**profile.env, **({"PYTHONPATH": code} if code else {}), **step.env}
     argv = tuple(word.replace("{python}", profile.python) for word in step.argv)
     if profile.runtime.container == "none":
         return replace(step, argv=argv, env=env)
     outside = tuple(f"{path}:{path}:ro" for path in _outside(spec))
-    own = (str(root), *([f"{code}:{code}:ro"] if code else []))
+    own = (str(root), *([code_mount] if code_mount and not spec.snapshot else []))  # a snapshot lies in the root
     mounts = order_mounts((*own, *step.mounts, *profile.mounts, *outside))
-    return replace(step, argv=argv, env=env, image=step.image or profile.images.get(spec.kind), mounts=mounts)
+    return replace(step, argv=argv, env=env, image=step.image or image_of(spec, profile), mounts=mounts)
+
+
+def image_of(spec: StageSpec, profile: Profile) -> str | None:
+    """The profile's image for a stage; an RL backend may have one of its own."""
+    own = profile.images.get(f"rl-{spec.config.get('backend')}") if spec.kind == "rl" else None
+    return own or profile.images.get(spec.kind)
 
 
 def _outside(spec: StageSpec) -> list[str]:
-    """What a stage reads outside the store: checkpoints, and a prepare stage's text and tokenizer."""
+    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
-        paths += [source["path"] for source in spec.config["sources"].values()]
+        paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
         paths.append(spec.config["tokenizer"]["path"])
+    if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
+        paths.append(os.path.dirname(spec.config["entrypoint"]))
     return [path for path in paths if path and os.path.isabs(path)]
 
 

@@ -14,6 +14,11 @@ def data_dir(name: str) -> Path:
     return checkout if (_PACKAGE.parent / "pyproject.toml").exists() else _PACKAGE / "_data" / name
 
 
+def package_dir() -> Path:
+    """The folder of the package `launcher` itself."""
+    return _PACKAGE
+
+
 def own_profiles() -> Path:
     """The folder of the user's own cluster profiles."""
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import PrepareConfig
+from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.spec import Format
@@ -29,11 +30,28 @@ class External:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """Something that a recipe reads and that is not on this machine.
+
+    `stage` is the stage that reads it, None for a checkpoint, which a conversion may read in its stead; `message` says
+    it with file and line.
+    """
+
+    path: str
+    stage: str | None
+    message: str
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """`checkpoints` by reference; `facts` by stage name: what beside its config decides a stage's artifact."""
+    """`checkpoints` by reference; `facts` by stage name: what beside its config decides a stage's artifact.
+
+    What is `absent` stands in both with a fingerprint that nothing has: a plan for another machine can be looked at.
+    """
 
     checkpoints: Mapping[str, External]
     facts: Mapping[str, Mapping[str, str]]
+    absent: tuple[Absent, ...] = ()
 
 
 def is_external(ref: str) -> bool:
@@ -42,18 +60,28 @@ def is_external(ref: str) -> bool:
 
 
 def resolve_inputs(recipe: Recipe) -> Inputs:
-    """Look at everything outside the store that the recipe names. Raises UserError with all problems."""
+    """Look at everything outside the store that the recipe names.
+
+    Raises UserError with all problems of what is there; what is not is returned as absent.
+    """
     problems: list[str] = []
+    absent: list[Absent] = []
     checkpoints: dict[str, External] = {}
-    for path, ref in _external_refs(recipe):
+    for where, ref in _external_refs(recipe):
+        place = f"{recipe.where(where)}: {where}"
+        path = checkpoint_path(ref, Path(recipe.path).parent)
         try:
-            checkpoints[ref] = read_checkpoint(ref, Path(recipe.path).parent)
+            if ref.startswith("hf:") or path.exists():
+                checkpoints[ref] = read_checkpoint(ref, Path(recipe.path).parent)
+                continue
+            absent.append(Absent(str(path), None, f"{place}: {path}: no such checkpoint"))
+            checkpoints[ref] = External(str(path), "hf", f"absent: {path}", None)
         except UserError as error:
-            problems.append(f"{recipe.where(path)}: {path}: {error}")
-    facts = {name: _facts(recipe, stage, problems) for name, stage in recipe.stages.items()}
+            problems.append(f"{place}: {error}")
+    facts = {name: _facts(recipe, stage, absent) for name, stage in recipe.stages.items()}
     if problems:
         raise UserError(problems)
-    return Inputs(checkpoints, facts)
+    return Inputs(checkpoints, facts, tuple(absent))
 
 
 def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -67,7 +95,9 @@ def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"stages.{name}.{need.where}", need.ref
 
 
-def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
+def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
+    if isinstance(stage.config, TrainConfig) and stage.config.entrypoint:
+        return _script_facts(recipe, stage, stage.config.entrypoint, absent)
     if not isinstance(stage.config, PrepareConfig):
         return {}
     facts = {
@@ -75,22 +105,39 @@ def _facts(recipe: Recipe, stage: Stage, problems: list[str]) -> dict[str, str]:
         for name, source in stage.config.sources.items()
         if source.kind == "python-stdlib"
     }
-    paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind == "files"}
+    paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind in ("files", "dataset")}
+    paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items()}
     for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
         if path and not path.startswith("hf:"):  # which the worker refuses
             where = f"stages.{stage.name}.{key}.path"
             try:
                 facts[key] = store.tree_fingerprint(Path(path))
             except OSError as error:
-                problems.append(f"{recipe.where(where)}: {where}: {path}: {error.strerror}")
+                absent.append(Absent(path, stage.name, f"{recipe.where(where)}: {where}: {path}: {error.strerror}"))
+                facts[key] = "absent"
     return facts
+
+
+def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent]) -> dict[str, str]:
+    """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
+    where = f"stages.{stage.name}.entrypoint"
+    try:
+        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
+    except OSError as error:
+        absent.append(Absent(script, stage.name, f"{recipe.where(where)}: {where}: {script}: {error.strerror}"))
+        return {"entrypoint": "absent"}
+
+
+def checkpoint_path(ref: str, relative_to: Path) -> Path:
+    """The full path that a checkpoint reference names."""
+    return Path(os.path.abspath(relative_to / Path(ref).expanduser()))
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:
     """Look at a checkpoint outside the store: its format and model type. Raises UserError where it is none."""
     if ref.startswith("hf:"):
         raise UserError(f"{ref}: fetching from a hub is not built yet; download it and name its folder")
-    path = Path(os.path.abspath(relative_to / Path(ref).expanduser()))
+    path = checkpoint_path(ref, relative_to)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if (path / "latest_checkpointed_iteration.txt").exists():

@@ -48,7 +48,7 @@ def submit_links(
     count = job_count(limits)
     for _ in range(count):
         try:
-            jobs.append(slurm.submit(script, *_dependency(after, jobs[-1:])))
+            jobs.append(slurm.submit(script, *dependency(after, jobs[-1:])))
         except WorldError:
             slurm.cancel(jobs)
             raise
@@ -56,7 +56,8 @@ def submit_links(
     return jobs[-1]
 
 
-def _dependency(after: Sequence[str], before: Sequence[str]) -> list[str]:
+def dependency(after: Sequence[str], before: Sequence[str] = ()) -> list[str]:
+    """sbatch's option for a job after others that must succeed, and after those before it, however they end."""
     # Every link names the inputs' jobs too: the one before may have been cancelled because those failed.
     conditions = [*([f"afterok:{':'.join(after)}"] if after else []), *(f"afterany:{job}" for job in before)]
     return [f"--dependency={','.join(conditions)}"] if conditions else []

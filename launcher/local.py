@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,11 +24,13 @@ from launcher import store
 from launcher.attempts import Attempt, attempts, newest_attempt, step_of
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
+from launcher.runtimes import check_containers
 from launcher.spec import stage_text
 from launcher.state import stage_states
+from launcher.status import RunStatus, run_status
 from launcher.store import Owner, Receipt
 from launcher.supervisor.classify import ACTIONS
-from launcher.watch import Follower
+from launcher.watch import Follower, tell_unheard
 
 #: Modules of the extra `local`, looked for without importing them, and where it is named.
 _NEEDS = (
@@ -44,17 +48,39 @@ _POLL_S = 0.1
 _SHOW_S = 0.5
 
 
-def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False) -> int:
+def run_local(root: Path, record: RunRecord, slots: int, *, detach: bool = False, as_json: bool = False) -> int:
     """Make everything of the plan that is not made yet, `slots` stages side by side; returns the exit code.
 
     Raises UserError where another process drives this run, or drives another plan of it.
     """
-    _check_installed()
+    _refuse_obstacles(root, record)
+    check_here(record)
     if detach:
-        return _detach(root, record)
+        return _detach(root, record, as_json)
     with claimed(root, record.run):
         _write(root, record)
-        return Driver(root, record, slots).run()
+        return Driver(root, record, slots, as_json).run()
+
+
+def _refuse_obstacles(root: Path, record: RunRecord) -> None:
+    """Refuse a plan with a stage that this version cannot run and that is not made yet."""
+    problems = [
+        f"stage {stage.spec.stage}: {why}"
+        for stage in record.stages
+        if stage.obstacles and store.read_receipt(root, stage.spec.artifact) is None
+        for why in stage.obstacles
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def check_here(record: RunRecord) -> None:
+    """Refuse to begin what this machine cannot run: packages, or runtime and images of containers."""
+    container = record.stages[0].spec.runtime.container
+    if container == "none":
+        _check_installed()
+    else:
+        check_containers(container, [step for stage in record.stages for step in stage.spec.steps])
 
 
 def _check_installed() -> None:
@@ -63,7 +89,7 @@ def _check_installed() -> None:
         raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
 
 
-def _detach(root: Path, record: RunRecord) -> int:
+def _detach(root: Path, record: RunRecord, as_json: bool) -> int:
     with claimed(root, record.run):
         _write(root, record)
     log = store.run_dir(root, record.run) / "driver.log"
@@ -74,7 +100,11 @@ def _detach(root: Path, record: RunRecord) -> int:
         )
     # In its name, so that who watches or runs at once finds the run driven.
     store.claim(store.driver_claim(root, record.run), store.this_process(child.pid))
-    print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {record.run} --root {root}")
+    if as_json:
+        print(json.dumps({"schema": 1, "event": "detached", "time": time.time(), "run": record.run, "pid": child.pid}))
+    else:
+        at = f"{shlex.quote(record.run)} --root {shlex.quote(str(root))}"
+        print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {at}")
     return 0
 
 
@@ -114,6 +144,7 @@ class Driver:
     root: Path
     record: RunRecord
     slots: int
+    as_json: bool = False
     done: dict[str, Receipt] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     running: dict[str, Owner] = field(default_factory=dict)
@@ -124,13 +155,15 @@ class Driver:
     def run(self) -> int:
         """Drive to the end; 0 when everything is made, 1 when something failed, 130 when stopped."""
         self._look()
-        with Follower(self.record.run) as follower, _terminated_as_interrupted():
+        with Follower(self.record.run, self.as_json) as follower, _terminated_as_interrupted():
             try:
                 self._drive(follower)
             except KeyboardInterrupt:
                 self._stop(follower)
                 return 130
-            follower.show(stage_states(self.root, self.record))
+            status = run_status(self.root, self.record)
+            follower.show(status)
+            follower.end(status)
         for line in self._failures():
             print(line, file=sys.stderr)
         return self._exit_code()
@@ -146,11 +179,14 @@ class Driver:
         shown = 0.0
         while self._start_ready() or self.running:
             if time.monotonic() - shown > _SHOW_S:
-                follower.show(stage_states(self.root, self.record, self.done))
+                follower.show(self._status())
                 shown = time.monotonic()
             time.sleep(_POLL_S)
             for name in [n for n, owner in self.running.items() if not self._lives(n, owner)]:
                 self._ended(name)
+
+    def _status(self) -> RunStatus:
+        return run_status(self.root, self.record, done=self.done)
 
     def _look(self) -> None:
         """What is made already, and what still runs from before."""
@@ -224,6 +260,8 @@ class Driver:
             attempt = None  # an earlier one: this supervisor ended before it could say anything
         if attempt is None:
             self.silent[name] = self._last_words(stage)
+        if attempt is None or attempt.end is None:  # its supervisor could not tell the hook
+            tell_unheard(self.root, self.record, self._status(), {})
         if self._action(stage, attempt) != "again":
             self.failed.add(name)
 
@@ -256,7 +294,7 @@ class Driver:
                 why = f"{state.exit_class or 'crashed'}: {state.message}" if state.message else state.exit_class
                 why = self.silent.get(state.stage) or why or "see its log"
                 lines.append(f"prism-launch: stage {state.stage} failed: {why}")
-                lines.append(f"  log: prism-launch logs {self.record.run} --stage {state.stage} --root {self.root}")
+                lines.append(f"  log: prism-launch logs {self.record.run} {state.stage} --root {self.root}")
         return lines
 
     def _stop(self, follower: Follower) -> None:
@@ -269,7 +307,9 @@ class Driver:
         except KeyboardInterrupt:
             for owner in self.running.values():
                 _signal(owner, signal.SIGKILL)
-        follower.show(stage_states(self.root, self.record))
+        status = run_status(self.root, self.record)
+        follower.show(status)
+        follower.end(status)
         follower.say(f"stopped; go on with: prism-launch resume {self.record.run} --root {self.root}")
 
 

@@ -31,7 +31,7 @@ class _Builder:
     problems: list[str] = field(default_factory=list)
 
     def problem(self, stage: str, where: str, message: str) -> None:
-        path = f"stages.{stage}.{where}"
+        path = f"stages.{stage.partition('.')[0]}.{where}"  # a part's problem is that of the stage in the recipe
         self.problems.append(f"{self.recipe.where(path)}: {path}: {message}")
 
 
@@ -50,9 +50,9 @@ def build_plan(
     if builder.problems:
         raise UserError(builder.problems)
     for name in _order(builder, needs):
-        _plan_stage(builder, recipe.stages[name], needs[name])
+        _plan_parts(builder, recipe.stages[name], needs[name])
     if builder.problems:
-        raise UserError(builder.problems)
+        raise UserError(list(dict.fromkeys(builder.problems)))
     return tuple(builder.planned.values())
 
 
@@ -102,12 +102,8 @@ def _names(words: Iterable[str]) -> str:
 
 
 def _outputs(stage: Stage) -> Mapping[str, Format]:
-    outputs: Mapping[str, Format] = kinds()[stage.kind].OUTPUTS
-    if not isinstance(stage.config, PrepareConfig):
-        return outputs
-    # A port that nothing fills is none: an empty one is taken for a fault of the worker.
-    filled = {"tokens": stage.config.sources, "prompts": stage.config.problems}
-    return {port: form for port, form in outputs.items() if filled.get(port, True)}
+    outputs: Mapping[str, Format] = kinds()[stage.kind].outputs(stage.config)
+    return outputs
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -140,7 +136,18 @@ def _order(builder: _Builder, needs: Mapping[str, tuple[Need, ...]]) -> list[str
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> None:
+def _plan_parts(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> None:
+    """The stage, or each of those that it fans out into: STAGE.PART, a name that no stage of a recipe can have."""
+    module = kinds()[stage.kind]
+    parts = module.parts(stage.config, stage.seed) if hasattr(module, "parts") else {}
+    if not parts:
+        _plan_stage(builder, stage, needs)
+    for name, (config, seed) in parts.items():
+        part = replace(stage, name=f"{stage.name}.{name}", config=config, seed=seed)
+        _plan_stage(builder, part, _needs(builder, part), part_of=stage.name)
+
+
+def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...], part_of: str | None = None) -> None:
     inputs: dict[str, Input] = {}
     depends: dict[str, None] = {}
     for need in needs:
@@ -148,9 +155,8 @@ def _plan_stage(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> Non
         if found is not None:
             maker, inputs[need.port] = found
             depends.update({maker: None} if maker else {})
-    facts = builder.inputs.facts.get(stage.name, {})
-    outputs = _outputs(stage)
-    _add(builder, stage, inputs, tuple(depends), outputs, facts, inserted=False)
+    facts = builder.inputs.facts.get(part_of or stage.name, {})
+    _add(builder, stage, inputs, tuple(depends), facts, inserted=False, part_of=part_of)
 
 
 def _find(builder: _Builder, stage: Stage, need: Need) -> tuple[str | None, Input] | None:
@@ -182,7 +188,7 @@ def _converted(builder: _Builder, ref: str, maker: str | None, found: Input, tar
         config = ConvertConfig(checkpoint=ref, source=found.format, target=target)
         stage = Stage(name, "convert", config, Resources(), seed=0)
         depends = (maker,) if maker else ()
-        _add(builder, stage, {"checkpoint": found}, depends, {"checkpoint": target}, {}, inserted=True)
+        _add(builder, stage, {"checkpoint": found}, depends, {}, inserted=True)
     spec = builder.planned[name].spec
     return name, Input(spec.outputs["checkpoint"].path, target, spec.fingerprint)
 
@@ -197,9 +203,9 @@ def _add(
     stage: Stage,
     inputs: Mapping[str, Input],
     depends: tuple[str, ...],
-    outputs: Mapping[str, Format],
     facts: Mapping[str, str],
     inserted: bool,
+    part_of: str | None = None,
 ) -> None:
     module = kinds()[stage.kind]
     # A conversion does the same whoever asks for it under whatever name: its checkpoint is known by fingerprint.
@@ -215,12 +221,24 @@ def _add(
         config=encode(stage.config),
         seed=stage.seed,
         inputs=inputs,
-        outputs={port: Output(f"{artifact}/{port}", form) for port, form in outputs.items()},
+        outputs={port: Output(f"{artifact}/{port}", form) for port, form in _outputs(stage).items()},
         steps=module.steps(stage.config, stage.resources),
         limits=builder.limits,
         runtime=builder.runtime,
+        secrets=builder.recipe.secrets,
     )
-    builder.planned[stage.name] = PlannedStage(spec, depends, stage.resources, inserted)
+    absent = {a.path for a in builder.inputs.absent if a.stage in (part_of or stage.name, None)}
+    read = {i.path for i in inputs.values()}
+    read |= {a.path for a in builder.inputs.absent if a.stage == (part_of or stage.name)}
+    builder.planned[stage.name] = PlannedStage(
+        spec,
+        depends,
+        stage.resources,
+        inserted,
+        part_of=part_of,
+        not_built=module.not_built(stage.config),
+        absent=tuple(sorted(absent & read)),
+    )
 
 
 def fingerprint(

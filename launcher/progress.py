@@ -18,8 +18,10 @@ import ctypes
 import faulthandler
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -61,6 +63,7 @@ class StageJob:
     world_size: int = 1
     _asked: list[float] = field(default_factory=list)
     _claim: dict[str, Any] = field(default_factory=dict)
+    _first: list[dict[str, float]] = field(default_factory=list)
 
     # ---- paths
 
@@ -95,11 +98,15 @@ class StageJob:
     def beat(self, step: int, total: int, **figures: float | int | str) -> None:
         """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
 
-        Does not return where the artifact is another attempt's by now.
+        Does not return where the artifact is another attempt's by now. The first beat stays in all that follow: from it
+        come the pace, and what an attempt went on from.
         """
         self._end_if_given_up()
-        beat = {"time": time.time(), "pid": os.getpid(), "step": step, "total": total, "figures": figures}
-        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", beat)
+        now = time.time()
+        if not self._first:
+            self._first.append({"step": step, "time": now})
+        beat = {"time": now, "pid": os.getpid(), "step": step, "total": total, "figures": figures}
+        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", {**beat, "first": self._first[0]})
 
     def metric(self, **figures: Any) -> None:
         """Append one line to the artifact's metrics; rank 0 alone calls it."""
@@ -207,28 +214,47 @@ def _run(main: Callable[[StageJob], None], job: StageJob) -> int:
     message, code, trace = "", 0, None
     try:
         main(job)
-    except Stopped as stop:
-        exit_class, message = "time-limit", str(stop) or "saved and stopped as asked"
-    except Diverged as error:
-        exit_class, message, code = "diverged", str(error), 1
-    except (UserError, SpecError) as error:
-        exit_class, message, code = "user-error", str(error), 2
-    except MemoryError:
-        exit_class, message, code, trace = "out-of-memory", "out of host memory", 1, traceback.format_exc()
-    except (OSError, WorldError) as error:
-        storage = isinstance(error, OSError) and error.errno in (5, 28, 30, 122)
-        exit_class = "storage" if storage else "crashed"
-        message, code, trace = str(error), 1, traceback.format_exc()
-    except Exception as error:
-        message, code, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
-        exit_class = "out-of-memory" if "OutOfMemory" in type(error).__name__ else "crashed"
-    if trace:
-        print(trace, file=sys.stderr, flush=True)
-    elif message:
-        print(message, file=sys.stderr, flush=True)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        exit_class, message, code = how_it_ended(error)
+        trace = traceback.format_exc() if exit_class in ("crashed", "storage", "out-of-memory") else None
+    if trace or message:
+        print(trace or message, file=sys.stderr, flush=True)
     try:
         job.exit(exit_class, message, **({"traceback": trace} if trace else {}))
     except OSError as error:
         print(f"{job.attempt_dir}: the exit file cannot be written: {error}", file=sys.stderr)
         return code or 1
     return code
+
+
+#: EIO, ENOSPC, EROFS, EDQUOT, ESTALE.
+_STORAGE = (5, 28, 30, 122, 116)
+_GPU_MEMORY = re.compile(r"CUDA (error: )?out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
+_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory")
+
+
+def how_it_ended(error: BaseException) -> tuple[ExitClass, str, int]:
+    """Class, message and exit code of a worker that ended with an exception."""
+    words = str(error)
+    if isinstance(error, Stopped):
+        return "time-limit", words or "saved and stopped as asked", 0
+    if isinstance(error, Diverged):
+        return "diverged", words, 1
+    if isinstance(error, (UserError, SpecError)):
+        return "user-error", words, 2
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        mend = "free some room, then run again" if error.errno in (28, 122) else "mend that, then run again"
+        return "storage", f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}; {mend}", 1
+    if "OutOfMemory" in type(error).__name__ or _GPU_MEMORY.search(words):
+        mend = "lower micro_batch_size or seq_length, or spread the model over more GPUs or nodes"
+        return "out-of-memory", f"out of GPU memory: {_first_line(words)}; {mend}", 1
+    if isinstance(error, MemoryError) or _HOST_MEMORY.search(words):
+        mend = "ask for more memory a node (`mem`) or for more nodes"
+        return "out-of-memory", f"out of memory of the machine {socket.gethostname()}; {mend}", 1
+    return "crashed", words if isinstance(error, (OSError, WorldError)) else f"{type(error).__name__}: {words}", 1
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0].removesuffix(".")

@@ -1,6 +1,6 @@
 """A whole plan as a folder that submits itself:
 
-    NAME.sbatch        the script of a stage
+    NAME.sbatch        the script of a stage, or of the job array of a stage that fans out
     NAME.stage.json    the contract with its job; submit.sh puts it at ROOT/runs/RUN/stages/NAME/stage.json
     run.json           the run's record, put at ROOT/runs/RUN/run.json, so that `status` and `report` know the run
     submit.sh          submits every stage after those it reads
@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher import store
@@ -24,7 +24,7 @@ from launcher.cluster import Profile, place_record
 from launcher.errors import UserError
 from launcher.links import job_count
 from launcher.run_record import RunRecord
-from launcher.sbatch import sbatch_text
+from launcher.sbatch import Script, scripts_of
 from launcher.spec import encode, stage_text
 
 _MARK = "# Made by prism-launch render"
@@ -64,11 +64,12 @@ def files(record: RunRecord, profile: Profile, root: Path) -> dict[str, str]:
         raise UserError(f"{str(root)!r}: the store's root cannot stand in a script; choose another with --root")
     record = place_record(record, profile, root)
     texts = {}
-    for stage in record.stages:
-        texts[f"{stage.spec.stage}.sbatch"] = sbatch_text(stage, profile, root)
-        texts[f"{stage.spec.stage}.stage.json"] = stage_text(stage.spec)
+    scripts = list(scripts_of(record.stages, profile))
+    for script in scripts:
+        texts[f"{script.name}.sbatch"] = script.text(profile, root)
+        texts |= {f"{stage.spec.stage}.stage.json": stage_text(stage.spec) for stage in script.stages}
     texts["run.json"] = json.dumps(encode(record), indent=2, sort_keys=True) + "\n"
-    texts["submit.sh"] = "\n".join(_submit_lines(record, root)) + "\n"
+    texts["submit.sh"] = "\n".join(_submit_lines(record, scripts, profile, root)) + "\n"
     return texts
 
 
@@ -108,11 +109,12 @@ def _replace(folder: Path, fresh: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- submit.sh
 
 
-_FUNCTIONS = """
+_FUNCTIONS = r"""
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
 links=()
+link=""
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -126,47 +128,70 @@ stop() {
     exit 1
 }
 
-put() {  # FILE TARGET: readable by you alone
-    mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod 600 -- "$2.new" && mv -f -- "$2.new" "$2"
+put() {  # FILE TARGET
+    mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod "$mode" -- "$2.new" && mv -f -- "$2.new" "$2"
+}
+
+send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `link` too, however that ends
+    local script=$1 after="" name
+    shift
+    for name in "$@"; do after+=":${ids[$name]}"; done
+    after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
+    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
+        stop "$script" "sbatch refused it, as it says above"
+    id=${id%%;*}
+    [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
+}
+
+ready() {  # STAGE
+    put "$1.stage.json" "$run/stages/$1/stage.json" || stop "$1" "cannot write under $run"
+}
+
+known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
+    [ -n "${ids[$1]}" ] || submitted+=("$1")
+    ids[$1]=$3
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads
-    local stage=$1 fingerprint=$2 after="" id name
+    local stage=$1 fingerprint=$2
     shift 2
-    for name in "$@"; do after+=":${ids[$name]}"; done
-    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
-    id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
-        stop "$stage" "sbatch refused it, as it says above"
-    id=${id%%;*}
-    [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
-    ids[$stage]=$id
-    submitted+=("$stage")
-    # So that `prism-launch status` and `run` know of the job.
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s}\n' \
-        "$stage" "$fingerprint" "$id" "$(date +%s)" >> "$run/jobs.jsonl"
+    ready "$stage"
+    send "$stage" "$@"
+    known "$stage" "$fingerprint" "$id"
     echo "$stage: job $id"
 }
 
 submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
-    local jobs=$1 stage=$2 fingerprint=$3 after="" id name chain before i
+    local jobs=$1 stage=$2 fingerprint=$3 link="" chain=""
     shift 3
-    for name in "$@"; do after+=":${ids[$name]}"; done
-    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
-    for ((i = 1; i <= jobs; i++)); do
-        before=${after:+afterok$after}${after:+${id:+,}}${id:+afterany:$id}
-        id=$(sbatch --parsable ${before:+--dependency="$before"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
-            stop "$stage" "sbatch refused its job $i of $jobs, as it says above"
-        id=${id%%;*}
-        [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
+    ready "$stage"
+    for ((; jobs > 0; jobs--)); do
+        send "$stage" "$@"
+        link=$id
         chain=${chain:-$id}
-        # What reads the stage waits for the last job.
-        ids[$stage]=$id
         links+=("$id")
-        printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "chain": "%s"}\n' \
-            "$stage" "$fingerprint" "$id" "$(date +%s)" "$chain" >> "$run/jobs.jsonl"
+        known "$stage" "$fingerprint" "$id" "$chain"  # what reads the stage waits for the last job
     done
-    submitted+=("$stage")
     echo "$stage: jobs $chain to $id"
+}
+
+submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that they read
+    local name=$1 elements=() i
+    shift
+    while [ "$1" != -- ]; do
+        ready "$1"
+        elements+=("$1" "$2")
+        shift 2
+    done
+    shift
+    mkdir -p -- "$run/stages/${name%.*}" || stop "$name" "cannot write under $run"  # Slurm makes no folder for logs
+    send "$name" "$@"
+    for ((i = 0; i < ${#elements[@]}; i += 2)); do
+        known "${elements[i]}" "${elements[i + 1]}" "${id}_$((i / 2))"
+        echo "${elements[i]}: job ${id}_$((i / 2))"
+    done
 }
 
 if ! command -v sbatch >/dev/null; then
@@ -174,8 +199,7 @@ if ! command -v sbatch >/dev/null; then
     exit 1
 fi
 # Variables that would change what the scripts say.
-unset ${!SBATCH_@}
-umask 077
+unset "${!SBATCH_@}"
 if ! put run.json "$run/run.json"; then
     echo "submit.sh: cannot write under $run; nothing has been submitted" >&2
     exit 1
@@ -183,14 +207,39 @@ fi
 """
 
 
-def _submit_lines(record: RunRecord, root: Path) -> Iterator[str]:
+def _sharing_lines(profile: Profile, root: Path) -> Iterator[str]:
+    """Who may read what submit.sh writes: its user alone, or the profile's group."""
+    if not profile.share_group:
+        yield from ("mode=600", "umask 077")
+        return
+    yield from ("mode=660", "umask 007")
+    at, group = shlex.quote(str(root)), shlex.quote(profile.share_group)
+    yield f"if [ ! -d {at} ]; then mkdir -p -- {at} && chgrp -- {group} {at} && chmod 2770 -- {at} || exit 1; fi"
+
+
+def _submit_lines(record: RunRecord, scripts: Sequence[Script], profile: Profile, root: Path) -> Iterator[str]:
     run = shlex.quote(str(store.run_dir(root, record.run)))
     yield "#!/bin/bash"
     yield f"{_MARK}: run {record.run} for cluster {record.cluster}."
     yield "# Submits every stage after those it reads; when one fails for good, those behind it are cancelled."
+    obstacles = [f"stage {stage.spec.stage}: {why}" for stage in record.stages for why in stage.obstacles]
+    if obstacles:
+        yield "echo 'submit.sh: rendered to be read; this cannot be run as it is:' >&2"
+        yield from (f"echo {shlex.quote(line)} >&2" for line in obstacles)
+        yield "exit 2"
+        return
     yield f"run={run}"
+    if profile.slurm_conf:
+        yield f"export SLURM_CONF={shlex.quote(profile.slurm_conf)}"
+    yield from _sharing_lines(profile, root)
     yield _FUNCTIONS
-    for stage in record.stages:
-        words = [stage.spec.stage, stage.spec.fingerprint, *stage.depends]
-        jobs = job_count(stage.spec.limits)
-        yield " ".join(["submit", *words] if jobs == 1 else ["submit_chain", str(jobs), *words])
+    for script in scripts:
+        named = [word for stage in script.stages for word in (stage.spec.stage, stage.spec.fingerprint)]
+        depends = dict.fromkeys(d for stage in script.stages for d in stage.depends)
+        jobs = job_count(script.stages[0].spec.limits)
+        if script.is_array:
+            yield " ".join(["submit_array", script.name, *named, "--", *depends])
+        elif jobs > 1:
+            yield " ".join(["submit_chain", str(jobs), *named, *depends])
+        else:
+            yield " ".join(["submit", *named, *depends])

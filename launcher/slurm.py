@@ -1,7 +1,8 @@
 """The only caller of Slurm's commands: with time-outs, and its answers as values. Standard library only.
 
-It reads `--format` strings and `scontrol show --oneliner`, not JSON, whose layout differs between versions; tried with
-Slurm 22.05. No call may block: a command that does not answer in time counts as no answer.
+It reads `--format` strings and `scontrol show --oneliner`, not JSON, whose layout differs between versions. Run with
+Slurm 22.05; the printing code of 24.05 to 25.11 was read (tests/data/slurm-24.05). No call may block: a command that
+does not answer in time counts as no answer.
 """
 
 from __future__ import annotations
@@ -9,20 +10,32 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from launcher.errors import WorldError
 
-#: States of a job that has not ended; Slurm may add a flag such as COMPLETING to them.
-ACTIVE = frozenset(
+#: How jobs end. All else waits, runs or comes back: newer versions add flags (EXPEDITING in 25.11), never ends.
+#: GONE is ours: nothing knows the job any more.
+ENDED = frozenset(
     {
-        *("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
-        *("RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+        *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE"),
+        *("OUT_OF_MEMORY", "REVOKED", "GONE"),
     }
 )
-_FIELD = re.compile(r"(\w+)=(.*?)(?=\s\w+(?::\w+)?=|\s*$)")
-_EMPTY = ("", "None", "N/A", "(null)", "Unknown")
+_EMPTY = ("", "None", "N/A", "(null)", "Unknown", "None assigned")
+#: Variables of the user's shell that would change what a command does or how it answers.
+_OURS = ("SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
+#: What the commands say when slurmctld is down, does not answer or is too busy (slurm_errno.c).
+_SILENT = re.compile(
+    r"Unable to contact slurm controller|timed out|[Cc]onnection (refused|failure)|Message (send|receive) failure"
+    r"|Zero Bytes were transmitted|temporarily unable to accept|Unexpected message received"
+)
+
+
+class NoAnswer(WorldError):
+    """The controller does not answer: nothing is known, and what was submitted may have been accepted."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,24 @@ class Answer:
         """Whether it answered and succeeded."""
         return self.code == 0
 
+    @property
+    def is_silence(self) -> bool:
+        """Whether it failed because the controller is down, stuck or too busy."""
+        return self.code is None or (not self.ok and bool(_SILENT.search(self.err)))
+
+    def error(self, what: str) -> WorldError:
+        """What to raise where it failed: NoAnswer where the controller was silent."""
+        if self.is_silence:
+            return NoAnswer(f"{what}: the controller does not answer ({self.err.splitlines()[-1]})")
+        return WorldError(f"{what}: {self.err or self.out.strip() or 'no answer'}")
+
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm tells it. `reason` says why it waits or how it ended."""
+    """A job as Slurm tells it. `reason` says why it waits or how it ended, `ended` when, in seconds since the epoch.
+
+    `excluded` are nodes that it may not run on (scontrol alone tells), `time_left` is until its limit, as D-H:M:S.
+    """
 
     id: str
     state: str
@@ -49,18 +76,20 @@ class Job:
     restarts: int = 0
     nodes: str = ""
     preempted: bool = False
+    ended: float | None = None
     excluded: str = ""
+    time_left: str = ""
 
     @property
     def is_active(self) -> bool:
         """Whether it waits or runs."""
-        return self.state in ACTIVE
+        return self.state not in ENDED
 
 
 def call(*argv: str, timeout: float = 10.0) -> Answer:
     """Run a Slurm command. Raises WorldError where it is not installed."""
-    # Variables of the user's shell would change what a script says.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+    environment["SLURM_BITSTR_LEN"] = "0"  # the indices of an array in full
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=environment
@@ -72,73 +101,183 @@ def call(*argv: str, timeout: float = 10.0) -> Answer:
     return Answer(done.returncode, done.stdout, done.stderr.strip())
 
 
+# --------------------------------------------------------------------------------------------------------------- jobs
+
+
 def show_job(job: str, timeout: float = 5.0) -> Job | None:
     """A job by the controller's own record; None where it does not know the job (any more) or does not answer."""
     answer = call("scontrol", "show", "job", "--oneliner", job, timeout=timeout)
     return parse_show_job(answer.out) if answer.ok else None
 
 
+# A job's name, comments and paths may hold anything, `JobState=` too: fields are known by their neighbours.
+_IDS = re.compile(r"JobId=(\d+) (?:ArrayJobId=(\d+) ArrayTaskId=(\S+) |HetJobId=(\d+) HetJobOffset=(\d+) )?")
+_STATE = re.compile(
+    r" QOS=\S* (?:WCKey=\S* )?JobState=(\S+) Reason=(.*?) "
+    r"(?:FailedNode=\S* )?Dependency=\S* Requeue=\d+ Restarts=(\d+) "
+)
+_ENDTIME = re.compile(r" StartTime=\S+ EndTime=(\S+) ")
+_NODES = re.compile(r" ReqNodeList=\S+ ExcNodeList=(\S+) NodeList=(\S*) ")
+
+
 def parse_show_job(text: str) -> Job | None:
-    """The first line of `scontrol show job --oneliner`."""
-    fields = dict(_FIELD.findall(text.strip().split("\n", 1)[0]))
-    if "JobId" not in fields or "JobState" not in fields:
+    """The first line of `scontrol show job --oneliner`; of a heterogeneous job its leader."""
+    line = text.strip().split("\n", 1)[0]
+    ids, state = _IDS.match(line), _STATE.search(line)
+    if not ids or not state:
         return None
-    return Job(
-        id=fields["JobId"].split()[0],
-        state=fields["JobState"].split(",")[0],
-        reason=fields.get("Reason", ""),
-        restarts=int(fields.get("Restarts", "0")),
-        nodes=fields.get("NodeList", "") if fields.get("NodeList") not in _EMPTY else "",
-        excluded=fields.get("ExcNodeList", "") if fields.get("ExcNodeList") not in _EMPTY else "",
-        preempted=fields.get("PreemptTime", "None") not in _EMPTY,
+    nodes, ended = _NODES.search(line, state.end()), _ENDTIME.search(line, state.end())
+    preempted = re.search(r" PreemptTime=(\S+) ", line[state.end() :])
+    raw, array, index, leader, offset = ids.groups()
+    job = Job(
+        id=f"{array}_{index}" if array else f"{leader}+{offset}" if leader and offset != "0" else raw,
+        state=state[1].split(",")[0],
+        reason=state[2],
+        restarts=int(state[3]),
+        nodes=_value(nodes[2] if nodes else ""),
+        excluded=_value(nodes[1] if nodes else ""),
+        preempted=bool(preempted and _value(preempted[1])),
     )
+    return _with_end(job, ended[1] if ended else "")
+
+
+def _value(text: str) -> str:
+    return "" if text.strip() in _EMPTY else text.strip()
+
+
+def _with_end(job: Job, text: str) -> Job:
+    """The job with its end, from Slurm's `2026-01-31T23:59:59` in local time; a living job's is only expected."""
+    if job.is_active or not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", text.strip()):
+        return job
+    return replace(job, ended=time.mktime(time.strptime(text.strip(), "%Y-%m-%dT%H:%M:%S")))
 
 
 def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
-    """Every job that Slurm knows, by id: one squeue, and one sacct for those that have left the queue.
+    """Every job that Slurm knows, by its id as asked: `77`, an array's element `77_2`, a heterogeneous job's leader.
 
-    Raises WorldError where the controller does not answer: then nothing is known, which is not the same as gone.
+    A whole array stands as an element that has not ended, else as one that did not end well. One squeue, and one sacct
+    for those that have left the queue. Raises NoAnswer where the controller is silent: then nothing is known, which is
+    not the same as gone.
     """
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
     ids = ",".join(wanted)
-    answer = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%i|%T|%r|%N")
+    answer = call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", f"--format={_SQUEUE}")
     if not answer.ok and "Invalid job id" not in answer.err:
-        raise WorldError(f"squeue: {answer.err or 'no answer'}")
-    found = {job.id: job for job in parse_squeue(answer.out)}
+        raise answer.error("squeue")
+    found = _by_asked_id(wanted, parse_squeue(answer.out))
     missing = [job for job in wanted if job not in found]
     if missing:
         # Without accounting there is no sacct, and a job that has left the queue stays unknown.
-        told = call(
-            "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(missing)}", f"--format={_SACCT}"
-        )
-        found |= {job.id: job for job in parse_sacct(told.out)} if told.ok else {}
+        ids = ",".join(missing)
+        told = call("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ids}", f"--format={_SACCT}")
+        found |= _by_asked_id(missing, parse_sacct(told.out)) if told.ok else {}
     return found
 
 
-_SACCT = "JobIDRaw,State,Reason,NodeList"
+_SQUEUE = "%i|%T|%N|%e|%L|%r"
+_SACCT = "JobID,State,NodeList,End,Reason"
 
 
 def parse_squeue(text: str) -> list[Job]:
-    """Lines of `squeue --format=%i|%T|%r|%N`."""
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
-    return [Job(row[0].strip(), row[1].split(",")[0], row[2], nodes=row[3]) for row in rows]
+    """Lines of `squeue --array --format=%i|%T|%N|%e|%L|%r`; the reason, which may hold anything, is last."""
+    rows = (line.split("|", 5) for line in text.splitlines())
+    return [
+        _row(i, state, nodes, end, why, left) for i, state, nodes, end, left, why in (r for r in rows if len(r) == 6)
+    ]
 
 
 def parse_sacct(text: str) -> list[Job]:
-    """Lines of `sacct --parsable2 --format=JobIDRaw,State,Reason,NodeList`; `CANCELLED by 1000` is CANCELLED."""
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") >= 3)
-    return [Job(row[0].strip(), row[1].split()[0], row[2], nodes=row[3]) for row in rows if row[1]]
+    """Lines of `sacct --parsable2 --format=JobID,State,NodeList,End,Reason`; `CANCELLED by 1000` is CANCELLED."""
+    rows = (line.split("|", 4) for line in text.splitlines())
+    return [_row(*fields) for fields in rows if len(fields) == 5 and fields[1].strip()]
+
+
+def _row(job: str, state: str, nodes: str, end: str, reason: str, left: str = "") -> Job:
+    word = state.split()[0].split(",")[0].rstrip("+")
+    return _with_end(Job(job.strip(), word, _value(reason), nodes=_value(nodes), time_left=left.strip()), end)
+
+
+def _by_asked_id(wanted: Iterable[str], told: Iterable[Job]) -> dict[str, Job]:
+    # The last one counts: of a whole array, one that is active or has failed.
+    ordered = sorted(told, key=lambda job: (job.is_active, job.state != "COMPLETED"))
+    known = {name: job for job in ordered for name in _names(job.id)}
+    return {name: replace(known[name], id=name) for name in wanted if name in known}
+
+
+def _names(job: str) -> Iterator[str]:
+    """What a job may be asked for as: `63+0` leads 63; `77_[0-2,5%4]` stands for elements that have not started."""
+    if "_" in job or job.endswith("+0"):
+        yield re.split("[_+]", job)[0]
+    pending = re.fullmatch(r"(\d+)_\[([^]%]+)(?:%\d+)?\]", job)
+    if pending is None:
+        yield job
+        return
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", pending[2]):
+        yield from (f"{pending[1]}_{n}" for n in range(int(first), int(last or first) + 1, int(step or 1)))
+
+
+# ---------------------------------------------------------------------------------------------- submitting, ending them
+
+
+class SubmitLimit(WorldError):
+    """Slurm takes no more jobs of this user for now: MaxSubmitJobs of an association or a QOS."""
 
 
 def submit(script: str, *options: str) -> str:
-    """Submit a script file; returns the job's id. Raises WorldError with what sbatch said."""
+    """Submit a script file; returns the job's id, also where a federation adds its cluster (`123;cluster`).
+
+    Raises WorldError with what sbatch said, SubmitLimit for one kind of that; NoAnswer where the job may have been
+    accepted all the same: a controller that was busy for sbatch's whole time-out takes it in later, and `own_scripts`
+    finds it.
+    """
     answer = call("sbatch", "--parsable", *options, script, timeout=60.0)
     job = answer.out.strip().split(";")[0]
-    if not answer.ok or not job.isdigit():
-        raise WorldError(f"{script}: sbatch: {answer.err or answer.out.strip() or 'no answer'}")
-    return job
+    if answer.ok and job.isdigit():
+        return job
+    error = answer.error(f"{script}: sbatch")
+    if isinstance(error, NoAnswer):
+        raise NoAnswer(f"{error}; run again later: a job that it took in all the same is found and joined")
+    raise SubmitLimit(str(error)) if "MaxSubmit" in answer.err else error
+
+
+def own_scripts() -> Mapping[str, tuple[str, ...]]:
+    """The user's jobs in the controller's memory by their script's path; of arrays the array's id.
+
+    Raises NoAnswer where the controller is silent.
+    """
+    answer = call("squeue", "--me", "--noheader", "--states=all", "--format=%i|%o")
+    if not answer.ok:
+        raise answer.error("squeue")
+    return parse_scripts(answer.out)
+
+
+def parse_scripts(text: str) -> Mapping[str, tuple[str, ...]]:
+    """Lines of `squeue --format=%i|%o`; a path may hold a `|`."""
+    found: dict[str, dict[str, None]] = {}
+    for line in text.splitlines():
+        job, bar, script = line.partition("|")
+        if bar:
+            found.setdefault(script.strip(), {})[re.split(r"[_+]", job.strip())[0]] = None
+    return {script: tuple(jobs) for script, jobs in found.items()}
+
+
+def test_only(script: str) -> str | None:
+    """Why sbatch would refuse a script; None where it would not, or cannot be asked. Submits nothing."""
+    answer = call("sbatch", "--test-only", script, timeout=60.0)
+    if answer.ok or "MaxSubmit" in answer.err or isinstance(answer.error(""), NoAnswer):
+        return None
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in answer.err.splitlines()]
+    return "; ".join(filter(None, lines)) or f"exit code {answer.code}"
+
+
+def count_jobs(user: str) -> int:
+    """How many jobs of a user wait or run, elements of arrays counted each. Raises WorldError for no answer."""
+    answer = call("squeue", "--noheader", "--array", f"--user={user}", "--format=%i")
+    if not answer.ok:
+        raise answer.error("squeue")
+    return len(answer.out.split())
 
 
 def cancel(jobs: Iterable[str]) -> None:
@@ -147,13 +286,36 @@ def cancel(jobs: Iterable[str]) -> None:
     if wanted:
         answer = call("scancel", *wanted)
         if not answer.ok and "Invalid job id" not in answer.err:
-            raise WorldError(f"scancel: {answer.err}")
+            raise answer.error("scancel")
 
 
-def requeue(job: str) -> str | None:
-    """Put the job back into the queue; returns what Slurm said where it refused."""
-    answer = call("scontrol", "requeue", job)
-    return None if answer.ok else answer.err or "no answer"
+def requeue(job: str, patience_s: float = 600.0) -> str | None:
+    """Put the job back into the queue; returns what Slurm said where it refused.
+
+    A silent controller is asked again for so long: a job that ends meanwhile would need somebody to submit it anew.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        answer = call("scontrol", "requeue", job)
+        if answer.ok:
+            return None
+        if not answer.is_silence or time.monotonic() > end:
+            return answer.err or "no answer"
+        time.sleep(2.0)
+
+
+def hostnames(nodes: str, timeout: float = 5.0) -> list[str]:
+    """A node list such as `n[1-3]` as names, in its order. Raises WorldError where scontrol does not say."""
+    answer = call("scontrol", "show", "hostnames", nodes, timeout=timeout)
+    if not answer.ok or not answer.out.strip():
+        raise WorldError(f"scontrol show hostnames {nodes}: {answer.err or 'no answer'}")
+    return answer.out.split()
+
+
+# -------------------------------------------------------------------------------------------------------------- nodes
+
+#: Starts of the states in which a node runs nothing or not for long; a flag such as `*` or `$` may follow.
+_BAD = ("down", "drain", "fail", "inval", "unknown", "powered_down", "powering_down")
 
 
 def exclude(job: str, nodes: Iterable[str], before: str, timeout: float = 4.0) -> str | None:
@@ -180,14 +342,14 @@ def reason_in_log(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def host_names(nodes: str) -> tuple[str, ...]:
-    """The nodes of a compressed list, in its order; empty where Slurm does not answer."""
-    answer = call("scontrol", "show", "hostnames", nodes, timeout=2.0)
-    return tuple(answer.out.split()) if answer.ok else ()
-
-
 def bad_nodes(nodes: str, timeout: float = 5.0) -> tuple[str, ...]:
-    """Of a node list, those that are down, draining, failing or do not respond."""
+    """Of a node list, those that are down, draining, failing, powered down or do not respond."""
     answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=timeout)
-    rows = (line.strip().split("|") for line in answer.out.splitlines() if "|" in line)
-    return tuple(sorted({n for n, state in rows if state.endswith("*") or state.startswith(("down", "drain", "fail"))}))
+    return parse_bad_nodes(answer.out)
+
+
+def parse_bad_nodes(text: str) -> tuple[str, ...]:
+    """Lines of `sinfo --Node --format=%N|%T`, which names a node once for each of its partitions."""
+    rows = (line.strip().split("|") for line in text.splitlines() if "|" in line)
+    # After the state: * does not respond, ~ powered down, % powering down, ! about to be.
+    return tuple(sorted({n for n, s in rows if s.endswith(("*", "~", "%", "!")) or s.lower().startswith(_BAD)}))

@@ -113,15 +113,18 @@ class Limits:
     """Seconds and counts at which the supervisor acts.
 
     hang_s: no heartbeat for this long is a hang; save_s: what a worker gets to save and stop when asked;
-    max_no_progress: restarts in a row without progress before the stage has failed; continuation: how a stage gets
-    another life: its job goes back into the queue, or, where that is refused, `chain_jobs` jobs are submitted at once,
-    each after the one before; max_excluded: bad nodes that a stage may leave out.
+    max_no_progress: restarts in a row without progress before the stage has failed; visibility_s: how long a file may
+    stay unseen that another node has written: 65 on NFS, whose attribute cache lasts a minute by default;
+    continuation: how a stage gets another life: its job goes back into the queue, or, where that is refused,
+    `chain_jobs` jobs are submitted at once, each after the one before; max_excluded: bad nodes that a stage may leave
+    out.
     """
 
     hang_s: float = 1800.0
     save_s: float = 120.0
     max_no_progress: int = 2
     continuation: Literal["requeue", "chain"] = "requeue"
+    visibility_s: float = 0.0
     chain_jobs: int = 4
     max_excluded: int = 4
 
@@ -173,7 +176,8 @@ class StageSpec:
 
     `config` is the plain-JSON form of the kind's dataclass in `launcher.configs`. All paths are relative to the
     store's root. The artifact's folder is the parent of every output's path. `secrets` names variables of the
-    submitting shell that the steps need; their values stand in no file.
+    submitting shell that the steps need; their values stand in no file. `notify` is the command that is told of
+    changes of state.
     """
 
     run: str
@@ -192,6 +196,7 @@ class StageSpec:
     preflight: Preflight | None = None
     snapshot: str | None = None
     secrets: tuple[str, ...] = ()
+    notify: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property

@@ -6,13 +6,15 @@ supervisor lives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher import store
-from launcher.attempts import Attempt, newest_attempt
+from launcher.attempts import Attempt, newest_attempt, tail_of
+from launcher.caps import read_held
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.slurm import Job
 from launcher.store import Receipt
@@ -24,7 +26,10 @@ Jobs = Mapping[str, Job]
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat."""
+    """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat.
+
+    `tail` are the last lines of `log`, where the stage ended badly.
+    """
 
     stage: str
     kind: str
@@ -39,6 +44,8 @@ class StageState:
     started: float | None = None
     seconds: float | None = None
     folder: str | None = None
+    log: str | None = None
+    tail: Sequence[str] = ()
 
 
 def stage_states(
@@ -46,8 +53,17 @@ def stage_states(
 ) -> list[StageState]:
     """The state of every stage, in the plan's order; receipts in `done`, by stage, are not read again."""
     done, jobs = done or {}, jobs or {}
+    held = read_held(root, record.run)
     names = [stage.spec.stage for stage in record.stages]
-    return [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
+    found = [_stage_state(root, s, done.get(n), jobs.get(n)) for n, s in zip(names, record.stages, strict=True)]
+    return [_held_back(s, held[s.stage]) if s.stage in held else s for s in found]
+
+
+def _held_back(state: StageState, why: str) -> StageState:
+    """A stage that the last `run` did not submit, unless a job makes it all the same."""
+    if state.state in ("done", "running", "queued"):
+        return state
+    return replace(state, state="waiting", exit_class=None, message=why)
 
 
 def run_state(stages: list[StageState]) -> State:
@@ -67,18 +83,34 @@ def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Jo
     if receipt is not None:
         made = {"state": "done", "exit_class": "finished", "message": "", "seconds": receipt.seconds}
         return StageState(**{**facts, **made})
+    if _just_made(attempt, job, spec.limits.visibility_s):
+        return StageState(**{**facts, "state": "running", "exit_class": None, "message": "finished; not seen here yet"})
     if job is not None and (attempt is None or not _tells_more(attempt, job)):
-        return StageState(**{**facts, **_job_facts(job, attempt)})
+        folder = store.stage_dir(root, spec.run, stage.part_of or spec.stage)
+        return StageState(**{**facts, **_job_facts(job, attempt, folder)})
     return StageState(state="waiting" if attempt is None else _state(attempt), **facts)
+
+
+def _just_made(attempt: Attempt | None, job: Job | None, visibility_s: float) -> bool:
+    """Whether the stage finished so short a while ago that a shared file system may still hide its artifact here."""
+    ends = [job.ended] if job is not None and job.state == "COMPLETED" and job.ended else []
+    if attempt is not None and attempt.end is not None and attempt.end.get("class") == "finished":
+        ends.append(float(attempt.end["time"]))
+    return bool(ends) and time.time() - max(ends) < visibility_s
+
+
+def _is_of(attempt: Attempt, job: Job) -> bool:
+    return attempt.name.partition(".")[0] == job.id
 
 
 def _tells_more(attempt: Attempt, job: Job) -> bool:
     """Whether an attempt's own files say more of a stage than Slurm does of its job."""
-    if attempt.name.partition(".")[0] != job.id:
+    if not _is_of(attempt, job):
         return False  # of an earlier job
     if attempt.end is None:
         return job.state == "RUNNING"
-    return not job.is_active or attempt.end.get("action") != "again"
+    # One that wanted another life may have been cancelled while it waited for that.
+    return attempt.end.get("action") != "again" or not (job.is_active or job.state in _ENDED)
 
 
 #: How Slurm ends jobs by itself.
@@ -93,7 +125,8 @@ _ENDED: Mapping[str, tuple[State, str]] = {
 }
 
 
-def _job_facts(job: Job, last: Attempt | None) -> dict[str, Any]:
+def _job_facts(job: Job, last: Attempt | None, folder: Path) -> dict[str, Any]:
+    """What Slurm says of a job; `last` is the stage's newest attempt, of this job or of one before it."""
     if job.is_active:
         waits = job.state != "RUNNING"
         reason = "" if job.reason in ("None", "") else f", {job.reason}"
@@ -101,7 +134,17 @@ def _job_facts(job: Job, last: Attempt | None) -> dict[str, Any]:
         words = f"job {job.id} {job.state.lower()}{reason}{before}"
         return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
     state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
-    return {"state": state, "exit_class": exit_class, "message": f"job {job.id} ended as {job.state}"}
+    words = f"Slurm no longer knows job {job.id}" if job.state == "GONE" else f"job {job.id} ended as {job.state}"
+    mend = "; ask for more memory a node (`mem`)" if exit_class == "out-of-memory" else ""
+    facts: dict[str, Any] = {"state": state, "exit_class": exit_class, "message": words + mend}
+    if job.state != "FAILED" or (last is not None and _is_of(last, job)):
+        return facts
+    log = folder / f"{job.id}_0_log.out"
+    return facts | {"state": "failed", "message": f"job {job.id} failed before its supervisor began"} | _end_of(log)
+
+
+def _end_of(log: Path) -> dict[str, Any]:
+    return {"log": str(log), "tail": tuple(tail_of(log, 5))} if log.exists() else {}
 
 
 def _state(attempt: Attempt) -> State:
@@ -125,4 +168,6 @@ def _attempt_facts(attempt: Attempt) -> dict[str, Any]:
         "started": attempt.started,
         "seconds": end.get("seconds"),
         "folder": str(attempt.folder),
+        "log": str(attempt.folder / end["log"]) if "log" in end else None,
+        "tail": tuple(end.get("tail", ())),
     }

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -85,7 +86,7 @@ def driver_claim(root: Path, run: str) -> Path:
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
-    """Write a file whole or not at all: beside its place, synced, then renamed."""
+    """Write a file whole or not at all: beside its place, synced, then renamed. In a shared root its group may too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -94,6 +95,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, mode)
+        share(Path(name))
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -222,6 +224,7 @@ def seal(root: Path, artifact: str, receipt: Receipt) -> None:
     partial, target = partial_dir(root, artifact), root / artifact
     write_json(partial / RECEIPT, encode(receipt))
     shutil.rmtree(partial / PROGRESS, ignore_errors=True)
+    share_tree(partial)
     sync_tree(partial)
     if target.exists() and read_receipt(root, artifact) is not None:
         shutil.rmtree(partial)
@@ -292,7 +295,22 @@ def is_alive(owner: Owner) -> bool | None:
     """Whether the owner's process lives; None where this machine cannot tell."""
     if owner.host != socket.gethostname() or (owner.boot == _boot_id() and owner.namespace != _pid_namespace()):
         return None
+    if owner.boot == _boot_id() and _is_hidden(owner.pid):
+        return None
     return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process is there but /proc, mounted with hidepid, does not show it to other users."""
+    if os.path.exists(f"/proc/{pid}/stat"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is_alive) -> Owner | None:
@@ -306,6 +324,7 @@ def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     (fresh / "owner.json").write_text(json.dumps(encode(owner)))
+    share_tree(fresh)
     try:
         for _ in range(3):
             try:
@@ -354,9 +373,15 @@ def release(folder: Path, owner: Owner) -> None:
 # --------------------------------------------------------------------------------------------------------------- root
 
 
-def open_root(path: Path) -> Path:
-    """Make the root (0700) if need be and see that it can be written. Raises UserError where it cannot."""
+def open_root(path: Path, group: str | None = None) -> Path:
+    """Make the root if need be and see that it can be written: 0700, or where a group shares it 2770 and the group's.
+
+    With a group, what this process makes from now on is open to it too. Raises UserError where the root cannot be
+    written or shared.
+    """
     try:
+        if group is not None:
+            _make_shared(path, _group_id(group))
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"x")
@@ -364,4 +389,59 @@ def open_root(path: Path) -> Path:
         hint = "free some room" if error.errno == 28 else "choose another with --root or PRISM_ROOT"
         kind = WorldError if error.errno == 28 else UserError
         raise kind(f"{path}: the store's root cannot be written: {error.strerror}; {hint}") from None
+    keep_shared(path)
     return path.resolve()
+
+
+def keep_shared(root: Path) -> None:
+    """Where a root is shared, let what this process makes from now on be open to its group."""
+    if root.is_dir() and is_shared(root):
+        os.umask(0o007)
+
+
+def _group_id(group: str) -> int:
+    import grp
+
+    try:
+        number = grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UserError(f"share_group: there is no group {group} on this machine") from None
+    if os.geteuid() != 0 and number not in (os.getegid(), *os.getgroups()):
+        raise UserError(f"share_group: you are not in group {group}; `id` shows yours")
+    return number
+
+
+def _make_shared(path: Path, group: int) -> None:
+    if not path.exists():
+        path.mkdir(mode=0o700, parents=True)
+    elif is_shared(path) and path.stat().st_gid == group:
+        return
+    elif any(path.iterdir()):
+        raise UserError(
+            f"{path}: this store is not shared with the profile's share_group; share it with: chgrp -R {group} {path}; "
+            f"chmod -R g+rwX {path}; find {path} -type d -exec chmod g+s {{}} +; or choose another with --root"
+        )
+    os.chown(path, -1, group)
+    os.chmod(path, 0o2770)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether a folder and what is made in it belongs to a group: setgid, and open to the group."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
+
+
+def share(path: Path) -> None:
+    """Open a file or folder to its group as far as to its owner, where the folder that it stands in is shared."""
+    if is_shared(path.parent):
+        mode = path.stat().st_mode
+        os.chmod(path, stat.S_IMODE(mode) | (mode & 0o700) >> 3 | (stat.S_ISGID if path.is_dir() else 0))
+
+
+def share_tree(folder: Path) -> None:
+    """`share` for a folder and all in it. What another user made is left as it is."""
+    if is_shared(folder.parent):
+        for path in (folder, *folder.rglob("*")):
+            with contextlib.suppress(PermissionError):
+                if not path.is_symlink():
+                    share(path)

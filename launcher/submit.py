@@ -1,44 +1,56 @@
-"""Submitting a plan to Slurm: one job a stage, each after those it reads; what is done is skipped, what runs is joined.
+"""Submitting a plan to Slurm: each stage after those it reads; what is done is skipped, what runs is joined.
 
-ROOT/runs/NAME/jobs.jsonl               every job submitted for the run: stage, fingerprint, job id
-ROOT/runs/NAME/stages/STAGE/job.sbatch  the script that was submitted last
+ROOT/runs/NAME/jobs.jsonl               every job submitted for the run: stage, fingerprint, job id, time, user
+ROOT/runs/NAME/held.json                what a cap of the profile held back
+ROOT/runs/NAME/stages/STAGE/job.sbatch  the script that was submitted last, of a stage or of its job array
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launcher import slurm, store
+from launcher.caps import Room, read_held, room_now, write_held
 from launcher.cluster import Profile
-from launcher.errors import UserError
-from launcher.links import link_that_counts, newest_links, submit_links
+from launcher.errors import UserError, WorldError
+from launcher.links import dependency, job_count, link_that_counts, newest_links, submit_links
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
-from launcher.sbatch import sbatch_text
-from launcher.spec import StageSpec, stage_text
+from launcher.sbatch import Script, array_option, sbatch_text, scripts_of
+from launcher.spec import encode, stage_text
 from launcher.state import Jobs, stage_states
 
 JOBS = "jobs.jsonl"
+#: How long to wait for another process, perhaps another person's, that is submitting the same run.
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job of a run; the newest one of a stage counts. `chain`: the first of the jobs that continue each other."""
+    """A job of a run; the newest submission of a stage counts. An element of an array is known as ARRAYJOB_INDEX.
+
+    `chain`: the first of the jobs that continue each other.
+    """
 
     stage: str
     fingerprint: str
     job: str
     time: float
+    user: str = ""
     chain: str | None = None
 
 
 def read_submitted(root: Path, run: str) -> list[Submitted]:
     """Every job that was submitted for a run, the oldest first."""
-    path = store.run_dir(root, run) / JOBS
+    return _read_jobs(store.run_dir(root, run) / JOBS)
+
+
+def _read_jobs(path: Path) -> list[Submitted]:
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -48,37 +60,80 @@ def read_submitted(root: Path, run: str) -> list[Submitted]:
     return found
 
 
-def stage_jobs(root: Path, record: RunRecord) -> Jobs:
-    """The newest job of every stage as Slurm tells it: one squeue, and one sacct for what has left the queue.
-
-    A job that nothing knows any more stands as state GONE.
-    """
-    links = _newest(root, record)
-    known = slurm.job_states(job for jobs in links.values() for job in jobs)
-    specs = {s.spec.stage: s.spec for s in record.stages}
-    return {stage: link_that_counts(root, specs[stage], jobs, known) for stage, jobs in links.items()}
-
-
-def _newest(root: Path, record: RunRecord) -> dict[str, list[str]]:
-    """The jobs of every stage's newest submission, one or the links of a chain."""
+def _newest(root: Path, record: RunRecord) -> dict[str, list[Submitted]]:
+    """The jobs of every stage's newest submission: one, or the links of a chain."""
     planned = {s.spec.stage: s.spec.fingerprint for s in record.stages}
     lines: dict[str, list[Submitted]] = {}
     for line in read_submitted(root, record.run):
         if planned.get(line.stage) == line.fingerprint:
             lines.setdefault(line.stage, []).append(line)
-    return {stage: [s.job for s in newest_links(of)] for stage, of in lines.items()}
+    return {stage: newest_links(of) for stage, of in lines.items()}
+
+
+def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None) -> Jobs:
+    """The newest job of every stage as Slurm tells it: one squeue, and one sacct for what has left the queue.
+
+    A job that nothing knows any more stands as state GONE. Those in `ended` are not asked for again.
+    """
+    links = _newest(root, record)
+    over = {job.id: job for job in (ended or {}).values()}
+    known = over | dict(slurm.job_states(s.job for of in links.values() for s in of if s.job not in over))
+    specs = {s.spec.stage: s.spec for s in record.stages}
+    return {stage: link_that_counts(root, specs[stage], [s.job for s in of], known) for stage, of in links.items()}
 
 
 def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
     """Submit every stage, placed on the cluster, that is neither done nor in the queue; returns this call's job ids.
 
-    Raises UserError where another process is submitting this run or jobs of another plan of it are in the queue, and
-    WorldError with what sbatch said; what has been submitted by then stays, and the next call joins it.
+    What the profile's caps hold back is noted (`launcher.caps.read_held`). Raises UserError where another process is
+    submitting this run or jobs of another plan of it are in the queue, and WorldError with what sbatch said; what has
+    been submitted by then stays, and the next call joins it.
     """
-    with claimed(root, record.run):
+    with claimed(root, record.run, patience_s=PATIENCE_S):
+        _find_lost(root, record, profile)
         _refuse_other_plans(root, record)
         write_run(root, record)
-        return _submit_stages(root, record, profile)
+        return _submit_stages(root, record, profile, {s.spec.stage for s in record.stages})
+
+
+def submit_held(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
+    """Submit what was held back and now has room, and nothing else; returns this call's job ids.
+
+    Does nothing where another process submits this run.
+    """
+    held = read_held(root, record.run)
+    if not held:
+        return {}
+    try:
+        with claimed(root, record.run):
+            return _submit_stages(root, record, profile, set(held))
+    except UserError:
+        return {}
+
+
+def _find_lost(root: Path, record: RunRecord, profile: Profile) -> None:
+    """Write down jobs that Slurm took in without our hearing of it: sbatch timed out, or its caller was killed."""
+    known = {s.job.partition("_")[0]: s for s in read_submitted(root, record.run)}
+    jobs = slurm.own_scripts()
+    for script in scripts_of(record.stages, profile):
+        there = jobs.get(str(_script_file(root, script)), ())
+        chain = next((known[job].chain for job in there if job in known), None)
+        for job in there:
+            if job not in known:
+                _write_down(root, record.run, _lost(root, script, job, chain))
+
+
+def _lost(root: Path, script: Script, job: str, chain: str | None) -> list[Submitted]:
+    """The jobs that one unheard call of sbatch made: of an array those elements that Slurm knows."""
+    ids = [f"{job}_{i}" if script.is_array else job for i in range(len(script.stages))]
+    there = slurm.job_states(ids)
+    folders = [store.stage_dir(root, s.spec.run, s.spec.stage) for s in script.stages]
+    prints = [(store.read_json(f / "stage.json") or {}).get("fingerprint", "") for f in folders]
+    return [
+        Submitted(stage.spec.stage, fingerprint, id, time.time(), getpass.getuser(), chain)
+        for stage, fingerprint, id in zip(script.stages, prints, ids, strict=True)
+        if id in there
+    ]
 
 
 def _refuse_other_plans(root: Path, record: RunRecord) -> None:
@@ -95,47 +150,161 @@ def _refuse_other_plans(root: Path, record: RunRecord) -> None:
         raise UserError(problems)
 
 
-def _submit_stages(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
+# --------------------------------------------------------------------------------------------------------- submitting
+
+
+@dataclass
+class _Submission:
+    """One pass over a plan: what waits in the queue, what this pass submits and what it holds back."""
+
+    root: Path
+    profile: Profile
+    room: Room
+    done: set[str]
+    elements: dict[str, set[str]]  # of every array of the run, by its job
+    waiting_for: dict[str, str] = field(default_factory=dict)  # job ids of stages that are not done
+    submitted: dict[str, str] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+
+    def submit(self, script: Script, stages: Sequence[PlannedStage]) -> None:
+        """Submit these stages of a script, those that wait for the same jobs together."""
+        groups: dict[tuple[str, ...], list[PlannedStage]] = {}
+        for stage in stages:
+            missing = [d for d in stage.depends if d not in self.done and d not in self.waiting_for]
+            if missing:
+                name = missing[0]
+                failed = f"not submitted: {name}, which it reads, has not been made; `prism-launch run` submits both"
+                self.held[stage.spec.stage] = self.held.get(name, failed)
+            else:
+                groups.setdefault(self._after(stage), []).append(stage)
+        for after, group in groups.items():
+            self._submit_group(script, group, after)
+
+    def _after(self, stage: PlannedStage) -> tuple[str, ...]:
+        """The jobs that a stage waits for; an array of which it waits for every element stands as a whole."""
+        jobs = dict.fromkeys(self.waiting_for[d] for d in stage.depends if d in self.waiting_for)
+        whole = {array for array, elements in self.elements.items() if elements <= set(jobs)}
+        return tuple(dict.fromkeys(a if (a := job.partition("_")[0]) in whole else job for job in jobs))
+
+    def _submit_group(self, script: Script, group: Sequence[PlannedStage], after: Sequence[str]) -> None:
+        links = job_count(script.stages[0].spec.limits)  # more than one: a chain, which is in no array
+        count = self.room.fits(len(group) * links, links) // links
+        while count:
+            try:
+                jobs = self._call(script, group[:count], after)
+            except slurm.SubmitLimit:
+                count //= 2  # an array may be too large as a whole
+                self.room.refused = True
+                continue
+            for job in jobs.values() if script.is_array else ():
+                self.elements.setdefault(job.partition("_")[0], set()).add(job)
+            self.waiting_for |= jobs
+            self.submitted |= jobs
+            self.room.take(count * links, links)
+            break
+        self.held |= {stage.spec.stage: self.room.why(links) for stage in group[count:]}
+
+    def _call(self, script: Script, stages: Sequence[PlannedStage], after: Sequence[str]) -> dict[str, str]:
+        if script.is_array:
+            return _submit_array(self.root, script, stages, self.profile, after)
+        return {stages[0].spec.stage: _submit_stage(self.root, stages[0], self.profile, after)}
+
+
+def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[str]) -> dict[str, str]:
     known = stage_jobs(root, record)
-    last = {stage: jobs[-1] for stage, jobs in _newest(root, record).items()}
+    last = {stage: of[-1].job for stage, of in _newest(root, record).items()}
     # A job may still be completing when its attempt has said how it ended: nothing more comes of that one.
     states = {s.stage: s.state for s in stage_states(root, record, jobs=known)}
-    waiting_for: dict[str, str] = {}  # job ids of stages that are not done
-    submitted: dict[str, str] = {}
-    for stage in record.stages:
-        name = stage.spec.stage
-        if states[name] == "done":
-            continue
-        if name in known and states[name] in ("queued", "running"):
-            waiting_for[name] = last[name]
-            continue
-        after = [waiting_for[d] for d in stage.depends if d in waiting_for]
-        waiting_for[name] = submitted[name] = _submit_stage(root, stage, profile, after)
-    return submitted
+    elements: dict[str, set[str]] = {}
+    for job in (s.job for s in read_submitted(root, record.run) if "_" in s.job):
+        elements.setdefault(job.partition("_")[0], set()).add(job)
+    done = {name for name, state in states.items() if state == "done"}
+    now = _Submission(root, profile, _room(root, profile), done, elements)
+    busy = {n for n in known if states[n] in ("queued", "running")}
+    # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
+    now.waiting_for = {n: last[n] for n in busy if known[n].is_active}
+    now.done.update(busy - now.waiting_for.keys())
+    for script in scripts_of(record.stages, profile):
+        names = wanted - now.done - set(now.waiting_for)
+        now.submit(script, [s for s in script.stages if s.spec.stage in names])
+    write_held(root, record.run, now.held)
+    return now.submitted
 
 
-def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: list[str]) -> str:
+def _room(root: Path, profile: Profile) -> Room:
+    calls = 0 if profile.submit_rate is None else _calls_since(root, time.time() - 60)
+    jobs = 0 if profile.max_submit is None else slurm.count_jobs(getpass.getuser())
+    return room_now(profile, calls, jobs)
+
+
+def _calls_since(root: Path, start: float) -> int:
+    """Calls of sbatch for all runs of a root since a point in time; those for an array's elements are one."""
+    recent = [p for p in (root / "runs").glob(f"*/{JOBS}") if p.stat().st_mtime >= start]
+    return len({s.job.partition("_")[0] for path in recent for s in _read_jobs(path) if s.time >= start})
+
+
+def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: Sequence[str]) -> str:
     folder = store.stage_dir(root, stage.spec.run, stage.spec.stage)
     store.write_atomic(folder / "stage.json", stage_text(stage.spec))
     script = folder / "job.sbatch"
     store.write_atomic(script, sbatch_text(stage, profile, root))
-    return submit_links(
-        str(script), stage.spec.limits, after, lambda job, chain: _write_down(root, stage.spec, job, chain)
-    )
+
+    def written(job: str, chain: str | None) -> None:
+        _write_down(root, stage.spec.run, [_submitted(stage, job, chain)])
+
+    return submit_links(str(script), stage.spec.limits, after, written)
 
 
-def _write_down(root: Path, spec: StageSpec, job: str, chain: str | None) -> None:
-    facts: dict[str, Any] = {"stage": spec.stage, "fingerprint": spec.fingerprint, "job": job, "time": time.time()}
-    with (store.run_dir(root, spec.run) / JOBS).open("a") as file:
-        file.write(json.dumps({**facts, **({"chain": chain} if chain else {})}) + "\n")
+def _submit_array(
+    root: Path, script: Script, stages: Sequence[PlannedStage], profile: Profile, after: Sequence[str]
+) -> dict[str, str]:
+    """Submit these elements of a script's job array; returns the id of each, ARRAYJOB_INDEX."""
+    for stage in stages:
+        folder = store.stage_dir(root, stage.spec.run, stage.spec.stage)
+        store.write_atomic(folder / "stage.json", stage_text(stage.spec))
+    path = _script_file(root, script)
+    store.write_atomic(path, script.text(profile, root))
+    indexes = script.indexes(stages)
+    job = slurm.submit(str(path), f"--array={array_option(indexes, profile)}", *dependency(after))
+    found = [_submitted(stage, f"{job}_{i}") for stage, i in zip(stages, indexes, strict=True)]
+    _write_down(root, stages[0].spec.run, found)
+    return {s.stage: s.job for s in found}
+
+
+def _script_file(root: Path, script: Script) -> Path:
+    return script.folder(root) / (f"{script.name}.sbatch" if script.is_array else "job.sbatch")
+
+
+def _submitted(stage: PlannedStage, job: str, chain: str | None = None) -> Submitted:
+    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), getpass.getuser(), chain)
+
+
+def _write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:
+    with (store.run_dir(root, run) / JOBS).open("a") as file:
+        file.writelines(json.dumps(encode(job)) + "\n" for job in jobs)
         file.flush()
         os.fsync(file.fileno())
 
 
+# ------------------------------------------------------------------------------------------------------------- cancel
+
+
 def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
-    """Cancel every job of a run that waits or runs; returns the names of their stages."""
+    """Cancel every job of a run that waits or runs, and forget what was held back; returns the stages' names.
+
+    Raises WorldError where Slurm refuses, with whose jobs they are.
+    """
+    write_held(root, record.run, {})
     links = _newest(root, record)
-    known = slurm.job_states(job for jobs in links.values() for job in jobs)
-    active = {stage: [j for j in jobs if j in known and known[j].is_active] for stage, jobs in links.items()}
-    slurm.cancel(job for jobs in active.values() for job in jobs)
-    return [stage for stage, jobs in active.items() if jobs]
+    known = slurm.job_states(s.job for of in links.values() for s in of)
+    active = [s for of in links.values() for s in of if s.job in known and known[s.job].is_active]
+    try:
+        slurm.cancel(s.job for s in active)
+    except WorldError as error:
+        raise WorldError(f"{error}{_whose(active)}") from None
+    return list(dict.fromkeys(s.stage for s in active))
+
+
+def _whose(active: Iterable[Submitted]) -> str:
+    others = [f"{s.job} ({s.stage}) of {s.user}" for s in active if s.user not in ("", getpass.getuser())]
+    return f"; not yours to cancel: job {', '.join(others)}; ask them, or an operator" if others else ""

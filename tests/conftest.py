@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +37,29 @@ def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return made[name, dtype]
 
     return make
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group of 48 MiB of memory, for a process to enter: it is killed by Linux when it takes more."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    folder = (v1 if v1.is_dir() else v1.parent) / f"prism-test-{os.getpid()}"
+    names = (
+        ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if v1.is_dir() else ("memory.max", "memory.swap.max")
+    )
+    try:
+        folder.mkdir()
+        (folder / names[0]).write_text(str(48 << 20))
+        if (folder / names[1]).exists():
+            (folder / names[1]).write_text(str(48 << 20) if v1.is_dir() else "0")
+    except OSError as error:
+        pytest.skip(f"no control group with a memory limit can be made here: {error}")
+    yield folder
+    for _ in range(100):  # the kernel may still be taking leave of the dead
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            break
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,12 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
         ("lr: 5.0e-3", "lr: fast", ['stages.base.lr: expected a number, got "fast"']),
         ("checkpoint: base", "checkpoint: bsae", ["no stage bsae, did you mean base?"]),
         ("seq_length: 128", "seq_length: 100000", ["beyond the 256 positions"]),
-        ("backend: trl", "backend: nemo-rl", ["backend nemo-rl is not built yet; there is trl"]),
+        (
+            "backend: trl",
+            "backend: open-instruct",
+            ["backend open-instruct is not built yet; there is trl, nemo-aligner"],
+        ),
+        ("backend: trl", "backend: nemo-aligner", ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"]),
         ("kind: evaluate", "kind: evalute", ["evalute"]),
         ("model: llama-tiny", "model: lama-tiny", ["lama-tiny", "llama-tiny"]),
         ("seed: 0", "seed: [", ["mine.yaml:"]),
@@ -94,7 +99,7 @@ def test_all_problems_of_a_recipe_at_once(tmp_path: Path) -> None:
         (("check", "recipes/demo.yaml", "--set", "midtrain.lrr=1"), 2, "lrr"),
         (("check", "recipes/demo.yaml", "--cluster", "nowhere"), 2, "nowhere"),
         (("render", "recipes/demo.yaml", "-o", "out"), 2, "has no Slurm"),
-        (("run", "recipes/demo.yaml", "--cluster", "example-pyxis"), 1, "sbatch"),
+        (("run", "recipes/demo.yaml", "--cluster", "example-pyxis"), 1, "squeue"),
         (("report", "--root", "empty"), 2, "no run here yet"),
         (("status", "nothing", "--root", "empty"), 2, "no such run"),
         (("convert", "nothing", "out", "--to", "hf"), 2, "nothing"),
@@ -122,10 +127,10 @@ def test_output_into_a_closed_pipe_is_no_failure() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["recipes", "clusters", "doctor"])
+@pytest.mark.parametrize("command", ["recipes", "cluster list", "doctor", "backends"])
 def test_listings_speak_json(command: str, tmp_path: Path) -> None:
     arguments = ("--root", str(tmp_path)) if command == "doctor" else ()
-    done = prism(command, "--json", *arguments)
+    done = prism(*command.split(), "--json", *arguments)
     assert json.loads(done.stdout), done.stderr
 
 
@@ -135,7 +140,7 @@ def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, mo
     recipe, begun = tmp_path / "m.yaml", []
     recipe.write_text("base: demo\nmatrix: {seed: [0, 1, 2]}\n")
 
-    def interrupted(root: Path, record: RunRecord, slots: int, *, detach: bool = False) -> int:
+    def interrupted(root: Path, record: RunRecord, slots: int, **options: bool) -> int:
         begun.append(record.run)
         return 130 if len(begun) == 2 else 1
 
@@ -191,3 +196,74 @@ def test_status_of_a_submitted_run_does_without_slurm(tmp_path: Path) -> None:
     done = prism("status", "--root", str(root), "--json", PATH=str(tmp_path), SLURM_CONF=str(tmp_path / "none"))
     assert done.returncode == 0 and "from the run's files alone" in done.stderr
     assert json.loads(done.stdout)["state"] == "waiting"
+
+
+# --------------------------------------------------------------------------------------------- the full-scale recipes
+
+PRISM = ["llama-3.1-8b", "nemotron-h-8b"]
+
+
+def data(folder: Path, recipe: str) -> list[str]:
+    """The `--set` of a folder with everything that a full-scale recipe reads, empty data sets among it."""
+    (plan,) = json.loads(prism("plan", f"prism/{recipe}", "--cluster", "example-pyxis", "--json").stdout)
+    absent = {path for stage in plan["stages"] for path in stage["absent"]}
+    model = next(path for path in absent if "/models/" in path)
+    for path in absent - {model}:
+        (folder / "data" / Path(path).name).mkdir(parents=True)
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").write_text("")
+    family = {"llama-3.1-8b": "llama", "nemotron-h-8b": "nemotron_h"}[recipe]
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": family}))
+    paths = {"prepare.folder": "data", "prepare.tokenizer.path": "model", "midtrain.checkpoint": "model"}
+    return [word for key, name in paths.items() for word in ("--set", f"{key}={folder / name}")]
+
+
+@pytest.mark.parametrize("recipe", PRISM)
+def test_check_of_a_full_scale_recipe_names_what_is_not_here_and_nothing_else(recipe: str) -> None:
+    done = prism("check", f"prism/{recipe}", "--cluster", "example-pyxis")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and lines[-1] == "prism-launch: 20 problems"
+    assert all(": No such file or directory" in line or ": no such checkpoint" in line for line in lines[:-1])
+    assert all(".yaml:" in line and ": stages." in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize("cluster", ["example-pyxis", "example-apptainer"])
+@pytest.mark.parametrize("recipe", PRISM)
+def test_with_its_data_it_has_no_problem(recipe: str, cluster: str, tmp_path: Path) -> None:
+    sets = data(tmp_path, recipe)
+    done = prism("check", f"prism/{recipe}", "--cluster", cluster, *sets)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    (plan,) = json.loads(prism("plan", f"prism/{recipe}", "--cluster", cluster, "--json", *sets).stdout)
+    assert not any(stage["absent"] for stage in plan["stages"])
+
+
+def test_plan_and_render_do_without_the_data_and_say_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = prism("plan", "prism/llama-3.1-8b", "--cluster", "example-pyxis")
+    assert done.returncode == 0 and "not built" in done.stdout and "input absent" in done.stdout
+    assert "26.2 B" in done.stdout and "the reward server" in done.stdout
+    (plan,) = json.loads(prism("plan", "prism/llama-3.1-8b", "--cluster", "example-pyxis", "--json").stdout)
+    marked = {stage["stage"]: stage["not_built"] for stage in plan["stages"]}
+    assert "reward server" in marked["rl"] and marked["midtrain"] is None
+    assert len(next(s for s in plan["stages"] if s["stage"] == "prepare")["absent"]) == 19
+    done = prism("render", "prism/llama-3.1-8b", "--cluster", "example-pyxis", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "not there when this was planned" in (out / "prepare.sbatch").read_text().splitlines()[3]
+    done = subprocess.run([str(out / "submit.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and "stage prepare: not there when this was planned" in done.stderr
+
+
+def test_run_wants_the_data_first() -> None:
+    done = prism("run", "prism/llama-3.1-8b", "--cluster", "example-pyxis", "--detach")
+    assert done.returncode == 2 and "no such checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_backends_are_listed_with_reasons() -> None:
+    done = prism("backends")
+    assert done.returncode == 0
+    row = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["nemo-aligner", "reinforce"])
+    assert "llama, mistral" in row and "rendered" in row
+    rows = json.loads(prism("backends", "--json").stdout)
+    hybrid = [r for r in rows if (r["backend"], r["family"]) == ("nemo-aligner", "nemotron_h")]
+    assert hybrid and all(r["state"] == "no" for r in hybrid) and any("Mamba" in r["reason"] for r in hybrid)
+    assert all("nemotron-h-8b" in r["models"] for r in hybrid)

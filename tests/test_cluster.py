@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher import cluster
 from launcher.cluster import Profile, check_resources, list_profiles, load_profile, place_stage
 from launcher.configs import Resources
 from launcher.errors import UserError
@@ -16,6 +17,7 @@ from launcher.spec import Input, Limits, Preflight, SpecError, StageSpec, read_s
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PYXIS = load_profile("example-pyxis")
+SHIPPED = ["example-apptainer", "example-pyxis", "local", "local-apptainer", "local-docker"]
 SMALLEST = "scheduler: slurm\n"
 
 
@@ -35,7 +37,7 @@ def problems(folder: Path, text: str) -> list[str]:
 
 def test_the_shipped_profiles_are_read_and_say_what_they_are() -> None:
     profiles = {p.name: p for p in list_profiles()}
-    assert list(profiles) == ["example-apptainer", "example-pyxis", "local"]
+    assert list(profiles) == SHIPPED
     assert all(p.description for p in profiles.values())
     assert profiles["local"].scheduler == "local" and profiles["local"].slots == 2
     for name in ("pyxis", "apptainer"):
@@ -49,7 +51,7 @@ def test_profiles_of_the_users_own_are_found_by_name(tmp_path: Path, monkeypatch
     for name, slots in (("desk", 3), ("local", 5)):
         (own / f"{name}.yaml").write_text(f"scheduler: local\nslots: {slots}\n")
     (own / "gone.yaml").symlink_to(tmp_path / "nowhere")
-    assert [p.name for p in list_profiles()] == ["example-apptainer", "example-pyxis", "local", "desk"]
+    assert [p.name for p in list_profiles()] == [*SHIPPED, "desk"]
     assert load_profile("desk").slots == 3 and load_profile("local").slots == 5
     with pytest.raises(UserError, match="did you mean desk"):
         load_profile("dsek")
@@ -88,10 +90,16 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("env: {'A B': x}", "2: env: 'A B' is no name of a variable"),
         ("env: {A: 1}", "2: env.A: expected a string, got 1"),
         ("runtime: {env_unset: [a-b]}", "2: runtime.env_unset: 'a-b' is no name of a variable"),
-        ("runtime: {container: docker}", "2: runtime.container: container runtime docker is not built yet"),
-        ("limits: {continuation: chain}", "2: limits.continuation: chain is not built yet"),
-        ("mounts: ['/a b']", "2: mounts[0]: mount '/a b': blanks"),
+        ("runtime: {container: docker}", "2: runtime.container: docker's containers are no children of the job"),
+        ("runtime: {container: podman}", "2: runtime.container: podman's containers are no children of the job"),
+        ("limits: {continuation: chain, chain_jobs: 3}\nmax_submit: 2", "2: limits.chain_jobs: 3 jobs a stage"),
+        ("mounts: ['/a b']\nruntime: {container: pyxis}", "2: mounts[0]: mount '/a b': pyxis cannot quote blanks"),
         ("code: src", "2: code: src: give the full path"),
+        ("slurm_conf: slurm.conf", "2: slurm_conf: slurm.conf: give the full path"),
+        ("submit_rate: 0", "2: submit_rate: must be at least 1, got 0"),
+        ("max_submit: -5", "2: max_submit: must be at least 1, got -5"),
+        ("max_array: 0", "2: max_array: must be at least 1, got 0"),
+        ("max_array_running: 0", "2: max_array_running: must be at least 1, got 0"),
         ("setup: ['#SBATCH --nice']", "2: setup[0]: sbatch options go under sbatch:"),
         ("sbatch: {partition: gpu}", "2: sbatch.partition: is set by the key of that name"),
         ("sbatch: {job_name: x}", "2: sbatch.job_name: is set by the run and the store"),
@@ -110,15 +118,50 @@ def test_what_a_slurm_profile_cannot_say(tmp_path: Path, line: str, message: str
 
 
 @pytest.mark.parametrize(
-    "line", ["partition: gpu", "account: me", "env: {A: x}", "images: {train: /a.sqsh}", "python: py"]
+    "line",
+    [
+        "partition: gpu",
+        "account: me",
+        "env: {A: x}",
+        "images: {train: /a.sqsh}",
+        "python: py",
+        "max_submit: 5",
+        "submit_rate: 5",
+        "share_group: team",
+        "slurm_conf: /etc/slurm.conf",
+    ],
 )
 def test_keys_without_effect_on_this_machine_are_refused(tmp_path: Path, line: str) -> None:
     (problem,) = problems(tmp_path, f"scheduler: local\n{line}\n")
     assert problem.startswith(f"2: {line.partition(':')[0]}: has no effect")
 
 
-def test_containers_on_this_machine_are_refused(tmp_path: Path) -> None:
-    assert "not built yet" in problems(tmp_path, "scheduler: local\nruntime: {container: apptainer}\n")[0]
+def test_containers_on_this_machine(tmp_path: Path) -> None:
+    text = (
+        "scheduler: local\nruntime: {container: %s}\nimages: {train: %s}\nenv: {A: x}\nmounts: ['/a b']\npython: py\n"
+    )
+    profile = load(tmp_path, text % ("docker", "cpu:1"))
+    assert profile.images == {"train": "cpu:1"} and profile.python == "py"
+    (problem,) = problems(tmp_path, text % ("docker", "/a.sif"))
+    assert problem.startswith("3: images.train: image /a.sif: docker takes NAME:TAG")
+    (problem,) = problems(tmp_path, "scheduler: local\nruntime: {container: pyxis}\n")
+    assert "pyxis is a plug-in of Slurm" in problem
+
+
+def test_a_stage_placed_in_a_container_of_this_machine_gets_this_package(tmp_path: Path) -> None:
+    text = "scheduler: local\nruntime: {container: docker}\nimages: {train: cpu:1}\nmounts: ['/data:/data:ro']\n"
+    step = placed(load(tmp_path, text)).steps[0]
+    package = str(Path(cluster.__file__).parent)
+    assert step.image == "cpu:1" and step.env["PYTHONPATH"] == "/opt/prism-launch"
+    assert f"{package}:/opt/prism-launch/launcher:ro" in step.mounts and "/data:/data:ro" in step.mounts
+    assert step.argv[0] == "python3" and "/scratch/prism" in step.mounts
+
+
+def test_a_container_of_this_machine_needs_an_image(tmp_path: Path) -> None:
+    profile = load(tmp_path, "scheduler: local\nruntime: {container: docker}\n")
+    found = list(check_resources(Resources(), SPEC, profile))
+    assert found == [("image", "no container image; set images.train in the profile of cluster site, or image here")]
+    assert list(check_resources(Resources(image="cpu:1"), SPEC, profile)) == []
 
 
 @pytest.mark.parametrize("name", ["example-pixys", "nowhere", "no/such.yaml", "no-such.yaml", "."])
@@ -252,7 +295,8 @@ def test_a_snapshot_wins_over_the_profiles_code() -> None:
     ],
 )
 def test_nodes_are_looked_at_for_gpus_or_several_of_them(resources: Resources, looked_at: bool) -> None:
-    stage = PlannedStage(read_stage(Path(__file__).parent / "data" / "stage.json"), (), resources)
+    spec = read_stage(Path(__file__).parent / "data" / "stage.json")
+    stage = PlannedStage(replace(spec, steps=(replace(spec.steps[0], nodes=resources.nodes),)), (), resources)
     profile = Profile(name="x", scheduler="slurm")
     assert place_stage(stage, profile, Path("/root")).spec.preflight == (Preflight() if looked_at else None)
     assert place_stage(stage, replace(profile, preflight=None), Path("/root")).spec.preflight is None

@@ -133,7 +133,7 @@ def test_a_second_run_skips_everything(demo: Prism) -> None:
 def test_status_logs_and_recipes_from_the_wheel(demo: Prism) -> None:
     status = json.loads(demo("status", "--json").stdout)
     assert {s["stage"]: s["state"] for s in status["stages"] if s["stage"] in STAGES} == dict.fromkeys(STAGES, "done")
-    assert "loss" in demo("logs", "--stage", "midtrain").stdout
+    assert "loss" in demo("logs", "midtrain").stdout
     assert any(r["name"] == "demo" for r in json.loads(demo("recipes", "--json").stdout))
 
 

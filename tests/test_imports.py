@@ -9,9 +9,22 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "numpy", "megatron", "transformers", "trl", "datasets", "safetensors", "matplotlib", "tokenizers"}
-LOGIN = ("cli", "commands", "plan", "check", "render", "local", "state", "watch", "doctor", "recipe.schema", "report")
+LOGIN = (
+    "cli",
+    "commands",
+    "plan",
+    "check",
+    "render",
+    "local",
+    "state",
+    "watch",
+    "doctor",
+    "recipe.schema",
+    "report",
+    "clean",
+)
 CONTRACT = ("spec", "configs", "progress", "store", "steps", "containers", "models.families", "models.layout")
-SUPERVISOR = ("supervisor.main", "supervisor.classify", "run_record")
+SUPERVISOR = ("supervisor.main", "supervisor.classify", "run_record", "notify")
 
 
 def modules_after(code: str) -> set[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from launcher import local, store
 from launcher.attempts import attempts
+from launcher.errors import UserError
 from launcher.local import cancel_run, run_local
 from launcher.run_record import RunRecord, read_run, write_run
 from launcher.spec import StageSpec
@@ -86,11 +88,24 @@ def test_stages_follow_what_they_read_and_a_second_run_makes_nothing(run: Driven
     assert [run.count(name) for name in "abc"] == [1, 1, 1]
 
 
+def test_what_this_version_cannot_run_is_refused_by_name_before_anything_starts(run: Driven) -> None:
+    record = run.plan(("a", (), {}), ("b", ("a",), {}))
+    stages = (record.stages[0], replace(record.stages[1], not_built="the reward server"))
+    with pytest.raises(UserError, match="stage b: not built yet: the reward server"):
+        run_local(run.root, replace(record, stages=stages), 2)
+    unseen = (replace(record.stages[0], absent=("/data/text",)), record.stages[1])
+    with pytest.raises(UserError, match="stage a: not there when this was planned: /data/text"):
+        run_local(run.root, replace(record, stages=unseen), 2)
+    assert not (run.root / "artifacts").exists() and not list(run.root.glob("runs/run/stages/*/local.*"))
+    assert run.driven()[0] == 0  # what is made already needs no running
+    assert run_local(run.root, replace(record, stages=stages), 2) == 0
+
+
 def test_what_does_not_depend_on_a_failure_is_made(run: Driven) -> None:
     run.plan(("bad", (), {"fail_at": 2, "fail": "user"}), ("after-bad", ("bad",), {}), ("good", (), {"until": 30}))
     code, _, err = run.driven(slots=1)
     assert code == 2
-    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run --stage bad" in err
+    assert "stage bad failed: user-error: data.jsonl:3: not text; mend it" in err and "logs run bad" in err
     assert run.states() == {"bad": "failed", "after-bad": "waiting", "good": "done"}
     assert run.count("bad") == 1
 
@@ -235,7 +250,7 @@ def test_watching_lasts_from_detaching_to_the_end(run: Driven, monkeypatch: pyte
     record = run.plan(("a", (), {}), ("b", ("a",), {}))
     monkeypatch.chdir(run.root)
     assert run_local(run.root, record, 2, detach=True) == 0
-    assert {s.state for s in watch_run(run.root, record, poll_s=0.01)} == {"done"}
+    assert {s.state for s in watch_run(run.root, record, poll_s=0.01).stages} == {"done"}
 
 
 def test_slots_bound_what_runs_side_by_side(run: Driven) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher import configs
 from launcher.errors import UserError
-from launcher.inputs import External, Inputs
+from launcher.inputs import Absent, External, Inputs
 from launcher.plan import build_plan
 from launcher.recipe import Recipe, Stage
 from launcher.run_record import PlannedStage
@@ -164,7 +164,7 @@ def test_external_checkpoints_are_converted_under_their_own_name() -> None:
         ),
         (stage("mid", "train", **{**TRAIN, "data": {"prepare": 1.0}}), "name a source of prepare: prepare/text"),
         (stage("rl", "rl", **{**RL, "prompts": "prepare/held"}, checkpoint="mid"), "no problem set held in prepare"),
-        (stage("rl", "rl", **{**RL, "backend": "nemo-rl"}, checkpoint="mid"), "backend nemo-rl is not built yet"),
+        (stage("rl", "rl", **{**RL, "backend": "open-instruct"}, checkpoint="mid"), "backend open-instruct is not"),
         (stage("mid", "train", **TRAIN, checkpoint="rl"), "in a circle: mid -> rl -> mid"),
         (
             stage("mid", "train", **{**TRAIN, "model": {**MODEL, "config": {"hidden_size": 9}}}, checkpoint="base"),
@@ -195,3 +195,159 @@ def test_a_checkpoint_of_another_family_is_refused() -> None:
     inputs = Inputs({ref: External(ref, "hf", "abc", "granite")}, {})
     with pytest.raises(UserError, match="model type granite, but model m is llama"):
         plan(stage("prepare", "prepare", **PREPARE), stage("mid", "train", **TRAIN, checkpoint=ref), inputs=inputs)
+
+
+# ---------------------------------------------------------------------------------------- what is planned and not built
+
+GPUS = configs.Resources(nodes=2, gpus_per_node=4, ntasks_per_node=4, time="6:00:00")
+
+
+def with_backend(name: str, algorithm: str) -> tuple[Stage, ...]:
+    lengths = {"max_prompt_length": 10, "end_strings": ["x"], "prompts_per_step": 8}
+    rl = stage("rl", "rl", **{**RL, **lengths, "backend": name, "algorithm": algorithm}, checkpoint="mid")
+    return (*(s for s in demo_like() if s.name != "rl"), replace(rl, resources=GPUS))
+
+
+def test_aligner_reads_and_makes_nemo_and_what_stands_between_is_marked() -> None:
+    planned = plan(*with_backend("nemo-aligner", "reinforce"))
+    assert planned["rl"].spec.inputs["checkpoint"].format == "nemo"
+    assert planned["rl"].spec.outputs["checkpoint"].format == "nemo"
+    assert planned["rl"].depends == ("mid-to-nemo", "prepare")
+    assert planned["evaluate"].spec.inputs["rl"].fingerprint == planned["rl-to-hf"].spec.fingerprint
+    marked = {name for name, s in planned.items() if s.not_built}
+    assert marked == {"rl", "mid-to-nemo", "rl-to-hf"}
+    assert "reward server" in str(planned["rl"].not_built) and "nemo" in str(planned["mid-to-nemo"].not_built)
+
+
+def test_nemo_rl_goes_on_from_what_training_made_without_a_conversion() -> None:
+    planned = plan(*with_backend("nemo-rl", "grpo"))
+    assert planned["rl"].spec.inputs["checkpoint"].fingerprint == planned["mid"].spec.fingerprint
+    assert planned["rl-to-hf"].spec.inputs["checkpoint"].format == "megatron"
+    assert {name for name, s in planned.items() if s.not_built} == {"rl"}
+
+
+def test_what_is_built_is_not_marked() -> None:
+    assert not any(s.not_built or s.absent or s.obstacles for s in plan(*demo_like()).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("prepare", {"sources": {"text": {"kind": "dataset", "path": "/d"}}}, "sources of kind dataset (text)"),
+        ("prepare", {"problems": {"held-out": {"count": 5, "path": "/p"}}}, "published problem sets (held-out)"),
+        ("evaluate", {"samples": 4}, "several samples"),
+        ("evaluate", {"top_p": 0.95}, "top_p"),
+    ],
+)
+def test_what_a_worker_cannot_do_yet_is_marked_with_the_reason(name: str, change: dict[str, Any], reason: str) -> None:
+    stages = {s.name: s for s in demo_like()}
+    kept = {**PREPARE} if name == "prepare" else {"checkpoints": ["base"], "benchmarks": ["prepare/held-out"]}
+    stages[name] = stage(name, stages[name].kind, **{**kept, **change})
+    planned = plan(*stages.values())
+    assert reason in str(planned[name].not_built)
+    assert [n for n, s in planned.items() if s.not_built] == [name]
+
+
+def test_an_absent_checkpoint_marks_the_conversion_that_reads_it() -> None:
+    ref = "/models/absent"
+    external = External(ref, "hf", f"absent: {ref}", None)
+    stages = (stage("prepare", "prepare", **PREPARE), stage("mid", "train", **TRAIN, checkpoint=ref))
+    planned = plan(*stages, inputs=Inputs({ref: external}, {}, (Absent(ref, None, "no such checkpoint"),)))
+    ((name, marked),) = [(name, s) for name, s in planned.items() if s.absent]
+    assert name.endswith("-to-megatron") and marked.absent == (ref,)
+    there = plan(*stages, inputs=Inputs({ref: replace(external, fingerprint="abc")}, {}))
+    assert there["mid"].spec.fingerprint != planned["mid"].spec.fingerprint
+
+
+def test_absent_text_marks_the_stage_that_reads_it() -> None:
+    inputs = Inputs({}, {}, (Absent("/text", "prepare", "no such file"), Absent("/other", "elsewhere", "no")))
+    planned = plan(stage("prepare", "prepare", **PREPARE), inputs=inputs)
+    assert planned["prepare"].absent == ("/text",) and "/text" in planned["prepare"].obstacles[0]
+
+
+# --------------------------------------------------------------------------------------------------- parts of a job
+
+
+def test_a_job_has_the_nodes_of_all_its_components() -> None:
+    own = {"reward-server": configs.Component(nodes=3, cpus_per_task=2)}
+    stages = with_backend("nemo-aligner", "reinforce")
+    for placement, want in (("shared", {None: (5, 4)}), ("heterogeneous", {None: (2, 4), "reward-server": (3, 0)})):
+        asked = replace(GPUS, components=own, placement=placement)
+        rl = next(
+            s
+            for s in plan(*(replace(s, resources=asked) if s.name == "rl" else s for s in stages)).values()
+            if s.spec.stage == "rl"
+        )
+        assert {name: (part.nodes, part.gpus_per_node) for name, part in rl.job_parts.items()} == want
+        assert all(part.time == "6:00:00" for part in rl.job_parts.values())
+
+
+def test_where_components_run_changes_no_fingerprint() -> None:
+    stages = with_backend("nemo-aligner", "reinforce")
+    own = {"reward-server": configs.Component(nodes=3)}
+    changed = [replace(s, resources=replace(GPUS, components=own)) if s.name == "rl" else s for s in stages]
+    assert plan(*stages)["rl"].spec.fingerprint == plan(*changed)["rl"].spec.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------- fanning out
+
+SETS = {"sources": {"text": {"kind": "python-stdlib"}}, "problems": {"easy": {"count": 5}, "hard": {"count": 5}}}
+
+
+def fanned_out(*makers: str, **changes: Any) -> dict[str, PlannedStage]:
+    refs = [f"{maker}/{item}" for maker in makers for item in ("easy", "hard")]
+    config = {"checkpoints": ["base"], "benchmarks": refs, "seeds": [0, 3], "fan_out": True, **changes}
+    prepares = (stage(name, "prepare", **SETS) for name in ("prepare", "other"))
+    return plan(stage("evaluate", "evaluate", **config), stage("base", "train", **TRAIN), *prepares)
+
+
+def test_a_stage_fans_out_by_benchmark_and_seed() -> None:
+    found = {n: s for n, s in fanned_out("prepare").items() if s.part_of}
+    assert list(found) == ["evaluate.easy.0", "evaluate.easy.3", "evaluate.hard.0", "evaluate.hard.3"]
+    assert {s.part_of for s in found.values()} == {"evaluate"}
+    assert len({s.spec.fingerprint for s in found.values()}) == 4
+    for name, part in found.items():
+        _, item, seed = name.split(".")
+        assert part.spec.seed == int(seed) and part.spec.config["benchmarks"] == [f"prepare/{item}"]
+        assert part.depends == ("base-to-hf", "prepare")
+
+
+def test_a_part_is_what_a_stage_of_its_own_would_be() -> None:
+    part = fanned_out("prepare")["evaluate.hard.3"]
+    alone = fanned_out("prepare", benchmarks=["prepare/hard"], seeds=[3])["evaluate.hard.3"]
+    assert part.spec.fingerprint == alone.spec.fingerprint
+    config = {"checkpoints": ["base"], "benchmarks": ["prepare/hard"]}
+    single = replace(stage("single", "evaluate", **config), seed=3)
+    base = stage("base", "train", **TRAIN)
+    assert plan(single, base, stage("prepare", "prepare", **SETS))["single"].spec.fingerprint == part.spec.fingerprint
+
+
+def test_without_seeds_the_stages_own_counts() -> None:
+    found = fanned_out("prepare", seeds=[])
+    assert [n for n, s in found.items() if s.part_of] == ["evaluate.easy.0", "evaluate.hard.0"]
+
+
+def test_benchmarks_of_one_name_are_told_apart_by_their_makers() -> None:
+    found = fanned_out("prepare", "other", seeds=[1])
+    wanted = ["evaluate.prepare.easy.1", "evaluate.prepare.hard.1", "evaluate.other.easy.1", "evaluate.other.hard.1"]
+    assert [n for n, s in found.items() if s.part_of] == wanted
+
+
+def test_without_fan_out_several_seeds_are_one_stage() -> None:
+    found = fanned_out("prepare", fan_out=False)
+    assert found["evaluate"].part_of is None and list(found["evaluate"].spec.config["seeds"]) == [0, 3]
+
+
+def test_a_problem_of_all_parts_is_said_once_and_of_the_stage() -> None:
+    with pytest.raises(UserError) as caught:
+        fanned_out("prepare", checkpoints=["base", "nowhere"])
+    (problem,) = caught.value.problems
+    assert "stages.evaluate.checkpoints[1]: no stage nowhere" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"seeds": [1, 1]}, "seeds: names one twice"), ({"seeds": [-1]}, "must not be negative")]
+)
+def test_seeds_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fanned_out("prepare", **changes)

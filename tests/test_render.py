@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.check import check_recipe
 from launcher.cluster import Profile, load_profile, profile_files
 from launcher.errors import UserError
 from launcher.inputs import External, Inputs, resolve_inputs
@@ -23,7 +24,7 @@ from launcher.plan import build_plan
 from launcher.recipe.load import load_recipes
 from launcher.render import dry_run, files, render_plan
 from launcher.run_record import RunRecord, read_run
-from launcher.spec import Runtime, read_stage
+from launcher.spec import Limits, Runtime, read_stage
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKOUT = GOLDEN.parents[1]
@@ -44,6 +45,26 @@ def golden_record(profile: Profile) -> RunRecord:
     return RunRecord(recipe.name, "recipe.yaml", (), profile.name, recipe.resolved, stages, 0.0, {})
 
 
+#: The full-scale recipes with their base models, rendered as if both were on this machine.
+PRISM = {
+    "llama-3.1-8b": External("/scratch/datasets/models/Llama-3.1-8B", "hf", "0123456789abcdef0123", "llama"),
+    "nemotron-h-8b": External("/scratch/datasets/models/Nemotron-H-8B-Base-8K", "hf", "0123456789abcdef0123", None),
+}
+
+
+def prism_record(name: str, profile: Profile, *sets: str) -> RunRecord:
+    """A full-scale recipe's run, planned without a look at this machine."""
+    (recipe,) = load_recipes(CHECKOUT / "recipes" / "prism" / f"{name}.yaml", sets, f"prism-{name}")
+    stages = build_plan(recipe, Inputs({PRISM[name].path: PRISM[name]}, {}), profile.limits, profile.runtime)
+    assert check_recipe(recipe, stages, profile) == []
+    return RunRecord(recipe.name, f"prism/{name}.yaml", sets, profile.name, recipe.resolved, stages, 0.0, {})
+
+
+def prism_texts(name: str) -> dict[str, str]:
+    texts = files(prism_record(name, PYXIS), PYXIS, ROOT)
+    return {n: t for n, t in texts.items() if n.endswith((".sbatch", ".sh"))}
+
+
 def golden_texts(cluster: str) -> dict[str, str]:
     profile = load_profile(cluster)
     texts = files(golden_record(profile), profile, ROOT)
@@ -57,6 +78,35 @@ def test_scripts_are_the_golden_ones(cluster: str) -> None:
     assert sorted(got) == sorted(want), "other files than before; if that is meant: make golden"
     for name, text in got.items():
         assert text == want[name], f"{cluster}/{name} has changed; if that is meant: make golden, and look at the diff"
+
+
+@pytest.mark.parametrize("name", PRISM)
+def test_scripts_of_the_paper_are_the_golden_ones(name: str) -> None:
+    want = {path.name: path.read_text() for path in (GOLDEN / "prism" / name).glob("*")}
+    got = prism_texts(name)
+    assert sorted(got) == sorted(want), "other files than before; if that is meant: make golden"
+    for file, text in got.items():
+        assert text == want[file], f"{name}/{file} has changed; if that is meant: make golden, and look at the diff"
+
+
+@pytest.mark.parametrize("placement", ["shared", "heterogeneous"])
+@pytest.mark.parametrize("cluster", SLURM)
+@pytest.mark.parametrize("name", PRISM)
+def test_the_paper_renders_for_every_profile_in_scripts_that_bash_can_read(
+    name: str, cluster: str, placement: str, tmp_path: Path
+) -> None:
+    if placement == "heterogeneous" and name == "nemotron-h-8b":
+        return  # Ray's nodes are of one kind: tests/rl/test_nemo_rl.py
+    partition = load_profile(cluster).partition
+    own = f"{{nodes: 1, partition: {partition}}}" if placement == "heterogeneous" else "{nodes: 0}"
+    sets = [f"rl.resources.placement={placement}", f"rl.resources.components.reward-server={own}"]
+    record = prism_record(name, load_profile(cluster), *(sets if name == "llama-3.1-8b" else []))
+    render_plan(record, load_profile(cluster), tmp_path / "out", ROOT)
+    for script in [*(tmp_path / "out").glob("*.sbatch"), tmp_path / "out" / "submit.sh"]:
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), script
+    done = subprocess.run([str(tmp_path / "out" / "submit.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and "stage rl: not built yet" in done.stderr and done.stdout == ""
 
 
 # ------------------------------------------------------------------------------------------------- every profile, demo
@@ -212,20 +262,28 @@ def test_submit_sends_stages_in_order_with_their_dependencies(login: Login, tmp_
     shutil.move(tmp_path / "out", away)
     done = login.submit(away / "submit.sh", Path("/"), SBATCH_PARTITION="nowhere")
     assert (done.returncode, done.stderr) == (0, "")
-    ids = {Path(call[-1]).stem: str(100 + i) for i, call in enumerate(login.calls, 1)}
+    calls = {Path(call[-1]).stem: call for call in login.calls}
+    jobs = {script: str(101 + i) for i, script in enumerate(calls)}
+    sweep = [s.spec.stage for s in golden_record(PYXIS).stages if s.part_of]
+    ids = {**{name: job for name, job in jobs.items() if name != "sweep"}}
+    ids |= {name: f"{jobs['sweep']}_{i}" for i, name in enumerate(sweep)}
     assert done.stdout.splitlines() == [f"{stage}: job {job}" for stage, job in ids.items()]
-    for stage, call in zip(golden_record(PYXIS).stages, login.calls, strict=True):
+    written = [json.loads(line) for line in (root / "runs" / "golden" / "jobs.jsonl").read_text().splitlines()]
+    assert {w["stage"]: w["job"] for w in written} == ids
+    for stage in golden_record(PYXIS).stages:
+        call = calls[stage.part_of or stage.spec.stage]
         depends = [w for w in call if w.startswith("--dependency")]
         wanted = "--dependency=afterok:" + ":".join(ids[d] for d in stage.depends)
         assert depends == ([wanted] if stage.depends else [])
         assert "--kill-on-invalid-dep=yes" in call
-        assert call[-1] == str(away / f"{stage.spec.stage}.sbatch")
+        assert call[-1] == str(away / f"{stage.part_of or stage.spec.stage}.sbatch")
         placed = root / "runs" / "golden" / "stages" / stage.spec.stage / "stage.json"
         assert placed.read_text() == (away / f"{stage.spec.stage}.stage.json").read_text()
         assert placed.stat().st_mode & 0o777 == 0o600
     assert "nowhere" not in login.log.read_text(), "SBATCH_PARTITION would win over the script"
     assert {s.spec.stage for s in read_run(root, "golden").stages} == set(ids)
     assert root.stat().st_mode & 0o777 == 0o700
+    assert (root / "runs" / "golden" / "stages" / "sweep").is_dir(), "Slurm makes no folder for an array's logs"
 
 
 def test_submit_stops_at_the_first_refusal_and_names_what_it_submitted(login: Login, tmp_path: Path) -> None:
@@ -236,6 +294,39 @@ def test_submit_stops_at_the_first_refusal_and_names_what_it_submitted(login: Lo
     assert "prepare: job 101" in done.stderr and "scancel" in done.stderr and "101" in done.stderr.split("scancel")[1]
     assert [Path(call[-1]).stem for call in login.calls][-1] == "midtrain"
     assert "evaluate" not in done.stdout
+
+
+def chained(record: RunRecord, stage: str, jobs: int) -> RunRecord:
+    """The same run, one stage in a chain of jobs."""
+    limits = Limits(continuation="chain", chain_jobs=jobs)
+    stages = (replace(s, spec=replace(s.spec, limits=limits)) if s.spec.stage == stage else s for s in record.stages)
+    return replace(record, stages=tuple(stages))
+
+
+def test_submit_sends_a_chain_job_after_job(login: Login, tmp_path: Path) -> None:
+    record = chained(golden_record(PYXIS), "midtrain", 3)
+    render_plan(record, PYXIS, tmp_path / "out", tmp_path / "root")
+    done = login.submit(tmp_path / "out" / "submit.sh", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    path = tmp_path / "root" / "runs" / "golden" / "jobs.jsonl"
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["stage"] == "midtrain"]
+    jobs = [line["job"] for line in lines]
+    assert len(jobs) == 3 and {line["chain"] for line in lines} == {jobs[0]} and all(line["user"] for line in lines)
+    assert f"midtrain: jobs {jobs[0]} to {jobs[2]}" in done.stdout
+    after = [next((w for w in call if w.startswith("--dependency")), "") for call in login.calls]
+    inputs = "--dependency=afterok:101"
+    of_chain = [a for a, call in zip(after, login.calls, strict=True) if Path(call[-1]).stem == "midtrain"]
+    assert of_chain == [inputs, f"{inputs},afterany:{jobs[0]}", f"{inputs},afterany:{jobs[1]}"]
+
+
+def test_half_a_chain_is_named_when_it_is_refused(login: Login, tmp_path: Path) -> None:
+    record = golden_record(PYXIS)
+    first = record.stages[0].spec.stage
+    render_plan(chained(record, first, 3), PYXIS, tmp_path / "out", tmp_path / "root")
+    (login.bin / "sbatch").write_text(_SBATCH + '[ "$n" -lt 2 ]\n')
+    done = login.submit(tmp_path / "out" / "submit.sh", tmp_path)
+    assert done.returncode == 1 and "nothing has been submitted" not in done.stderr
+    assert f"{first}: job 101" in done.stderr and "101" in done.stderr.split("scancel")[1]
 
 
 def test_submit_stops_at_an_answer_that_is_no_job(login: Login, tmp_path: Path) -> None:
@@ -273,6 +364,11 @@ def accept() -> None:
         (GOLDEN / cluster).mkdir()
         for name, text in golden_texts(cluster).items():
             (GOLDEN / cluster / name).write_text(text)
+    for recipe in PRISM:
+        shutil.rmtree(GOLDEN / "prism" / recipe, ignore_errors=True)
+        (GOLDEN / "prism" / recipe).mkdir(parents=True)
+        for name, text in prism_texts(recipe).items():
+            (GOLDEN / "prism" / recipe / name).write_text(text)
     print(f"{GOLDEN}: written; look at the difference before you commit it")
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from launcher.cluster import Profile, place_stage
-from launcher.configs import Resources
+from launcher.configs import Component, Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.sbatch import sbatch_text
-from launcher.spec import AllReduce, Limits, Preflight, Runtime, SpecError, read_stage
+from launcher.spec import AllReduce, Limits, Preflight, Runtime, SpecError, Step, read_stage
 from launcher.steps import SlurmAttempt, preflight_argv, preflight_place, preflight_steps, slurm_place, srun_argv
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PROFILE = Profile(name="site", scheduler="slurm", partition="gpu", account="me")
+IMAGES = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}, "charliecloud": {"train": "/i"}}
 ROOT = Path("/scratch/prism")
 HOSTILE = (
     "a b",
@@ -180,8 +182,14 @@ def commented(script: str) -> str:
 
 def words_of(shell: str, folder: Path) -> list[str]:
     """What srun would get as its arguments, were the text run in the attempt ATTEMPT."""
-    stub = 'srun() { printf "%s\\0" "$@"; }\n'
-    late = {"SLURM_JOB_ID": ATTEMPT.job, "SLURM_RESTART_COUNT": ATTEMPT.restarts, "SLURMD_NODENAME": ATTEMPT.node}
+    stub = 'srun() { printf "%s\\0" "$@"; }\nscontrol() { printf "%s\\n" $3; }\n'
+    lists = {"SLURM_JOB_NODELIST": "n1 n2 n3", "SLURM_JOB_NODELIST_HET_GROUP_1": "m1 m2"}
+    late = {
+        **lists,
+        "SLURM_JOB_ID": ATTEMPT.job,
+        "SLURM_RESTART_COUNT": ATTEMPT.restarts,
+        "SLURMD_NODENAME": ATTEMPT.node,
+    }
     env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **late}
     done = subprocess.run(["bash"], input=(stub + shell).encode(), capture_output=True, cwd=folder, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
@@ -239,11 +247,12 @@ def test_a_missing_stage_folder_ends_the_job_before_anything_runs(tmp_path: Path
             "apptainer",
             {"APPTAINER_BIND", "APPTAINER_BINDPATH", "APPTAINERENV_X", "SINGULARITYENV_Y", "PYTHONHOME", "MINE"},
         ),
+        ("charliecloud", {"PYTHONPATH", "PYTHONHOME", "MINE"}),
     ],
 )
 def test_what_a_shell_would_carry_in_unseen_is_removed(container: str, leaks: set[str], tmp_path: Path) -> None:
     runtime = Runtime(container=container, env_unset=("MINE",))  # type: ignore[arg-type]
-    image = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}}[container]
+    image = IMAGES[container]
     profile = replace(PROFILE, runtime=runtime, images=image, host_python="recorder")
     (tmp_path / "root" / "runs" / "demo" / "stages" / "midtrain").mkdir(parents=True)
     _, _, env = execute(text(profile, tmp_path / "root"), tmp_path, **dict.fromkeys(leaks | {"KEPT"}, "x"))
@@ -262,9 +271,18 @@ def test_a_nul_in_a_variable_never_gets_into_a_profile() -> None:
         replace(PROFILE, env={"A": "x\0"})
 
 
-@pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
+@pytest.mark.parametrize(("name", "expected"), [("me", "me"), ("", pwd.getpwuid(os.getuid()).pw_name)])
+def test_charliecloud_gets_the_users_name_where_the_shell_has_none(name: str, expected: str, tmp_path: Path) -> None:
+    runtime = Runtime(container="charliecloud")
+    profile = replace(PROFILE, runtime=runtime, images=IMAGES["charliecloud"], host_python="recorder")
+    (tmp_path / "root" / "runs" / "demo" / "stages" / "midtrain").mkdir(parents=True)
+    _, _, env = execute(text(profile, tmp_path / "root"), tmp_path, USER=name)
+    assert env["USER"] == expected
+
+
+@pytest.mark.parametrize("container", IMAGES)
 def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
-    image = {"none": {}, "pyxis": {"train": "/i.sqsh"}, "apptainer": {"train": "/i.sif"}}[container]
+    image = IMAGES[container]
     runtime = Runtime(container=container, mpi="none")  # type: ignore[arg-type]
     preflight = Preflight(all_reduce=AllReduce(300.0))
     profile = replace(PROFILE, runtime=runtime, images=image, preflight=preflight, host_python="/usr/bin/python3.11")
@@ -280,5 +298,85 @@ def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     run = [word for argv in (*look, *(srun_argv(s, place, runtime) for s in stage.spec.steps)) for word in argv[1:]]
     assert words_of(shown, tmp_path) == run and len(run) > 60
     # The nodes are looked at from outside the image, the network between them from inside.
-    assert ["i.s" in " ".join(argv) for argv in look] == [False, container != "none"]
+    shown_image = [any(word.endswith(tuple(image.values())) for word in argv) for argv in look]
+    assert shown_image == [False, container != "none"]
     assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 4
+
+
+# -------------------------------------------------------------------------------------------------------- components
+
+
+def with_server(placement: Literal["shared", "heterogeneous"], profile: Profile = PROFILE, **own: Any) -> PlannedStage:
+    """The train stage on two nodes of four GPUs, with a server beside it that the main program knows by address."""
+    component = Component(**own)
+    asked = Resources(
+        nodes=2, gpus_per_node=4, ntasks_per_node=4, components={"server": component}, placement=placement
+    )
+    apart = placement == "heterogeneous"
+    main = replace(SPEC.steps[0], nodes=2, ntasks=8, gpus=4, het_group=0 if apart else None)
+    main = replace(main, argv=(*main.argv, "--to={host:server}:{port:server}", "it's {host:server}"))
+    server = Step(
+        name="server",
+        role="server",
+        argv=("x", "{port:server}"),
+        nodes=max(1, component.nodes),
+        first_node=2 if component.nodes and not apart else 0,
+        het_group=1 if apart else None,
+    )
+    stage = PlannedStage(replace(SPEC, steps=(server, main)), (), asked)
+    return place_stage(stage, profile, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("placement", "own", "host", "nodes"),
+    [("shared", {}, "node7", 2), ("shared", {"nodes": 1}, "n3", 3), ("heterogeneous", {"nodes": 2}, "m1", 2)],
+)
+def test_steps_of_components_are_shown_as_they_run(
+    placement: Literal["shared", "heterogeneous"], own: dict[str, Any], host: str, nodes: int, tmp_path: Path
+) -> None:
+    stage = with_server(placement, **own)
+    shown = words_of(commented(sbatch_text(stage, PROFILE, ROOT)), tmp_path)
+    attempt = replace(ATTEMPT, hosts={} if host == ATTEMPT.node else {"server": host})
+    place = slurm_place(stage.spec, ROOT, PROFILE.python, attempt)
+    (look,) = preflight_steps(stage.spec, nodes, PROFILE.python)
+    looking = preflight_argv(look, preflight_place(place, ATTEMPT.node, ATTEMPT), stage.spec.runtime)
+    steps = (srun_argv(step, place, stage.spec.runtime) for step in stage.spec.steps)
+    assert shown == [w for argv in (looking, *steps) for w in argv[1:]]
+    assert f"it's {host}" in shown and look.gpus == 4
+
+
+def test_nodes_of_components_come_on_top() -> None:
+    assert header(sbatch_text(with_server("shared"), PROFILE, ROOT))["nodes"] == "2"
+    assert header(sbatch_text(with_server("shared", nodes=3), PROFILE, ROOT))["nodes"] == "5"
+
+
+def test_a_heterogeneous_job_states_everything_for_each_part() -> None:
+    profile = replace(PROFILE, cpu_partition="cpu&more", gpu_request="gres", sbatch={"nice": 5})
+    text = sbatch_text(with_server("heterogeneous", profile, nodes=2, mem="9G", cpus_per_task=3), profile, ROOT)
+    first, second = (header(part) for part in text.split("#SBATCH hetjob\n"))
+    assert (first["nodes"], first["gres"], first["partition"]) == ("2", "gpu:4", "gpu")
+    assert second == {
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "cpus-per-task": "3",
+        "mem": "9G",
+        "time": first["time"],
+        "partition": "cpu&more",
+        "account": "me",
+        "nice": "5",
+    }
+    before = text.split("#SBATCH hetjob")[0].splitlines()
+    assert all(line.startswith("#") or not line for line in before), "sbatch reads no options after a command"
+
+
+def test_a_value_of_a_component_that_a_directive_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot stand in an sbatch script"):
+        sbatch_text(with_server("heterogeneous", nodes=1, partition="a\nb"), PROFILE, ROOT)
+
+
+def test_what_cannot_be_run_says_so_at_its_top() -> None:
+    stage = replace(planned(), not_built="the trainer", absent=("/data/a\nrm -r x", "/data/b", "/data/c"))
+    lines = sbatch_text(stage, PROFILE, ROOT).split("\n")
+    assert lines[0] == "#!/bin/bash" and "cannot be run" in lines[1] and "not built yet: the trainer" in lines[2]
+    assert lines[3].startswith("# ") and "/data/b and 1 more" in lines[3] and lines[4] == ""
+    assert "cannot be run" not in text()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import UserError
 from launcher.spec import Runtime, StageSpec, Step, read_stage
 from launcher.steps import REFERENCE, Place, SlurmAttempt, fill, local_commands, slurm_place, srun_argv
 
@@ -37,7 +38,7 @@ def test_a_port_of_no_step_is_an_error() -> None:
 
 
 def test_local_ranks_differ_in_rank_alone() -> None:
-    commands = local_commands(STEP, PLACE)
+    commands = local_commands(SPEC, STEP, PLACE, "7:8")
     assert [env["RANK"] for _, env in commands] == [str(i) for i in range(16)]
     assert len({argv for argv, _ in commands}) == 1
     for _, env in commands:
@@ -48,6 +49,19 @@ def test_local_ranks_differ_in_rank_alone() -> None:
             "1",
         )
         assert env["PRISM_STEP"] == "train" and env["MINE"] == "{python}"
+
+
+def test_every_local_rank_gets_a_container_of_its_own() -> None:
+    spec = replace(SPEC, runtime=Runtime(container="docker"), secrets=("TOKEN",))
+    step = replace(STEP, image="cpu:1", ntasks=2)
+    commands = local_commands(spec, step, PLACE, "7:8")
+    assert [env for _, env in commands] == [{}, {}]
+    names = [next(w for w in argv if w.startswith("--name=")) for argv, _ in commands]
+    assert len(set(names)) == 2 and names[0].endswith("-train-0")
+    for rank, (argv, _) in enumerate(commands):
+        assert {"--user=7:8", "--env=TOKEN", "--workdir=/r/s/9.0", f"RANK={rank}", "MINE={python}"} < set(argv)
+        assert f"--label=prism-launch.artifact=/r/{spec.artifact}" in argv
+        assert argv[-7:] == fill(step.argv, PLACE)
 
 
 def test_srun_states_every_count() -> None:
@@ -100,8 +114,74 @@ def test_ports_stay_below_those_that_linux_hands_out(job: int) -> None:
     assert all(20000 <= int(SlurmAttempt(str(job)).port(i)) < 32768 for i in range(10))
 
 
+def test_a_step_starts_where_it_is_planned() -> None:
+    steps = {
+        "main": Step(name="main", argv=("x",), nodes=2, ntasks=2),
+        "beside": Step(name="beside", argv=("x",), role="server"),
+        "behind": Step(name="behind", argv=("x",), role="server", first_node=2),
+        "part": Step(name="part", argv=("x",), role="server", het_group=1),
+        "first": Step(name="first", argv=("x",), het_group=0),
+    }
+    place = Place("/r", "/r/s", "/r/a", "p", dict.fromkeys(steps, "n7"), dict.fromkeys(steps, "1"))
+    where = ("--relative", "--nodelist", "--het-group")
+    got = {n: [w for w in srun_argv(s, place, Runtime()) if w.startswith(where)] for n, s in steps.items()}
+    assert got == {
+        "main": [],
+        "beside": ["--nodelist=n7"],
+        "behind": ["--relative=2"],
+        "part": ["--het-group=1"],
+        "first": ["--het-group=0"],
+    }
+
+
+def scattered() -> StageSpec:
+    """Steps on the job's first node, on its third, and on the first of another part of a heterogeneous job."""
+    steps = (
+        Step(name="here", argv=("{host:third}",)),
+        Step(name="third", argv=("{host:part}",), first_node=2),
+        Step(name="part", argv=("{host:here}",), het_group=2),
+    )
+    return replace(SPEC, steps=steps)
+
+
+def test_hosts_of_an_attempt_are_its_own_and_others_are_references_that_bash_resolves(tmp_path: Path) -> None:
+    known = SlurmAttempt("4", "0", "n1", hosts={"third": "n3", "part": "m1"})
+    assert slurm_place(scattered(), tmp_path, "py", known).hosts == {"here": "n1", "third": "n3", "part": "m1"}
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && printf "%s\\n" $3\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    lists = {"SLURM_JOB_NODELIST": "n1 n2 n3", "SLURM_JOB_NODELIST_HET_GROUP_2": "m1 m2", "SLURMD_NODENAME": "n1"}
+    env = {**os.environ, **lists, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for step, host in slurm_place(scattered(), tmp_path, "py").hosts.items():
+        done = subprocess.run(["bash", "-c", f"echo {host}"], capture_output=True, text=True, env=env)
+        assert done.stdout.strip() == {"here": "n1", "third": "n3", "part": "m1"}[step]
+
+
+def test_ports_of_a_stage_are_folders_and_progress_is_kept() -> None:
+    place = slurm_place(SPEC, Path("/r"), "py")
+    argv = ("{input:checkpoint}/x", "{output:checkpoint}", "{progress}/y", "--seed={seed}")
+    assert fill(argv, place) == (
+        f"/r/{SPEC.inputs['checkpoint'].path}/x",
+        f"/r/{SPEC.artifact}.partial/checkpoint",
+        f"/r/{SPEC.artifact}.partial/progress/y",
+        f"--seed={SPEC.seed}",
+    )
+
+
+@pytest.mark.parametrize("root", ["/a$b", '/a"b', "/a\\b"])
+def test_a_path_that_another_programs_quotes_cannot_hold_is_refused(root: str) -> None:
+    place = slurm_place(SPEC, Path(root), "py")
+    assert fill(("{progress}",), place)
+    with pytest.raises(UserError, match="cannot be quoted in model.path"):
+        fill(('model.path="{progress}/y"',), place)
+
+
 def test_references_are_all_known_as_such() -> None:
-    place = slurm_place(two_steps(), Path("/r"), "py")
+    for spec in (two_steps(), scattered()):
+        all_are_known(spec)
+
+
+def all_are_known(spec: StageSpec) -> None:
+    place = slurm_place(spec, Path("/r"), "py")
     late = [place.attempt_dir, *place.hosts.values(), *place.ports.values()]
     assert not any("$" in REFERENCE.sub("", text) for text in late)
     assert all(REFERENCE.search(text) for text in late)

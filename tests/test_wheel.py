@@ -35,7 +35,7 @@ def test_login_side_without_torch(login: Path, tmp_path: Path) -> None:
     assert subprocess.run([str(login / "python"), "-c", absent]).returncode == 0
     listed = run(login, tmp_path, "recipes", "--json")
     assert "demo" in [r["name"] for r in json.loads(listed.stdout)], listed.stderr
-    for args in (("check", "demo"), ("plan", "demo"), ("schema",), ("clusters",)):
+    for args in (("check", "demo"), ("plan", "demo"), ("schema",), ("cluster", "list")):
         done = run(login, tmp_path, *args)
         assert done.returncode == 0, done.stderr
     for cluster in ("example-pyxis", "example-apptainer"):

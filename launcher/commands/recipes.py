@@ -32,7 +32,7 @@ def check(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """Show the stages and what is done already."""
     root = root_of(args)
-    records = records_of(args, profile_of(args))
+    records = records_of(args, profile_of(args), elsewhere=True)
     if args.json:
         print_json([_plan_json(root, record) for record in records])
         return 0
@@ -62,6 +62,8 @@ def _plan_json(root: Path, record: RunRecord) -> dict[str, Any]:
             "resources": encode(s.resources),
             "tokens": _tokens(s),
             "done": _is_done(root, s),
+            "not_built": s.not_built,
+            "absent": list(s.absent),
         }
         for s in record.stages
     ]
@@ -92,9 +94,9 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
     title = f"run {record.run} on {record.cluster}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", "tokens", ""):
-        table.add_column(column, justify="right" if column in ("nodes\n×GPUs", "tokens") else "left", no_wrap=True)
-    if any(stage.inserted for stage in record.stages):
-        table.caption, table.caption_justify = "Conversions are inserted by the plan.", "left"
+        number = column in ("nodes\n×GPUs", "tokens")
+        table.add_column(column, justify="right" if number else "left", no_wrap=column != "reads")
+    table.caption, table.caption_justify = Text("\n".join(_caption(record))), "left"
     for stage in record.stages:
         spec, tokens = stage.spec, _tokens(stage)
         table.add_row(
@@ -102,11 +104,21 @@ def _plan_table(root: Path, record: RunRecord) -> Any:
             spec.kind,
             Text(_reads(record, stage)),
             "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
-            f"{stage.resources.nodes}×{stage.resources.gpus_per_node}",
+            "\n".join(f"{part.nodes}×{part.gpus_per_node}" for part in stage.job_parts.values()),
             format_count(tokens) if tokens else "",
-            "[green]done[/]" if _is_done(root, stage) else "",
+            Text("done", "green") if _is_done(root, stage) else Text(_mark(stage), "yellow"),
         )
     return table
+
+
+def _mark(stage: PlannedStage) -> str:
+    return "\n".join([*(["not built"] if stage.not_built else []), *(["input absent"] if stage.absent else [])])
+
+
+def _caption(record: RunRecord) -> list[str]:
+    inserted = any(stage.inserted for stage in record.stages)
+    lines = [f"{s.spec.stage}: {why}" for s in record.stages for why in s.obstacles]
+    return [*(["Conversions are inserted by the plan."] if inserted else []), *lines]
 
 
 def render(args: argparse.Namespace) -> int:
@@ -114,7 +126,7 @@ def render(args: argparse.Namespace) -> int:
     from launcher.render import render_plan
 
     profile = slurm_profile(args)
-    records = records_of(args, profile)
+    records = records_of(args, profile, elsewhere=True)
     target = Path(args.output)
     targets = [target if len(records) == 1 else target / record.run for record in records]
     for record, folder in zip(records, targets, strict=True):
@@ -125,6 +137,42 @@ def render(args: argparse.Namespace) -> int:
         for folder in targets:
             print(f"{folder}: rendered; submit by hand with {folder}/submit.sh")
     return 0
+
+
+def backends(args: argparse.Namespace) -> int:
+    """Which model × algorithm × RL backend works, and why another does not."""
+    from launcher.rl import matrix
+
+    rows = list(matrix())
+    if args.json:
+        keys = ("backend", "algorithm", "family", "state", "reason")
+        models = _models()
+        print_json([{**dict(zip(keys, row, strict=True)), "models": models.get(row[2], [])} for row in rows])
+        return 0
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    families: dict[tuple[str, ...], list[str]] = {}
+    for backend, algorithm, family, state, reason in rows:
+        families.setdefault((backend, algorithm, state, reason), []).append(family)
+    table = Table("backend", "algorithm", "models", "state", "why", box=box.SIMPLE_HEAD)
+    for (backend, algorithm, state, reason), names in families.items():
+        table.add_row(backend, algorithm, ", ".join(names), state, reason)
+    table.caption = "rendered: planned and rendered in full, and refused by run"
+    Console().print(table)
+    return 0
+
+
+def _models() -> dict[str, list[str]]:
+    """The shipped models by family."""
+    from launcher.data import data_dir
+    from launcher.recipe.document import read_document
+
+    found: dict[str, list[str]] = {}
+    for path in sorted((data_dir("recipes") / "models").glob("*.yaml")):
+        found.setdefault(read_document(path, str(path)).data["family"], []).append(path.stem)
+    return found
 
 
 def recipes(args: argparse.Namespace) -> int:

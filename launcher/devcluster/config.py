@@ -111,6 +111,7 @@ def profile_text(site: Site, python: str, code: Path | None) -> str:
     values = {
         "description": f"dev cluster in {site.folder}: {size}",
         "python": python,
+        "slurm_conf": f"{site.folder}/etc/slurm.conf",
         "code": str(code) if code else None,
     }
     quoted = {name: json.dumps(value) for name, value in values.items()}

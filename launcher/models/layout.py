@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.configs import TrainConfig
+from launcher.configs import Parallelism, TrainConfig
 from launcher.models.shape import ModelShape
 
 
@@ -10,47 +10,91 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     """Everything that keeps `config` from training a model of `shape` on `world_size` processes.
 
     Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what
-    megatron-core without a GPU cannot do: `cpu_mode` does not reach what runs inside a backward pass, and local
-    attention has no window.
+    megatron-core without a GPU cannot do: `cpu_mode` does not reach what runs inside a backward pass.
+    """
+    layout = _chosen(config)
+    problems = [
+        *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
+        *_data_problems(config, world_size),
+    ]
+    if cpu and layout.recompute != "none":
+        problems.append("parallelism.recompute: needs GPUs; on a CPU set none")
+    return problems
+
+
+def _chosen(config: TrainConfig) -> Parallelism:
+    assert config.parallelism != "auto", "`launcher.fit.auto` chooses before anything is checked"
+    return config.parallelism
+
+
+def split_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> list[str]:
+    """Why a model and its sequences cannot be split so; each line starts with the size's name.
+
+    The rules are megatron-core 0.16.1's.
     """
     return [
-        *_tensor_problems(shape, config),
-        *_pipeline_problems(shape, config),
-        *_data_problems(config, world_size),
-        *_unbuilt_problems(config),
-        *(_cpu_problems(shape, config) if cpu else []),
+        *_tensor_problems(shape, layout, seq_length),
+        *_pipeline_problems(shape, layout),
+        *_context_problems(shape, layout, seq_length),
+        *_recompute_problems(shape, layout),
     ]
 
 
-def _tensor_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
-    layout = config.parallelism
-    size = layout.tensor_model_parallel_size
+def _has_mamba(shape: ModelShape) -> bool:
+    return "M" in (shape.hybrid_override_pattern or "")
+
+
+def _tensor_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> list[str]:
+    size, both = layout.tensor_model_parallel_size, layout.tensor_model_parallel_size * layout.context_parallel_size
     counts = {
         "attention heads": shape.num_attention_heads,
         "query groups": shape.num_query_groups,
         "rows of the padded vocabulary": shape.padded_vocab_size,
         "MLP columns": shape.ffn_hidden_size,
     }
-    if "M" in (shape.hybrid_override_pattern or ""):
+    if _has_mamba(shape):
         counts |= {"Mamba heads": shape.mamba_num_heads, "Mamba groups": shape.mamba_num_groups}
-    path = "parallelism.tensor_model_parallel_size"
+    path = "tensor_model_parallel_size"
     problems = [f"{path}: {size} does not divide the model's {n} {what}" for what, n in counts.items() if n % size]
     if layout.sequence_parallel and size == 1:
-        problems.append("parallelism.sequence_parallel: needs tensor_model_parallel_size above 1")
-    if layout.sequence_parallel and config.seq_length % size:
-        problems.append(f"{path}: {size} does not divide seq_length {config.seq_length}, as sequence_parallel needs")
+        problems.append("sequence_parallel: needs tensor_model_parallel_size above 1")
+    if layout.sequence_parallel and seq_length % both:
+        problems.append(f"{path}: {both} ranks do not divide seq_length {seq_length}, as sequence_parallel needs")
     return problems
 
 
-def _pipeline_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
-    size = config.parallelism.pipeline_model_parallel_size
+def _pipeline_problems(shape: ModelShape, layout: Parallelism) -> list[str]:
+    size = layout.pipeline_model_parallel_size
     if shape.num_layers % size == 0:
         return []
-    return [f"parallelism.pipeline_model_parallel_size: {size} does not divide the model's {shape.num_layers} layers"]
+    return [f"pipeline_model_parallel_size: {size} does not divide the model's {shape.num_layers} layers"]
+
+
+def _context_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> list[str]:
+    size, path = layout.context_parallel_size, f"context_parallel_size: {layout.context_parallel_size}"
+    if size == 1:
+        return []
+    problems = []
+    if seq_length % (2 * size):
+        problems.append(f"{path} x 2 does not divide seq_length {seq_length}")
+    if _has_mamba(shape):
+        heads = shape.mamba_num_heads // layout.tensor_model_parallel_size
+        groups = max(1, shape.mamba_num_groups // layout.tensor_model_parallel_size)
+        if heads % size:
+            problems.append(f"{path} does not divide the {heads} Mamba heads of a rank")
+        if groups % size and size % groups:
+            problems.append(f"{path} and the {groups} Mamba groups of a rank do not divide one another")
+    return problems
+
+
+def _recompute_problems(shape: ModelShape, layout: Parallelism) -> list[str]:
+    if layout.recompute == "full" and shape.hybrid_override_pattern is not None:
+        return ["recompute: megatron-core computes no Mamba layer again, so full would be ignored; set none or mlp"]
+    return []
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
-    layout = config.parallelism
+    layout = _chosen(config)
     model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     if world_size % model_ranks:
         return [
@@ -64,21 +108,3 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"{config.micro_batch_size} x {replicas} data-parallel replicas"
         ]
     return []
-
-
-def _unbuilt_problems(config: TrainConfig) -> list[str]:
-    if config.parallelism.context_parallel_size == 1:
-        return []
-    return ["parallelism.context_parallel_size: the trainer does not split sequences over ranks yet; set 1"]
-
-
-def _cpu_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
-    problems = []
-    if config.parallelism.recompute_activations:
-        problems.append("parallelism.recompute_activations: needs GPUs; on a CPU set false")
-    if shape.window_size is not None and shape.window_size < config.seq_length:
-        problems.append(
-            f"seq_length: {config.seq_length} is above the model's sliding window of {shape.window_size}, "
-            "and attention on a CPU has none; lower it"
-        )
-    return problems

@@ -26,7 +26,7 @@ class Recipe:
     """A recipe after `base:`, `matrix:` and `--set`: one run. `name` is the run's name.
 
     `overrides` are the matrix' and `--set`'s, as `key=value`; `resolved` is the whole recipe as plain data;
-    `positions` maps a dotted path (`stages.midtrain.lr`) to `file:line`.
+    `positions` maps a dotted path (`stages.midtrain.lr`) to `file:line`; `secrets` names variables of the shell.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Recipe:
     overrides: tuple[str, ...]
     resolved: Mapping[str, Any]
     positions: Mapping[str, str]
+    secrets: tuple[str, ...] = ()
 
     def where(self, path: str) -> str:
         """`file:line` of a dotted path, or of its nearest parent that the file holds."""

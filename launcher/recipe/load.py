@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources
+from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources, TrainConfig
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
@@ -19,8 +19,9 @@ from launcher.recipe.document import Document, join, merge_documents, parse_valu
 from launcher.spec import SpecError, decode, did_you_mean
 from launcher.units import parse_duration
 
-TOP_KEYS = ("name", "description", "base", "model", "seed", "matrix", "resources", "stages")
+TOP_KEYS = ("name", "description", "base", "model", "seed", "secrets", "matrix", "resources", "stages")
 STAGE_KINDS = tuple(kind for kind in CONFIGS if kind != "convert")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("-to-hf", "-to-megatron", "-to-nemo")
 
@@ -165,6 +166,7 @@ def _load_point(
         overrides=tuple(applied),
         resolved=reader.data,
         positions=reader.positions,
+        secrets=tuple(reader.data.get("secrets") or ()),
     )
 
 
@@ -245,6 +247,9 @@ def _check_top(reader: _Reader) -> None:
         value = reader.data.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             reader.problem(key, f"expected {noun}, got {value!r}")
+    secrets = reader.data.get("secrets") or []
+    if not isinstance(secrets, list) or not all(isinstance(s, str) and _VARIABLE.fullmatch(s) for s in secrets):
+        reader.problem("secrets", "expected a list of names of variables, such as [HF_TOKEN]; never their values")
     if not isinstance(reader.data.get("stages"), Mapping) or not reader.data["stages"]:
         reader.problem("stages", "is required: a mapping of stage names to stages")
 
@@ -313,17 +318,22 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 
 
 def _with_absolute_paths(config: Any, folder: Path) -> Any:
-    """Text and a tokenizer are found from the recipe's folder, wherever the command is typed and the worker runs."""
+    """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
+    the command is typed and the worker runs."""
+    if isinstance(config, TrainConfig) and config.entrypoint:
+        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
     if not isinstance(config, PrepareConfig):
         return config
+    named = folder / Path(config.folder or ".").expanduser()
 
     def absolute(part: Any) -> Any:
         if not part.path or part.path.startswith("hf:"):
             return part
-        return replace(part, path=os.path.abspath(folder / Path(part.path).expanduser()))
+        return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
 
     sources = {name: absolute(source) for name, source in config.sources.items()}
-    return replace(config, sources=sources, tokenizer=absolute(config.tokenizer))
+    problems = {name: absolute(problem_set) for name, problem_set in config.problems.items()}
+    return replace(config, sources=sources, problems=problems, tokenizer=absolute(config.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -348,6 +358,20 @@ def _read_model(reader: _Reader, stage: str, model: Any) -> Any:
     before = len(reader.problems)
     reader.decode(ModelConfig, document.data, f"{stage}.model")
     return document.data if len(reader.problems) == before else None
+
+
+def read_model(name: str) -> ModelConfig:
+    """A model of ours by name, or a model's YAML file. Raises UserError with those there are, or with its problems."""
+    file = _model_file(name, Path())
+    if file is None:
+        known = model_names()
+        raise UserError(f"no model {name}{did_you_mean(name, known)}; there is {', '.join(known)}")
+    document = read_document(file, os.path.relpath(file))
+    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [])
+    model: ModelConfig | None = reader.decode(ModelConfig, document.data, "")
+    if model is None:
+        raise UserError(reader.problems)
+    return model
 
 
 def _model_file(name: str, folder: Path) -> Path | None:

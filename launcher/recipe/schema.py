@@ -22,6 +22,11 @@ _TOP: dict[str, Any] = {
     },
     "model": {"description": "The model of every train stage: a name in recipes/models, a .yaml file or a mapping."},
     "seed": {"type": "integer", "default": 0, "description": "Seed of every stage that names none."},
+    "secrets": {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "Variables of the submitting shell that the stages need, such as HF_TOKEN: names, never values.",
+    },
     "matrix": {
         "type": "object",
         "description": "Keys as for --set, each with a list of values; one run a combination.",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.costs import cost_of, lives_of, lost_seconds, queue_seconds
 from launcher.errors import UserError
 from launcher.progress import METRICS
+from launcher.report.numbers import total_cost
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import StageSpec
 from launcher.state import StageState, State, stage_states
@@ -19,13 +22,14 @@ from launcher.state import StageState, State, stage_states
 Row = dict[str, Any]
 
 
-def collect(root: Path, record: RunRecord) -> dict[str, Any]:
+def collect(root: Path, record: RunRecord, submitted: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What a run has measured so far: one list of rows a name in TABLES, facts of the run, and `missing` in words.
 
     A row's `stage` is the stage it comes from. Figures that are no numbers (nan, inf) are None, so that the whole is
-    JSON. Raises UserError where no stage has left anything.
+    JSON. `submitted` maps the run's Slurm jobs to when they were submitted. Raises UserError where no stage has left
+    anything.
     """
-    read = _read_stages(root, record)
+    read = _read_stages(root, record, submitted or {})
     data: dict[str, Any] = {
         "run": record.run,
         "recipe": record.recipe,
@@ -36,10 +40,11 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
         "git": record.git,
         "versions": dict(record.versions),
         "model": _model(read),
-        **{name: [row for stage in read for row in _rows(name, stage)] for name in TABLES},
+        **{name: [row for stage in read for row in _rows(name, stage)] for name in _TABLES},
         "dtypes": {name: kinds for s in read for name, kinds in s.analysis.get("dtypes", {}).items()},
         "missing": [line for stage in read if (line := stage.missing)],
     }
+    data["cost"] = total_cost(data["costs"])
     if not any(stage.has_figures for stage in read):
         reasons = "; ".join(line for stage in read if (line := stage.missing) and stage.state != "waiting")
         why = f" ({reasons})" if reasons else ""
@@ -47,15 +52,44 @@ def collect(root: Path, record: RunRecord) -> dict[str, Any]:
             f"run {record.run}: nothing is done yet, so there is nothing to report{why}; "
             f"see `prism-launch status {record.run}`, go on with `prism-launch resume {record.run}`"
         )
+    data["results"] = pooled(data["results_by_seed"])
+    if len(data["results"]) == len(data["results_by_seed"]):
+        data["results_by_seed"] = []  # one seed: the same rows
     finite: dict[str, Any] = _finite(data)
     return finite
+
+
+def pooled(rows: Iterable[Row]) -> list[Row]:
+    """One row for each checkpoint, benchmark and temperature: figures are means over the sampling seeds.
+
+    `stderr` is the binomial one of the mean accuracy for `n` problems, however many seeds there are: samples of one
+    problem are not independent, so this errs on the large side.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["checkpoint"], row["benchmark"], row["temperature"]), []).append(row)
+    return [_mean(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _mean(group: list[Row]) -> Row:
+    first = {k: v for k, v in group[0].items() if k not in ("seed", "upper95", "lower95")}
+    for key in [k for k in first if k == "accuracy" or k.endswith(("_share", "_accuracy", "formed", "_length"))]:
+        values = [row[key] for row in group if row.get(key) is not None]
+        first[key] = sum(values) / len(values) if values else None
+    accuracy, n = first["accuracy"], first["n"]
+    bound = {0: {"upper95": 3 / n}, 1: {"lower95": 1 - 3 / n}}.get(accuracy, {})
+    return {**first, "stderr": math.sqrt(accuracy * (1 - accuracy) / n), "seeds": len(group), **bound}
 
 
 class _Stage:
     """A stage with what it left: its receipt if it is done, its metrics also where it is not."""
 
-    def __init__(self, root: Path, planned: PlannedStage, receipt: store.Receipt | None, now: StageState):
+    def __init__(
+        self, root: Path, planned: PlannedStage, receipt: store.Receipt | None, now: StageState, waits: _Waits
+    ):
         self.planned, self.receipt = planned, receipt
+        self.lives = lives_of(root, planned, time.time(), now.state == "running")
+        self.queue_seconds = queue_seconds(self.lives, *waits)
         self.state, self.message = now.state, now.message
         spec = planned.spec
         self.metrics = _read_lines(
@@ -96,15 +130,27 @@ _STATES: dict[State, str] = {
     "failed": "failed",
     "stopped": "was stopped",
     "interrupted": "was interrupted",
+    "queued": "waits in the queue",
     "waiting": "has not been run",
 }
 
 
-def _read_stages(root: Path, record: RunRecord) -> list[_Stage]:
+#: When each job was submitted, and when the stage could have begun.
+_Waits = tuple[Mapping[str, float], float]
+
+
+def _read_stages(root: Path, record: RunRecord, submitted: Mapping[str, float]) -> list[_Stage]:
     receipts = {s.spec.stage: store.read_receipt(root, s.spec.artifact) for s in record.stages}
     states = stage_states(root, record, {name: receipt for name, receipt in receipts.items() if receipt})
+    made = {name: receipt.created for name, receipt in receipts.items() if receipt}
     return [
-        _Stage(root, planned, receipts[planned.spec.stage], now)
+        _Stage(
+            root,
+            planned,
+            receipts[planned.spec.stage],
+            now,
+            (submitted, max((made.get(d, 0.0) for d in planned.depends), default=0.0)),
+        )
         for planned, now in zip(record.stages, states, strict=True)
     ]
 
@@ -220,9 +266,50 @@ def _stages(stage: _Stage) -> list[Row]:
     return [row]
 
 
+def _costs(stage: _Stage) -> list[Row]:
+    """One row: what this run's attempts at the stage have cost; zeros where another run made the artifact."""
+    cost, made = cost_of(stage.lives, stage.planned.resources), stage.receipt
+    core_seconds = made.seconds * cost.cores if made and stage.lives else 0
+    row = {
+        "attempts": cost.attempts,
+        "classes": dict(cost.classes or {}),
+        "seconds": cost.seconds,
+        "gpus": cost.gpus,
+        "cores": cost.cores,
+        "gpu_hours": cost.gpu_hours,
+        "core_hours": cost.core_hours,
+        "queue_seconds": stage.queue_seconds,
+        "lost_seconds": cost.lost_seconds,
+        "lost_share": cost.lost_seconds / cost.seconds if cost.seconds else None,
+        "core_use": made.cpu_seconds / core_seconds if made and core_seconds else None,
+    }
+    return [row]
+
+
+def _attempts(stage: _Stage) -> list[Row]:
+    """One row an attempt, the oldest first."""
+    resources = stage.planned.resources
+    gpus = resources.nodes * resources.gpus_per_node
+    return [
+        {
+            "attempt": life.attempt.name,
+            "job": life.attempt.owner.job if life.attempt.owner else None,
+            "class": life.exit_class,
+            "message": str((life.attempt.end or {}).get("message", "")),
+            "started": life.started,
+            "seconds": life.seconds,
+            "gpu_hours": gpus * life.seconds / 3600,
+            "first_step": life.first,
+            "last_step": (life.attempt.beat or {}).get("step"),
+            "lost_seconds": lost,
+        }
+        for life, lost in zip(stage.lives, lost_seconds(stage.lives), strict=True)
+    ]
+
+
 #: Table to the kind of stage that fills it ("": every kind) and what it gives.
 _TABLES: dict[str, tuple[str, Callable[[_Stage], Iterable[Mapping[str, Any]]]]] = {
-    "results": ("evaluate", lambda s: s.results),
+    "results_by_seed": ("evaluate", lambda s: s.results),
     "weights": ("analyze", lambda s: s.analysis.get("weights", ())),
     "weights_by_module": ("analyze", lambda s: s.analysis.get("weights_by_module", ())),
     "cka": ("analyze", lambda s: s.analysis.get("cka", ())),
@@ -233,11 +320,15 @@ _TABLES: dict[str, tuple[str, Callable[[_Stage], Iterable[Mapping[str, Any]]]]] 
     "sources": ("prepare", _sources),
     "problem_sets": ("prepare", _problem_sets),
     "stages": ("", _stages),
+    "costs": ("", _costs),
+    "attempts": ("", _attempts),
 }
 #: The tables of the report: each a list of rows under this key of the JSON, and a CSV file of this name.
-TABLES = tuple(_TABLES)
+TABLES = ("results", *_TABLES)
 
 
 def _rows(table: str, stage: _Stage) -> list[Row]:
     kind, read = _TABLES[table]
-    return [{"stage": stage.spec.stage, **row} for row in read(stage)] if kind in ("", stage.spec.kind) else []
+    # Parts of a stage that fans out are one stage in every table but that of the stages.
+    name = stage.planned.part_of if kind and stage.planned.part_of else stage.spec.stage
+    return [{"stage": name, **row} for row in read(stage)] if kind in ("", stage.spec.kind) else []

@@ -74,6 +74,26 @@ def pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return unique((r["from"], r["to"]) for r in rows)
 
 
+def total_cost(rows: Sequence[Row]) -> dict[str, Any]:
+    """The sum of the stages' costs; waiting times are summed too, though stages may have waited side by side."""
+    total: dict[str, Any] = {k: sum(r[k] for r in rows) for k in ("attempts", "seconds", "gpu_hours", "core_hours")}
+    waits = [r["queue_seconds"] for r in rows if r["queue_seconds"] is not None]
+    # A lost hour of eight GPUs weighs eight times that of one; where there are GPUs, they are what counts.
+    unit = "gpus" if total["gpu_hours"] else "cores"
+    spent, lost = (sum(r[key] * r[unit] for r in rows) for key in ("seconds", "lost_seconds"))
+    classes: dict[str, int] = {}
+    for row in rows:
+        for name, count in row["classes"].items():
+            classes[name] = classes.get(name, 0) + count
+    share = lost / spent if spent else None
+    return {**total, "queue_seconds": sum(waits) if waits else None, "lost_share": share, "classes": classes}
+
+
+def classes_text(classes: Mapping[str, int]) -> str:
+    """`finished, 2 × preempted`; an en dash for none."""
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in classes.items()) or "–"
+
+
 # ------------------------------------------------------------------------------------------------------------ writing
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launcher.report.costs import costs
 from launcher.report.limits import limits
 from launcher.report.markup import bullets, figures, folded, paragraph, table, text
 from launcher.report.numbers import (
@@ -38,6 +39,7 @@ def render_page(data: Data, drawn: Figures, trouble: str | None = None) -> str:
         ("cka", "Similarity of representations", _cka(data, drawn)),
         ("data", "Data", _data(data, drawn)),
         ("run", "How it ran", _run(data)),
+        ("cost", "What it cost", costs(data)),
         ("limits", "What this does and does not show", _limits(data)),
     ]
     shown = [(name, title, body) for name, title, body in sections if body]

@@ -9,6 +9,7 @@ from launcher.report.numbers import (
     accuracy_text,
     at_threshold,
     cka_text,
+    classes_text,
     figure,
     listed,
     percent,
@@ -16,6 +17,7 @@ from launcher.report.numbers import (
     unique,
 )
 from launcher.report.words import lowest_cka
+from launcher.units import format_duration
 
 
 def render_table(data: Data) -> Any:
@@ -26,7 +28,20 @@ def render_table(data: Data) -> Any:
     tables = [_results(data, benchmark) for benchmark in unique(r["benchmark"] for r in data["results"])]
     changes = [_changes(data)] if data["weights"] else []
     missing = [Text(f"missing: {line}", style="yellow") for line in data["missing"]]
-    return Group(*tables, *changes, *missing)
+    return Group(*tables, *changes, *_cost(data), *missing)
+
+
+def _cost(data: Data) -> list[Any]:
+    from rich.text import Text
+
+    cost = data["cost"]
+    if not cost["attempts"]:
+        return []
+    unit = "GPU" if cost["gpu_hours"] else "core"
+    parts = [f"{figure(cost[f'{unit.lower()}_hours'])} {unit}-hours", f"{percent(cost['lost_share'])} of them lost"]
+    if cost["queue_seconds"] is not None:
+        parts.append(f"{format_duration(cost['queue_seconds'])} in the queue")
+    return [Text(f"cost: {', '.join(parts)}; attempts: {classes_text(cost['classes'])}")]
 
 
 def _table(title: str, columns: list[str]) -> Any:

@@ -23,12 +23,13 @@ DRAWING_LIMIT = 300
 NO_MATPLOTLIB = 3
 
 
-def write_report(root: Path, record: RunRecord) -> Path:
+def write_report(root: Path, record: RunRecord, submitted: Mapping[str, float] | None = None) -> Path:
     """Write ROOT/runs/NAME/report/: report.html, report.json, TABLE.csv. Returns the page's path.
 
     Where figures cannot be drawn the page has tables alone and says why. Raises UserError where nothing is done.
+    `submitted` is as for `collect`.
     """
-    data = collect(root, record)
+    data = collect(root, record, submitted)
     folder = store.run_dir(root, record.run) / "report"
     figures, trouble = draw_figures(data)
     store.write_atomic(folder / "report.json", json.dumps(data, indent=2) + "\n")

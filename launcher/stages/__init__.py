@@ -1,7 +1,8 @@
 """The stage kinds, one module each: what a config reads, the ports it fills, and the steps that do it.
 
-Every module has `VERSION` (raised when the same config gives another artifact), `OUTPUTS` (port to format),
-`needs(config)` and `steps(config, resources)`.
+Every module has `VERSION` (raised when the same config gives another artifact), `outputs(config)` (port to format),
+`needs(config)`, `steps(config, resources)` and `not_built(config)`, which says why this version can plan and render a
+stage but not run it (None: it can); one whose stages may fan out also `parts(config, seed)`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,11 @@ from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"analysis": "analysis"}
+
+
+def outputs(config: AnalyzeConfig) -> dict[str, Format]:
+    """Its one port."""
+    return {"analysis": "analysis"}
 
 
 def needs(config: AnalyzeConfig) -> tuple[Need, ...]:
@@ -25,3 +29,8 @@ def needs(config: AnalyzeConfig) -> tuple[Need, ...]:
 def steps(config: AnalyzeConfig, resources: Resources) -> tuple[Step, ...]:
     """One process."""
     return (worker_step("analyze", resources),)
+
+
+def not_built(config: AnalyzeConfig) -> str | None:
+    """Everything is built."""
+    return None

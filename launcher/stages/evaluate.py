@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
 from launcher.configs import EvaluateConfig, Resources
 from launcher.spec import Format, Step
-from launcher.stages import Need, item_need, worker_step
+from launcher.stages import Need, item_need, split_ref, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"scores": "scores"}
+
+
+def outputs(config: EvaluateConfig) -> dict[str, Format]:
+    """Its one port."""
+    return {"scores": "scores"}
 
 
 def needs(config: EvaluateConfig) -> tuple[Need, ...]:
@@ -19,6 +27,30 @@ def needs(config: EvaluateConfig) -> tuple[Need, ...]:
     return (*checkpoints, *problems)
 
 
+def parts(config: EvaluateConfig, seed: int) -> Mapping[str, tuple[EvaluateConfig, int]]:
+    """The evaluations that a stage fans out into, with their seeds, by the ends of their names; none: it does not.
+
+    Each is what a stage with this one benchmark and this seed would be, so the two share their artifact.
+    """
+    if not config.fan_out:
+        return {}
+    items = Counter(split_ref(ref)[1] for ref in config.benchmarks)
+    found = {}
+    for ref in config.benchmarks:
+        maker, item = split_ref(ref)
+        name = str(item) if items[item] == 1 else f"{maker}.{item}"
+        for s in config.seeds or (seed,):
+            found[f"{name}.{s}"] = (replace(config, benchmarks=(ref,), seeds=(), fan_out=False), s)
+    return found
+
+
 def steps(config: EvaluateConfig, resources: Resources) -> tuple[Step, ...]:
     """One process."""
     return (worker_step("evaluate", resources),)
+
+
+def not_built(config: EvaluateConfig) -> str | None:
+    """Several samples a problem, and a part of the probability."""
+    if config.samples > 1 or config.top_p < 1:
+        return "several samples a problem (samples) and sampling from the likeliest words alone (top_p)"
+    return None

@@ -7,7 +7,16 @@ from launcher.spec import Format, Step
 from launcher.stages import Need, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"tokenizer": "tokenizer", "tokens": "tokens", "prompts": "prompts"}
+
+
+def outputs(config: PrepareConfig) -> dict[str, Format]:
+    """The ports that it fills; one that nothing fills is none: an empty one is taken for a fault of the worker."""
+    ports: dict[str, Format] = {"tokenizer": "tokenizer"}
+    return {
+        **ports,
+        **({"tokens": "tokens"} if config.sources else {}),
+        **({"prompts": "prompts"} if config.problems else {}),
+    }
 
 
 def needs(config: PrepareConfig) -> tuple[Need, ...]:
@@ -18,3 +27,12 @@ def needs(config: PrepareConfig) -> tuple[Need, ...]:
 def steps(config: PrepareConfig, resources: Resources) -> tuple[Step, ...]:
     """One process."""
     return (worker_step("prepare", resources),)
+
+
+def not_built(config: PrepareConfig) -> str | None:
+    """Published data sets and problem sets."""
+    sources = [name for name, source in config.sources.items() if source.kind == "dataset"]
+    sets = [name for name, problems in config.problems.items() if problems.path]
+    missing = [f"sources of kind dataset ({', '.join(sources)})"] if sources else []
+    missing += [f"published problem sets ({', '.join(sets)})"] if sets else []
+    return " and ".join(missing) or None

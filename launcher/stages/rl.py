@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from launcher.configs import Resources, RLConfig
-from launcher.rl import backend
+from launcher.rl import backend, backends
 from launcher.spec import Format, Step
 from launcher.stages import Need, item_need
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"checkpoint": "hf"}
+
+
+def outputs(config: RLConfig) -> dict[str, Format]:
+    """The policy, in the format that the backend writes; hf where the backend is unknown, which `needs` refuses."""
+    module = backends().get(config.backend)
+    return {"checkpoint": module.MAKES if module else "hf"}
 
 
 def needs(config: RLConfig) -> tuple[Need, ...]:
@@ -23,3 +28,9 @@ def needs(config: RLConfig) -> tuple[Need, ...]:
 def steps(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
     """The backend's components."""
     return tuple(backend(config.backend).components(config, resources))
+
+
+def not_built(config: RLConfig) -> str | None:
+    """As the backend says."""
+    reason: str | None = backend(config.backend).NOT_BUILT
+    return reason

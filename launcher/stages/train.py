@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.configs import Resources, TrainConfig
 from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, split_ref, worker_step
 
 VERSION = 1
-OUTPUTS: dict[str, Format] = {"checkpoint": "megatron"}
+
+
+def outputs(config: TrainConfig) -> dict[str, Format]:
+    """Its one port."""
+    return {"checkpoint": "megatron"}
 
 
 def needs(config: TrainConfig) -> tuple[Need, ...]:
     """The blend's tokens, the tokenizer that made them, and the checkpoint if one is named."""
-    tokens = [item_need(ref, f"data.{ref}", "tokens") for ref in config.data]
-    makers = dict.fromkeys(split_ref(ref)[0] for ref in config.data)
+    held_out = [(ref, f"validation[{i}]") for i, ref in enumerate(config.validation)]
+    read = [*((ref, f"data.{ref}") for ref in config.data), *held_out]
+    tokens = [item_need(ref, where, "tokens") for ref, where in read]
+    makers = dict.fromkeys(split_ref(ref)[0] for ref, _ in read)
     tokenizers = [Need(f"{m}.tokenizer", m, "data", "tokenizer", ("tokenizer",)) for m in makers]
     start = config.checkpoint
     checkpoint = [Need("checkpoint", start, "checkpoint", "checkpoint", ("megatron",))] if start else []
@@ -21,5 +29,13 @@ def needs(config: TrainConfig) -> tuple[Need, ...]:
 
 
 def steps(config: TrainConfig, resources: Resources) -> tuple[Step, ...]:
-    """One process a rank."""
-    return (worker_step("train", resources),)
+    """One process a rank: our loop, or the script that the recipe names."""
+    step = worker_step("train", resources)
+    if config.entrypoint is None:
+        return (step,)
+    return (replace(step, argv=("{python}", "-m", "launcher.workers.train_script", "{stage_json}")),)
+
+
+def not_built(config: TrainConfig) -> str | None:
+    """Everything is built."""
+    return None

@@ -3,7 +3,9 @@ another life."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -15,10 +17,12 @@ from typing import Protocol
 
 import launcher
 from launcher import store
+from launcher.containers import DETACHED, LEAKS, container_name
 from launcher.spec import ExitClass, StageSpec, Step
-from launcher.steps import Place, local_commands
+from launcher.steps import Place, local_commands, place_of
 from launcher.store import Owner
 from launcher.supervisor.classify import Outcome
+from launcher.supervisor.containers import contain, remove_leftovers
 from launcher.supervisor.preflight import Findings
 from launcher.supervisor.processes import Process, popen
 
@@ -80,26 +84,42 @@ class ThisMachine:
 
     def place(self) -> Place:
         """This machine, a free port for each step."""
-        return Place(
-            root=str(self.root),
-            stage_json=str(self.stage_json),
-            attempt_dir=str(self.attempt_dir),
-            python=sys.executable,
+        return place_of(
+            self.spec,
+            self.root,
+            self.stage_json,
+            self.attempt_dir,
+            sys.executable,
             hosts={step.name: "127.0.0.1" for step in self.spec.steps},
             ports={step.name: str(_free_port()) for step in self.spec.steps},
         )
 
     def start(self, step: Step, place: Place) -> list[Process]:
         """Start every rank; output goes to STEP.RANK.log. Ranks die with the supervisor."""
-        inherited = {k: v for k, v in os.environ.items() if k not in self.spec.runtime.env_unset}
-        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
-        inherited |= {"PYTHONUNBUFFERED": "1", "PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
-        started = []
-        for rank, (argv, variables) in enumerate(local_commands(step, place)):
+        container = self.spec.runtime.container
+        if container in DETACHED:
+            remove_leftovers(container, f"{self.root}/{self.spec.artifact}", self.attempt_dir)
+        inherited = self._environment()
+        user = f"{os.getuid()}:{os.getgid()}"
+        started: list[Process] = []
+        for rank, (argv, variables) in enumerate(local_commands(self.spec, step, place, user)):
             with (self.attempt_dir / f"{step.name}.{rank}.log").open("ab") as log:
                 made = popen(argv, {**inherited, **variables}, self.attempt_dir, log, subprocess.STDOUT)
-            started.append(Process(step, rank, made, self.attempt_dir))
+            process = Process(step, rank, made, self.attempt_dir)
+            name = container_name(str(self.attempt_dir), step.name, rank)
+            started.append(contain(process, container, name) if container in (*DETACHED, "apptainer") else process)
         return started
+
+    def _environment(self) -> dict[str, str]:
+        """This process's environment, as the ranks inherit it, or the program that starts their containers."""
+        container = self.spec.runtime.container
+        leaks = (*LEAKS[container], *self.spec.runtime.env_unset)
+        inherited = {k: v for k, v in os.environ.items() if not any(fnmatch.fnmatchcase(k, leak) for leak in leaks)}
+        if container == "none":
+            inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
+        if container in ("none", "charliecloud"):  # the others start their containers from another process
+            inherited |= {"PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
+        return {"USER": _user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 
     def preflight(self, place: Place, stopped: Callable[[], bool]) -> Findings | None:
         """Nothing: `doctor` looks at this machine."""
@@ -126,6 +146,13 @@ class ThisMachine:
     def go_on(self, exclude: Sequence[str]) -> str | None:
         """The driver starts another attempt."""
         return None
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _free_port() -> int:

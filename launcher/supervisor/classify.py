@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from launcher.spec import ExitClass
 from launcher.supervisor.faults import GpuFault, gpu_fault, is_peers_fault
+from launcher.supervisor.memory import SIG_OOM
 
 #: done: the artifact is whole. again: another attempt may get further. stop: the same would happen again, or the user
 #: asked for it.
@@ -52,7 +53,8 @@ class Evidence:
     """All that is known at the end of an attempt; `exits` in the order in which they were noticed.
 
     `asked` is the class that a stop stands for where one was asked for, `bad_nodes` those of which Slurm says that they
-    are down or leave service, `ready_failed` the step that did not become ready.
+    are down or leave service, `ready_failed` the step that did not become ready, `memory_kill` whether the kernel
+    killed a process for want of memory meanwhile.
     """
 
     exits: Sequence[RankExit] = field(default_factory=tuple)
@@ -60,17 +62,20 @@ class Evidence:
     hang_s: float | None = None
     ready_failed: str | None = None
     bad_nodes: tuple[str, ...] = ()
+    memory_kill: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Class, a message for people, the action, nodes that the next life leaves out, and those that are suspected."""
+    """Class, a message for people, the action, nodes that the next life leaves out, those that are suspected, and the
+    step and rank whose log says more."""
 
     exit_class: ExitClass
     message: str
     action: Action
     exclude: tuple[str, ...] = ()
     suspect: tuple[str, ...] = ()
+    blamed: tuple[str, int] | None = None
 
 
 def classify(evidence: Evidence) -> Outcome:
@@ -90,7 +95,7 @@ def classify(evidence: Evidence) -> Outcome:
     if evidence.ready_failed is not None:
         return outcome("crashed", f"step {evidence.ready_failed} did not become ready in time", "stop")
     if first is not None:
-        return _failed(first)
+        return replace(_failed(first, evidence.memory_kill), blamed=(first.step, first.rank))
     unfinished = next((e for e in evidence.exits if _said(e) == "time-limit"), None)
     if unfinished is not None:
         return outcome("time-limit", str((unfinished.said or {}).get("message", "")))
@@ -142,10 +147,11 @@ def _stopped(evidence: Evidence, bad: RankExit | None) -> Outcome:
     return replace(outcome(evidence.asked, words + lost), exclude=nodes)
 
 
-def _failed(exit: RankExit) -> Outcome:
+def _failed(exit: RankExit, memory_kill: bool) -> Outcome:
     where = f"step {exit.step}, rank {exit.rank}" + (f" on {exit.node}" if exit.node else "")
     said, message = _said(exit), _message(exit)
-    if said not in ("user-error", "diverged", "storage", "out-of-memory"):
+    full = exit.code == -SIG_OOM or (exit.code == -signal.SIGKILL and memory_kill)
+    if not full and said not in ("user-error", "diverged", "storage", "out-of-memory"):
         fault = gpu_fault(f"{message}\n{exit.log}")
         if fault is not None:
             return _gpu_failed(where, exit.node, fault)
@@ -154,6 +160,9 @@ def _failed(exit: RankExit) -> Outcome:
     if said in ACTIONS and said not in ("finished", "time-limit"):
         # An exception would be raised again; a signal from outside would not.
         return outcome(said, message or where, "stop" if said == "crashed" else None)  # type: ignore[arg-type]
+    if full:
+        mend = "ask for more memory a node (`mem`), for more nodes, or lower micro_batch_size"
+        return outcome("out-of-memory", f"{where}: killed because the machine or the job's share was full; {mend}")
     if exit.code < 0:
         name = signal.Signals(-exit.code).name if -exit.code in {s.value for s in signal.Signals} else str(-exit.code)
         hint = " (was the machine out of memory?)" if exit.code == -signal.SIGKILL else ""

@@ -8,11 +8,13 @@ stop.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__, store
-from launcher.attempts import attempts_at
+from launcher.attempts import attempts_at, last_words
+from launcher.containers import DETACHED
 from launcher.errors import PrismError, UserError
+from launcher.notify import LIMIT_S, notify, state_after
 from launcher.progress import CLAIM_S
 from launcher.spec import SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
-from launcher.supervisor import chain, processes, sealing
+from launcher.supervisor import chain, memory, processes, sealing
 from launcher.supervisor.allocation import Allocation, Reason, ThisMachine
 from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, only_lost_peers, outcome
 from launcher.supervisor.preflight import judge
@@ -38,6 +42,8 @@ _POLL_S = 0.05
 _NOTICE_S = 3 * CLAIM_S
 #: How long the cause is waited for when ranks have only said that they lost others.
 _CAUSE_S = 2.0
+#: Seconds for the hook when Slurm may be ending the job.
+_LEAVING_S = 3.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,6 +110,9 @@ class Supervisor:
         self.attempt_dir = self.allocation.attempt_dir
         self.claim = store.claim_dir(self.root, self.spec.artifact)
         self._claim_read = time.monotonic()
+        # Beside the work, which a slow hook must not hold up.
+        before = "waiting" if self.allocation.job is None else "queued"
+        self.telling = threading.Thread(target=self._tell, args=(before, "running"), daemon=True)
 
     # ---- the whole attempt
 
@@ -113,6 +122,7 @@ class Supervisor:
             signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
         try:
             self._event("start", owner=encode(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
+            self.telling.start()
             result = self._make()
         except OSError as error:
             result = outcome("storage", self._storage_message(error))
@@ -126,15 +136,25 @@ class Supervisor:
     def _leave(self, result: Outcome) -> int:
         """Say how the attempt ended, and ask for another life where there is one to come; returns the exit code."""
         self._end(result)
+        again = result.action == "again" and self.allocation.job is not None
+        if self.telling.is_alive():
+            self.telling.join(_LEAVING_S if self._is_leaving() else None)
+        self._tell("running", "queued" if again else state_after(result.exit_class), result)
         if result.action == "again":
             refused = self.allocation.go_on(result.exclude)
             if refused is not None:
                 words = "; ".join(filter(None, [result.message, refused]))
-                self._end(outcome(result.exit_class, words, "stop"))
-            elif self.allocation.job is not None and self.spec.limits.continuation == "requeue":
+                result = replace(result, message=words, action="stop", exclude=(), suspect=())
+                self._end(result)
+                self._tell("queued", state_after(result.exit_class), result)
+            elif again and self.spec.limits.continuation == "requeue":
                 # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
                 os._exit(0)
         return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
+
+    def _is_leaving(self) -> bool:
+        """Whether Slurm may be ending the job by now."""
+        return bool(self.asked) or self.reason is not None
 
     def _storage_message(self, error: OSError) -> str:
         mend = "free some room, then run again" if error.errno in (28, 122) else "mend that, then run again"
@@ -148,10 +168,11 @@ class Supervisor:
             return outcome("finished", "made by another run in the meantime")
         if sealing.finish_interrupted(self.root, self.spec):
             return outcome("finished", "sealed what an earlier attempt had made whole")
-        sealing.check_inputs(self.root, self.spec)
+        sealing.check_secrets(self.spec)
+        sealing.check_inputs(self.root, self.spec, lambda: bool(self.asked))
         sealing.clear_outputs(self.root, self.spec)
         place = self.allocation.place()
-        result = self._preflight(place) or classify(self._watch(place))
+        result = self._preflight(place) or self._work(place)
         if result.exit_class == "requeued" and self._is_superseded():
             return result  # what there is belongs to another life
         sealing.add_cost(self.root, self.spec, **self._cost())
@@ -159,6 +180,11 @@ class Supervisor:
             made_in = attempts_at(self.root, self.spec)
             sealing.seal(self.root, self.spec, self.owner, len(made_in))
         return result
+
+    def _work(self, place: Place) -> Outcome:
+        kills = memory.kernel_kills()
+        evidence = self._watch(place)
+        return classify(replace(evidence, memory_kill=memory.kernel_kills() > kills))
 
     def _take_claim(self) -> bool:
         """Claim the artifact, waiting for as long as another run makes it; False when asked to stop before that."""
@@ -202,10 +228,10 @@ class Supervisor:
     def _cost(self) -> dict[str, float]:
         """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
         seconds = time.monotonic() - self.began
-        if self.allocation.job is None:
+        if self.allocation.job is None and self.spec.runtime.container not in DETACHED:
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
-        else:  # the children are sruns; ranks that were killed told nothing
+        else:  # the children are sruns or clients of containers; ranks that were killed told nothing
             told = [store.read_json(path) or {} for path in self.attempt_dir.glob("exit.*.json")]
             cpu = sum(t.get("cpu_seconds", 0.0) for t in told)
             peak = max((t.get("peak_memory_bytes", 0) for t in told), default=0)
@@ -329,6 +355,16 @@ class Supervisor:
 
     # ---- speaking
 
+    def _tell(self, old: str, new: str, result: Outcome | None = None) -> None:
+        """Tell the hook; when Slurm is ending the job there is little time."""
+        facts = {"attempt": self.attempt_dir.name, "job": self.allocation.job}
+        if result is not None:
+            facts |= {"exit_class": result.exit_class, "message": result.message, "action": result.action}
+        trouble = notify(self.spec, old, new, _LEAVING_S if self._is_leaving() else LIMIT_S, **facts)
+        if trouble is not None:
+            with contextlib.suppress(OSError):
+                self._event("notify", message=trouble)
+
     def _event(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), "event": event, **facts})
         with (self.attempt_dir / EVENTS).open("a") as file:
@@ -337,8 +373,9 @@ class Supervisor:
     def _end(self, result: Outcome) -> None:
         body = {"class": result.exit_class, "message": result.message, "action": result.action}
         nodes = {"excluded": result.exclude, "suspect": result.suspect}
+        words = last_words(self.attempt_dir, *result.blamed) if result.blamed else {}
         try:
-            self._event("end", **body, **{k: v for k, v in nodes.items() if v}, **self._cost())
+            self._event("end", **body, **{k: v for k, v in nodes.items() if v}, **words, **self._cost())
         except OSError as error:  # the disk that is full holds our own words too
             print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
             return

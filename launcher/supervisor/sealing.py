@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,24 @@ from launcher.store import Owner, Receipt
 COST = "cost.json"
 
 
-def check_inputs(root: Path, spec: StageSpec) -> None:
-    """Refuse inputs that are gone or no longer whole. Raises UserError with all of them."""
+def check_secrets(spec: StageSpec) -> None:
+    """Refuse to start without the secrets that the stage needs. Raises UserError with their names."""
+    absent = [name for name in spec.secrets if not os.environ.get(name)]
+    if absent:
+        raise UserError(
+            f"{', '.join(absent)} not set in the job: export it in the shell that submits; "
+            "if it is, sbatch does not pass the environment on here (--export)"
+        )
+
+
+def check_inputs(root: Path, spec: StageSpec, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Refuse inputs that are gone or no longer whole. Raises UserError with all of them.
+
+    What is not there is waited for, for as long as this file system may hide what another node has written.
+    """
+    end = time.monotonic() + spec.limits.visibility_s
+    while _unseen(root, spec) and time.monotonic() < end and not stopped():
+        time.sleep(0.5)
     problems = []
     for port, found in spec.inputs.items():
         path = root / found.path  # an absolute path stays itself
@@ -29,6 +48,15 @@ def check_inputs(root: Path, spec: StageSpec) -> None:
             problems += _artifact_problems(root, port, str(Path(found.path).parent))
     if problems:
         raise UserError(problems)
+
+
+def _unseen(root: Path, spec: StageSpec) -> bool:
+    """Whether an input of the store is not there, or not whole."""
+    artifacts = {str(Path(i.path).parent) for i in spec.inputs.values() if not Path(i.path).is_absolute()}
+    for artifact in artifacts:
+        with contextlib.suppress(OSError):
+            os.listdir((root / artifact).parent)  # opening a folder makes an NFS client ask anew what is in it
+    return any(store.read_receipt(root, artifact) is None for artifact in artifacts)
 
 
 #: Artifacts up to this many bytes are checked by content before they are used; larger ones by the files' sizes alone.

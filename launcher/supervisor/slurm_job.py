@@ -18,9 +18,12 @@ from launcher.progress import TERM_NOTE
 from launcher.slurm import Job
 from launcher.spec import StageSpec, Step
 from launcher.steps import (
+    ARRAY_VARIABLES,
     SRUN_DEFAULTS,
     Place,
     SlurmAttempt,
+    is_elsewhere,
+    nodelist,
     preflight_argv,
     preflight_place,
     preflight_steps,
@@ -54,9 +57,12 @@ class SlurmJob:
     @classmethod
     def current(cls, spec: StageSpec, root: Path, python: str) -> SlurmJob:
         """The job that this process runs in, by its environment."""
-        job = os.environ["SLURM_JOB_ID"]
+        number = os.environ["SLURM_JOB_ID"]
+        element = [os.environ.get(name) for name in ARRAY_VARIABLES]
+        job = "_".join(part for part in element if part) if all(element) else number
         restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        attempt = SlurmAttempt(job, restarts, os.environ["SLURMD_NODENAME"])
+        hosts = _hosts_elsewhere(spec)
+        attempt = SlurmAttempt(job, restarts, os.environ["SLURMD_NODENAME"], number, hosts)
         links = chain.read_links(root, spec, job) if spec.limits.continuation == "chain" else (job,)
         nodes, count = os.environ["SLURM_JOB_NODELIST"], int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
         return cls(spec, root, python, attempt, nodes, count, links, _log_size())
@@ -74,7 +80,7 @@ class SlurmJob:
     # ---- steps
 
     def place(self) -> Place:
-        """The first node; ports from the job's id."""
+        """Each step's first node; ports from the job's id."""
         return slurm_place(self.spec, self.root, self.python, self.attempt)
 
     def start(self, step: Step, place: Place) -> list[Process]:
@@ -92,8 +98,14 @@ class SlurmJob:
         there = preflight_place(place, self.attempt.node, self.attempt)
         steps = preflight_steps(self.spec, self.node_count, self.python)
         commands = [(step.name, preflight_argv(step, there, self.spec.runtime)) for step in steps]
-        names = slurm.host_names(self.nodes) or (self.attempt.node,)
-        return preflight.look(self.spec.preflight, names, commands, self._environment(), self.attempt_dir, stopped)
+        environment = self._environment()
+        return preflight.look(self.spec.preflight, self._names(), commands, environment, self.attempt_dir, stopped)
+
+    def _names(self) -> tuple[str, ...]:
+        try:
+            return tuple(slurm.hostnames(self.nodes, _ANSWER_S))
+        except WorldError:  # Slurm does not answer
+            return (self.attempt.node,)
 
     def _environment(self) -> dict[str, str]:
         unset = (*SRUN_DEFAULTS, *self.spec.runtime.env_unset)
@@ -181,6 +193,13 @@ class SlurmJob:
         if exclude:  # at once: after the requeue there is KillWait for it
             _keep_off(self.job, exclude, known)
         return None
+
+
+def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
+    """First nodes of the steps that do not start on this one, by step."""
+    away = [step for step in spec.steps if is_elsewhere(step)]
+    nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
+    return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
 
 
 def _keep_off(job: str, nodes: Sequence[str], known: Job | None) -> None:

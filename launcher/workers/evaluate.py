@@ -1,4 +1,6 @@
-"""evaluate: accuracy of every checkpoint on every problem set at every temperature; same prompts, same rule for all."""
+"""evaluate: accuracy of every checkpoint on every problem set at every temperature with every
+sampling seed; same prompts, same rule for all.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ def main(job: StageJob) -> None:
     """Fill the port `scores`: results.json and samples.jsonl."""
     config: EvaluateConfig = job.config(EvaluateConfig)
     units = [
-        (checkpoint, benchmark, temperature)
+        (checkpoint, benchmark, temperature, seed)
         for checkpoint in config.checkpoints
         for benchmark in config.benchmarks
         for temperature in config.temperatures
+        for seed in config.seeds or (job.spec.seed,)
     ]
     loaded: dict[str, Any] = {}
     results, samples = [], []
@@ -57,7 +60,7 @@ def _evaluate(
     config: EvaluateConfig,
     number: int,
     total: int,
-    unit: tuple[str, str, float],
+    unit: tuple[str, str, float, int],
     loaded: dict[str, Any],
 ) -> dict[str, Any]:
     from launcher.workers.checkpoints import load_model, quiet
@@ -65,7 +68,7 @@ def _evaluate(
     from launcher.workers.sampling import sample
 
     quiet()
-    checkpoint, benchmark, temperature = unit
+    checkpoint, benchmark, temperature, seed = unit
     if checkpoint not in loaded:
         loaded.clear()  # one model in memory at a time
         loaded[checkpoint] = load_model(job.input(checkpoint))
@@ -86,11 +89,11 @@ def _evaluate(
         temperature=temperature,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        seed=job.spec.seed,
+        seed=seed,
         after_batch=after_batch,
     )
     result, samples = score(problems, completions)
-    head = {"checkpoint": checkpoint, "benchmark": name, "temperature": temperature}
+    head = {"checkpoint": checkpoint, "benchmark": name, "temperature": temperature, "seed": seed}
     body = {
         "unit": list(unit),
         "result": {**head, **result, "seconds": round(time.monotonic() - started, 3)},

@@ -190,7 +190,7 @@ def test_a_higher_partition_takes_the_nodes_of_a_lower(devcluster: DevCluster) -
 def test_the_profile_is_found_and_its_scripts_are_taken(
     devcluster: DevCluster, prism: Prism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = prism("clusters", "--json")
+    done = prism("cluster", "list", "--json")
     assert [row["scheduler"] for row in json.loads(done.stdout) if row["name"] == "dev"] == ["slurm"]
     done = prism(
         "render", "recipes/demo.yaml", "--cluster", "dev", "--root", str(tmp_path / "root"), "-o", str(tmp_path / "out")

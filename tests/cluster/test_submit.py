@@ -148,6 +148,7 @@ def test_without_progress_it_is_given_up(on: OnSlurm) -> None:
     on.submit(record)
     assert on.finish(record, 150.0) == {"a": "failed", "b": "stopped"}
     assert len(on.lives()) == 1 + record.stages[0].spec.limits.max_no_progress
+    assert stage_states(on.root, record)[0].tail == ("from step 0",)
 
 
 def test_at_the_time_limit_it_saves_and_comes_back(on: OnSlurm) -> None:

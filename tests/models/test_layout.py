@@ -61,8 +61,15 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
             ["global_batch_size: 8 is not a multiple of micro_batch_size 4 x 4"],
         ),
         ("llama-tiny", 1, {"sp": True}, ["sequence_parallel: needs tensor_model_parallel_size above 1"]),
-        ("llama-tiny", 2, {"tp": 2, "sp": True, "seq_length": 127}, ["2 does not divide seq_length 127"]),
-        ("llama-tiny", 2, {"cp": 2}, ["context_parallel_size: the trainer does not split sequences"]),
+        ("llama-tiny", 2, {"tp": 2, "sp": True, "seq_length": 127}, ["2 ranks do not divide seq_length 127"]),
+        (
+            "llama-tiny",
+            2,
+            {"cp": 2, "seq_length": 126},
+            ["context_parallel_size: 2 x 2 does not divide seq_length 126"],
+        ),
+        ("nemotron-h-tiny", 3, {"cp": 3, "seq_length": 126}, ["3 does not divide the 8 Mamba heads", "2 Mamba groups"]),
+        ("nemotron-h-tiny", 1, {"parallelism": {"recompute": "full"}}, ["recompute: megatron-core computes no Mamba"]),
     ],
 )
 def test_what_cannot_work_is_named(name: str, world_size: int, changes: dict[str, Any], wanted: list[str]) -> None:
@@ -77,11 +84,8 @@ def test_every_problem_is_told_at_once() -> None:
     assert sum("does not divide the 7 processes" in line for line in found) == 1
 
 
-def test_a_cpu_has_no_recomputation_and_no_sliding_window() -> None:
-    mistral = {"model_type": "mistral", "sliding_window": 64}
-    recompute = {"parallelism": {"recompute_activations": True}}
-    assert problems("llama-tiny", 1, **recompute) == []
-    assert "recompute_activations: needs GPUs" in problems("llama-tiny", 1, cpu=True, **recompute)[0]
-    assert "sliding window of 64" in problems("llama-tiny", 1, model=mistral, cpu=True)[0]
-    assert problems("llama-tiny", 1, model=mistral, seq_length=64, cpu=True) == []
-    assert problems("llama-tiny", 1, model=mistral) == []
+def test_a_cpu_has_no_recomputation() -> None:
+    for kind in ("mlp", "full"):
+        recompute = {"parallelism": {"recompute": kind}}
+        assert problems("llama-tiny", 1, **recompute) == []
+        assert "recompute: needs GPUs" in problems("llama-tiny", 1, cpu=True, **recompute)[0]

@@ -23,13 +23,9 @@ TOLERANCE = 1e-4
 
 
 def tokens(name: str) -> Tensor:
-    """Two rows of 100 tokens: some chunks of the Mamba scan, and far enough for RoPE to matter.
-
-    No more than a sliding window has: attention on a CPU has none, which `check_layout` refuses to train.
-    """
+    """Two rows of 100 tokens: some chunks of the Mamba scan, beyond sliding windows, and far enough for RoPE."""
     config = CONFIGS[name]
-    size = (2, config.get("sliding_window", 100))
-    return torch.randint(2, config["vocab_size"], size, generator=torch.Generator().manual_seed(11))
+    return torch.randint(2, config["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(11))
 
 
 def megatron_logits(folder: Path, ids: Tensor, **changes: Any) -> Tensor:

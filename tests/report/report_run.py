@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.configs import Resources
 from launcher.inputs import resolve_inputs
 from launcher.plan import build_plan
 from launcher.recipe.load import load_recipes
 from launcher.run_record import PlannedStage, RunRecord, write_run
 from launcher.spec import Limits, Runtime, StageSpec
+from tests.left_attempts import leave_attempt
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
 ALL = ("prepare", "base", "midtrain", "base-to-hf", "midtrain-to-hf", "rl-from-base", "rl-from-midtrain", "evaluate")
@@ -33,6 +36,12 @@ CHANGES = {
     ("midtrain", "rl-from-midtrain"): (0.414, 0.00621),
     ("base", "rl-from-base"): (0.0, 0.0),
 }
+
+
+def on_gpus(record: RunRecord) -> RunRecord:
+    """The same run, every stage on two nodes with eight GPUs."""
+    resources = Resources(nodes=2, gpus_per_node=8, ntasks_per_node=8)
+    return replace(record, stages=tuple(replace(s, resources=resources) for s in record.stages))
 
 
 def plan_run(run: str = "demo", overrides: Iterable[str] = ()) -> RunRecord:
@@ -80,6 +89,10 @@ def finish(root: Path, record: RunRecord, planned: PlannedStage, number: int) ->
         made_on=f"node{number:02}",
     )
     store.seal(root, spec.artifact, receipt)
+    start = 1.76e9 + 1000 * number
+    if number % 2:  # 10 of the 40 steps that it did were done again
+        leave_attempt(root, spec, "local.1", start, start + 80, "crashed", (1, 40), message="killed\nby SIGKILL")
+    leave_attempt(root, spec, "local.2", start + 100, start + 200 + number, steps=(31, 100) if number % 2 else None)
 
 
 # -------------------------------------------------------------------------------------------------- what a stage leaves

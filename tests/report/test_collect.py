@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import ALL, CHANGES, TRACES, end, make_run, plan_run, rl_metrics, train_metrics, write_lines
+from report_run import ALL, CHANGES, TRACES, end, make_run, on_gpus, plan_run, rl_metrics, train_metrics, write_lines
 
 from launcher import store
 from launcher.errors import UserError
 from launcher.report import collect
-from launcher.report.collect import TABLES
+from launcher.report.collect import TABLES, pooled
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_rows_that_scripts_rely_on_have_their_keys(data: dict[str, Any]) -> 
 
 def test_the_whole_is_json_and_every_table_has_rows(data: dict[str, Any]) -> None:
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert all(data[name] for name in TABLES)
+    assert {name for name in TABLES if not data[name]} == {"results_by_seed"}, "one seed: no rows by seed"
     assert data["missing"] == []
 
 
@@ -76,6 +76,53 @@ def test_stages_carry_their_cost_engine_and_start(data: dict[str, Any]) -> None:
     assert rows["midtrain-to-hf"]["verification"]["tensors_read"] == 32
     starts = {name: row["start"] for name, row in rows.items() if row["start"]}
     assert starts == {"midtrain": "base", "rl-from-base": "base", "rl-from-midtrain": "midtrain"}
+
+
+def test_costs_are_those_of_all_attempts(data: dict[str, Any]) -> None:
+    """Stages with an odd number crashed first: 80 s, of whose 40 steps 10 had to be done again."""
+    rows = {r["stage"]: r for r in data["costs"]}
+    first, second = (rows[name] for name in ALL[:2])
+    assert (first["attempts"], first["classes"], first["seconds"]) == (2, {"crashed": 1, "finished": 1}, 80 + 101)
+    assert first["lost_seconds"] == pytest.approx(20) and first["lost_share"] == pytest.approx(20 / 181)
+    assert (second["attempts"], second["seconds"], second["lost_seconds"]) == (1, 102, 0)
+    record = plan_run()
+    resources = record.stage("prepare").resources
+    cores = resources.nodes * resources.ntasks_per_node * resources.cpus_per_task
+    assert first["gpu_hours"] == 0 and first["core_hours"] == pytest.approx(cores * 181 / 3600)
+    assert first["core_use"] == pytest.approx(9.5 / (10.25 * cores)) and first["queue_seconds"] is None
+    attempts = [r for r in data["attempts"] if r["stage"] == "prepare"]
+    assert [(r["class"], r["first_step"], r["last_step"]) for r in attempts] == [
+        ("crashed", 1, 40),
+        ("finished", 31, 100),
+    ]
+    assert data["cost"]["classes"] == {"crashed": 5, "finished": 9}
+    assert data["cost"]["attempts"] == 14 == len(data["attempts"])
+
+
+def test_on_gpus_hours_are_gpu_hours_and_waiting_is_told(tmp_path: Path) -> None:
+    record = make_run(tmp_path, on_gpus(plan_run()), ["prepare", "base"])
+    folder = store.stage_dir(tmp_path, "demo", "base")
+    for number, old in enumerate(sorted(folder.iterdir())):
+        old.rename(folder / f"77.{number}")
+    start = 1.76e9 + 2000  # of the second stage: one attempt, 100 s later; what it reads was whole long before
+    data = collect(tmp_path, record, {"77": start + 40})
+    rows = {r["stage"]: r for r in data["costs"]}
+    assert rows["base"]["gpu_hours"] == pytest.approx(16 * 102 / 3600)
+    assert rows["base"]["queue_seconds"] == pytest.approx(60) and rows["prepare"]["queue_seconds"] is None
+    cost = data["cost"]
+    assert cost["gpu_hours"] == pytest.approx(16 * (102 + 181) / 3600) and cost["queue_seconds"] == pytest.approx(60)
+    assert cost["lost_share"] == pytest.approx(20 / 283)
+
+
+def test_a_stage_that_another_run_made_costs_this_one_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, plan_run("first"))
+    data = collect(tmp_path, make_run(tmp_path, plan_run("second"), []))
+    assert {r["made_by_run"] for r in data["stages"]} == {"first"}
+    assert data["cost"] == {
+        "attempts": 0, "seconds": 0, "gpu_hours": 0, "core_hours": 0, "queue_seconds": None, "lost_share": None,
+        "classes": {},
+    }  # fmt: skip
+    assert all(r["core_use"] is None for r in data["costs"])
 
 
 def test_sources_say_which_hold_terse_traces(data: dict[str, Any]) -> None:
@@ -131,3 +178,31 @@ def test_a_run_with_nothing_done_is_one_clear_message(tmp_path: Path, failed: bo
     message = str(caught.value)
     assert "run mine: nothing is done yet" in message and "prism-launch resume mine" in message
     assert ("9999999 wanted" in message) == failed
+
+
+def test_parts_of_a_stage_that_fans_out_are_one_stage(tmp_path: Path) -> None:
+    record = plan_run("demo", ("evaluate.fan_out=true", "evaluate.seeds=[0, 1]"))
+    parts = [s.spec.stage for s in record.stages if s.part_of]
+    assert len(parts) == 2
+    make_run(tmp_path, record, [*(name for name in ALL if name != "evaluate"), *parts])
+    found = collect(tmp_path, record)
+    assert {r["stage"] for r in found["results_by_seed"]} == {"evaluate"}
+    assert len(found["results_by_seed"]) == 2 * len(found["results"]) > 0
+    assert {r["seeds"] for r in found["results"]} == {2}
+    assert set(parts) < {r["stage"] for r in found["stages"]}
+
+
+def test_seeds_are_pooled_as_means() -> None:
+    """The error is that of so many problems, however many seeds there are."""
+    head = {"stage": "evaluate", "checkpoint": "a", "benchmark": "b", "n": 100}
+    rows = [
+        {**head, "temperature": 1.0, "seed": 0, "accuracy": 0.0, "upper95": 0.03, "worked_accuracy": None},
+        {**head, "temperature": 1.0, "seed": 1, "accuracy": 0.5, "worked_accuracy": 0.25},
+        {**head, "temperature": 0.0, "seed": 0, "accuracy": 0.75, "stderr": 0.1},
+    ]
+    mean, single = pooled(rows)
+    assert single is rows[2]
+    assert (mean["accuracy"], mean["worked_accuracy"], mean["seeds"]) == (0.25, 0.25, 2)
+    assert mean["stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 100)) and not {"seed", "upper95"} & mean.keys()
+    never = pooled([{**rows[0], "seed": s} for s in range(3)])
+    assert never[0]["upper95"] == 3 / 100

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import end, make_run, plan_run
+from report_run import end, make_run, on_gpus, plan_run
 
 from launcher.report import collect
 from launcher.report.page import render_page
@@ -112,10 +112,25 @@ def test_what_is_missing_is_said_first(tmp_path: Path) -> None:
 
 def test_links_lead_to_sections_that_are_there(data: dict[str, Any]) -> None:
     found = parsed(render_page(data, []))
-    assert {s.removeprefix("#") for s in found.sources} <= set(found.ids) and len(found.sources) == 9
+    assert {s.removeprefix("#") for s in found.sources} <= set(found.ids) and len(found.sources) == 10
 
 
 def test_work_taken_over_from_another_run_is_named(tmp_path: Path) -> None:
     make_run(tmp_path, plan_run("first"))
     second = make_run(tmp_path, plan_run("second"), [])
     assert "done, made by run first" in parsed(render_page(collect(tmp_path, second), [])).text
+
+
+def test_the_cost_is_told_in_what_the_run_held(tmp_path: Path, data: dict[str, Any]) -> None:
+    page = parsed(render_page(data, []))
+    assert "core-hours" in page.text and "GPU-hours" not in page.text and "killed by SIGKILL" in page.text
+    assert "crashed, finished" in page.text and "5 × crashed, 9 × finished" in page.text
+    record = make_run(tmp_path, on_gpus(plan_run()), ["prepare", "base"])
+    page = parsed(render_page(collect(tmp_path, record), []))
+    assert "GPU-hours" in page.text and "1.26" in page.text and "7.1\u00a0%" in page.text  # 16 × 283 s; 20 of 283
+
+
+def test_a_run_that_made_nothing_itself_has_no_section_on_cost(tmp_path: Path) -> None:
+    make_run(tmp_path, plan_run("first"))
+    page = render_page(collect(tmp_path, make_run(tmp_path, plan_run("second"), [])), [])
+    assert "What it cost" not in parsed(page).text

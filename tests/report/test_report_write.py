@@ -22,6 +22,8 @@ from launcher.report.write import draw_figures
 
 NAMES = ["accuracy-0", "kinds-0", "loss", "rate", "rl-reward", "rl-zero-reward-share", "rl-entropy", "rl-mean-length"]
 NAMES = [*NAMES, "thresholds", "modules-0", "modules-1", "modules-2", "cka-0", "cka-1", "mix"]
+#: Tables with rows; by seed there are some only where a stage has several.
+FILLED = [name for name in TABLES if name != "results_by_seed"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def hide_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_and_csv_hold_the_same_numbers(written: tuple[Path, dict[str, Any]]) -> None:
     folder, data = written
     assert json.loads((folder / "report.json").read_text()) == data
-    for name in TABLES:
+    for name in FILLED:
         with (folder / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(data[name]) > 0
@@ -61,7 +63,7 @@ def test_the_page_holds_every_figure_and_is_whole(written: tuple[Path, dict[str,
     for reference in re.findall(r"url\(#([^)]*)\)", page):
         assert reference in found.ids
     assert sorted(p.name for p in written[0].iterdir()) == sorted(
-        ["report.html", "report.json", *(f"{t}.csv" for t in TABLES)]
+        ["report.html", "report.json", *(f"{t}.csv" for t in FILLED)]
     )
 
 

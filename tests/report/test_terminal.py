@@ -53,3 +53,8 @@ def test_names_are_no_markup(data: dict[str, Any]) -> None:
 def test_a_partial_run_says_what_is_missing(tmp_path: Path) -> None:
     text = shown(collect(tmp_path, make_run(tmp_path, plan_run(), ["prepare"])))
     assert "missing: evaluate (evaluate) has not been run" in text and "accuracy" not in text
+
+
+def test_the_last_line_is_the_cost(data: dict[str, Any]) -> None:
+    line = next(line for line in shown(data, 120).splitlines() if line.startswith("cost: "))
+    assert "core-hours" in line and line.endswith("attempts: 5 × crashed, 9 × finished")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,9 @@ def test_several_ranks_finish_together(at: Store) -> None:
     [
         ({"fail": "raise"}, "crashed", "stop", 1, "RuntimeError: a fault of the code"),
         ({"fail": "user"}, "user-error", "stop", 2, "data.jsonl:3: not text; mend it"),
-        ({"fail": "diverge"}, "diverged", "stop", 1, "loss is nan"),
+        ({"fail": "diverge"}, "diverged", "stop", 1, "step 2: loss is nan"),
+        ({"fail": "memory"}, "out-of-memory", "stop", 1, "ask for more memory a node"),
+        ({"fail": "gpu-memory"}, "out-of-memory", "stop", 1, "out of GPU memory: CUDA out of memory"),
         ({"fail": "full"}, "storage", "stop", 1, "No space left"),
         ({"fail": "exit"}, "crashed", "stop", 1, "exit code 7"),
         ({"fail": "kill"}, "crashed", "again", 1, "killed by SIGKILL"),
@@ -62,6 +65,23 @@ def test_every_bad_end_has_its_class(
     assert (end["class"], end["action"]) == (exit_class, action) and message in end["message"]
     assert store.read_receipt(at.root, spec.artifact) is None and not (at.root / spec.artifact).exists()
     assert not at.processes()
+
+
+def test_what_the_kernel_kills_for_want_of_memory_is_not_tried_again(at: Store, small_memory: Path) -> None:
+    """In a control group of 48 MiB: Linux kills the worker as it does on a node that is full."""
+    spec = counting_stage(counting_step(until=5, fail_at=3, fail="oom", cgroup=small_memory))
+    assert at.run(spec) == 1
+    end = at.end(spec)
+    assert (end["class"], end["action"]) == ("out-of-memory", "stop") and "killed because" in end["message"], end
+    assert end["tail"] == ["from step 0", "taking memory"] and end["log"] == "count.0.log"
+
+
+def test_the_last_lines_of_the_log_stand_in_the_events(at: Store) -> None:
+    spec = counting_stage(counting_step(until=5, ntasks=2, fail_at=2, fail="exit"))
+    at.run(spec)
+    end = at.end(spec)
+    assert end["tail"][-3:] == ["one", "two", "the last words"] and end["log"] in ("count.0.log", "count.1.log")
+    assert (at.attempt_dir(spec) / end["log"]).read_text().splitlines()[-1] == end["tail"][-1]
 
 
 def test_one_rank_that_dies_ends_the_others_at_once(at: Store) -> None:
@@ -172,6 +192,31 @@ def test_a_damaged_artifact_is_set_aside_and_made_anew(at: Store) -> None:
     assert weights(at, spec) == "2"
     (aside,) = (at.root / "artifacts/train").glob("*.damaged.*")
     assert (aside / "checkpoint" / "weights").read_text() == "longer than before"
+
+
+def test_inputs_that_are_seen_late_are_waited_for(at: Store) -> None:
+    """As on NFS, where another node's files may stay unseen for a minute: simulated, by moving a whole artifact in."""
+    made, reads = (counting_stage(counting_step(until=2), stage=n, fingerprint=n * 20) for n in "ab")
+    at.run(made)
+    hidden = at.root / "hidden"
+    (at.root / made.artifact).rename(hidden)
+    inputs = {"a": Input(made.outputs["checkpoint"].path, "megatron", made.fingerprint)}
+    reads = replace(reads, inputs=inputs, limits=replace(reads.limits, visibility_s=60.0))
+    supervisor = at.start(reads)
+    at.wait_for(lambda: store.claim_holder(store.claim_dir(at.root, reads.artifact)))
+    hidden.rename(at.root / made.artifact)
+    assert supervisor.wait(timeout=30) == 0, at.end(reads)
+
+
+def test_waiting_for_inputs_ends_when_asked_to_stop(at: Store) -> None:
+    inputs = {"a": Input("artifacts/train/never/checkpoint", "megatron", "x" * 20)}
+    limits = Limits(hang_s=30.0, save_s=10.0, visibility_s=3600.0)
+    spec = counting_stage(counting_step(until=2), inputs=inputs, limits=limits)
+    supervisor = at.start(spec)
+    at.wait_for(lambda: store.claim_holder(store.claim_dir(at.root, spec.artifact)))
+    supervisor.terminate()
+    supervisor.wait(timeout=30)
+    assert "artifacts/train/never: input a is not whole" in at.end(spec)["message"]
 
 
 def test_inputs_that_are_gone_are_named_before_anything_starts(at: Store) -> None:

@@ -159,3 +159,24 @@ def test_rule_of_three(prepared: WorkerStage) -> None:
     assert none["worked_accuracy"] is None
     every, _ = evaluate.score(problems, completions(problems, "W" * 12))
     assert (every["accuracy"], every["stderr"], every["lower95"]) == (1, 0, 1 - 3 / 12)
+
+
+PORTS = ("taught", "prepare.prompts")
+
+
+def test_several_seeds_sample_differently_and_each_as_if_alone(stage: WorkerStage, tmp_path: Path) -> None:
+    config = {"checkpoints": ["taught"], "benchmarks": ["prepare/held-out"], "temperatures": [1.0], "batch_size": 16}
+    inputs = {port: (stage.root / stage.spec.inputs[port].path, stage.spec.inputs[port].format) for port in PORTS}
+
+    def samples(name: str, seed: int, **seeds: Any) -> dict[int, list[str]]:
+        made = make_stage(tmp_path / name, "evaluate", {**config, **seeds}, inputs, seed=seed)
+        evaluate.main(made.job())
+        found: dict[int, list[str]] = {}
+        for line in made.file("scores", "samples.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["seed"], []).append(row["completion"])
+        return found
+
+    both = samples("both", 9, seeds=[2, 5])
+    assert set(both) == {2, 5} and both[2] != both[5]
+    assert samples("alone", 5) == {5: both[5]}

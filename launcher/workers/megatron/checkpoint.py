@@ -15,6 +15,9 @@ import os
 import queue
 import re
 import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.convert.metadata import read_metadata
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_KEEP = 2
-# megatron-core hands results through a process of its own, for asynchronous saves: a second or more to start, and a
-# signal to the process group ends it. Here the writer is waited for, so a queue of this process will do.
+# megatron-core hands results through a process of its own: a second or more to start, and a signal to the process group
+# ends it. Here a thread of this process writes, so a queue of this process will do.
 filesystem_async._results_queue = queue.Queue()
 
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -51,17 +54,92 @@ def _iteration(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def save_progress(folder: Path, iteration: int, model: nn.Module, optimizer: Any, scheduler: Any) -> Path:
-    """Write what a later attempt resumes from; all ranks call it. Returns the checkpoint's folder."""
-    sharded = _progress_state(model, optimizer, scheduler, loading=False)
-    path = folder / f"iter_{iteration:07d}"
-    _write(sharded, path.with_name(f"{path.name}.partial"))
-    if dist.get_rank() == 0:
-        os.replace(path.with_name(f"{path.name}.partial"), path)
-        write_atomic(folder / TRACKER, str(iteration))
-        _prune(folder)
-    dist.barrier()
-    return path
+@dataclass
+class Saver:
+    """Writes what a later attempt resumes from, beside the training that goes on; all ranks call it alike.
+
+    `start` copies what there is and returns; a thread writes the copy; `finish` gives the checkpoint its name once
+    every rank's thread has ended (`is_written`), and raises what a thread could not do.
+    """
+
+    folder: Path
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    keep_last: int
+    keep_every: int | None
+    pending: _Pending | None = None
+
+    def start(self, iteration: int) -> None:
+        """Begin to write the checkpoint of an iteration; one that is under way is finished first."""
+        self.finish()
+        sharded = _progress_state(self.model, self.optimizer, self.scheduler, loading=False)
+        path = self.folder / f"iter_{iteration:07d}.partial"
+        _make_fresh(path)
+        request = dist_checkpointing.save(sharded, str(path), async_sharded_save=True, content_metadata=dict(SHARDING))
+        self.pending = _Pending(iteration, path, request)
+        self.pending.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part of a checkpoint is written and not yet finished."""
+        return self.pending is not None and not self.pending.thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is under way, if any, and give it its name."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            pending.join()
+        except CheckpointException as error:
+            raise _not_written(pending.path, error) from None
+        if dist.get_rank() == 0:
+            sync_tree(pending.path)
+            os.replace(pending.path, pending.path.with_suffix(""))
+            write_atomic(self.folder / TRACKER, str(pending.iteration))
+            _prune(self.folder, self.keep_last, self.keep_every)
+        dist.barrier()
+
+
+class _Pending:
+    """A checkpoint under way: megatron-core's request, and the thread that carries it out on a copy of the tensors."""
+
+    def __init__(self, iteration: int, path: Path, request: Any) -> None:
+        self.iteration, self.path, self.request = iteration, path, request
+        self.error: BaseException | None = None
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = _own(request.preload_fn())
+        self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self.thread.start()
+
+    def _write(self, *arguments: Any) -> None:
+        try:
+            if self.request.async_fn is not None:
+                self.request.async_fn(*arguments, **self.request.async_fn_kwargs)
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        """Wait for every rank's writer, then let megatron-core write what describes the whole."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        dist.barrier()
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
+def _own(buckets: list[Any]) -> list[Any]:
+    """The tensors to write as copies: on a CPU what megatron-core has staged is the living weights themselves."""
+    return [
+        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for name, key, (data, tensors) in buckets
+    ]
 
 
 def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
@@ -109,19 +187,39 @@ def _progress_state(model: nn.Module, optimizer: Any, scheduler: Any, loading: b
 
 def _write(sharded: dict[str, Any], path: Path) -> None:
     """Write a sharded state dict into a fresh folder and push it to disk; all ranks call it."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    _make_fresh(path)
+    try:
+        dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+    except CheckpointException as error:
+        raise _not_written(path, error) from None
     if dist.get_rank() == 0:
         sync_tree(path)
 
 
-def _prune(folder: Path) -> None:
-    """Remove what a killed attempt left behind and all but the newest whole checkpoints."""
+def _make_fresh(path: Path) -> None:
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    dist.barrier()
+
+
+def _not_written(path: Path, error: CheckpointException) -> Exception:
+    """Why a checkpoint could not be written: torch says on a full disk no more than that a position is unexpected."""
+    try:
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as found:
+        shutil.rmtree(path, ignore_errors=True)  # the run's own words need room too
+        return OSError(found.errno, f"the checkpoint was not written: {found.strerror}", str(path))
+    return WorldError(f"{path}: the checkpoint was not written: {str(error).strip().splitlines()[-1]}")
+
+
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove what a killed attempt left behind and all whole checkpoints but the newest and those of every so often."""
     whole = sorted((p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)), key=_iteration)
-    for path in whole[:-_KEEP]:
+    for path in (p for p in whole[:-keep_last] if not keep_every or _iteration(p) % keep_every):
         os.replace(path, path.with_name(f"{path.name}.gone"))  # a half-removed one must not look whole
     for path in folder.glob("iter_*.*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -77,9 +77,11 @@ class CudaMeansCpu(TorchFunctionMode):
     """Every torch call under it finds the CPU where it asks for CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func` with every "cuda" device read as the CPU."""
+        """Call `func` with every "cuda" device read as the CPU, whose memory is never pinned."""
         if kwargs and "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if func is torch.Tensor.to:
             args = (args[0], *(_on_cpu(a) for a in args[1:]))
         elif func is torch.Tensor.cuda:

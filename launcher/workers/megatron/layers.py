@@ -1,4 +1,4 @@
-"""Layers without Transformer Engine, for megatron-core's GPT and hybrid models; checkpoints keep its names.
+"""The layers of megatron-core's GPT and hybrid models: Transformer Engine's on a GPU, plain ones elsewhere.
 
 Transformer Engine fuses each norm into the linear layer after it, and that is how the checkpoint names it; the maps
 here give the separate norms those names, so that a checkpoint moves between a GPU and a CPU.
@@ -6,7 +6,9 @@ here give the separate norms those names, so that a checkpoint moves between a G
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import importlib.util
+from typing import Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,10 +26,19 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from launcher.models.shape import ModelShape
+from launcher.workers.megatron import cpu_mode
+from launcher.workers.megatron.attention import TorchAttention
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 _MAMBA_NORM = {"norm.": "mixer.in_proj.layer_norm_"}
+
+
+def kernels() -> Literal["transformer-engine", "torch", "reference"]:
+    """Whose kernels the layers use: without a GPU megatron-core's plain code and the Mamba-2 reference."""
+    if cpu_mode.active():
+        return "reference"
+    return "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch"
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -40,11 +51,18 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage of a model of attention + MLP layers."""
+    count = get_num_layers_to_build(config)
+    if kernels() == "transformer-engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        fused = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=[fused] * count, layer_norm=TENorm)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(),
+            self_attention=_attention(config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(),
@@ -52,14 +70,21 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
             sharded_state_dict_keys_map=_ATTENTION_NORM | _MLP_NORM,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def hybrid_layers(shape: ModelShape) -> ModuleSpec:
+def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
+    sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
+    if kernels() == "transformer-engine":
+        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+        stack = copy.deepcopy(mamba_stack_spec)
+        stack.submodules.mamba_layer.submodules.mixer.params |= sizes
+        return stack
     mixer = ModuleSpec(
         module=MambaMixer,
-        params={"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size},
+        params=sizes,
         submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
     )
     mamba = MambaLayerSubmodules(
@@ -67,7 +92,7 @@ def hybrid_layers(shape: ModelShape) -> ModuleSpec:
     )
     attention = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
-        self_attention=_attention(),
+        self_attention=_attention(config),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=_ATTENTION_NORM,
     )
@@ -96,12 +121,15 @@ class HybridStack(MambaStack):
         return self.final_norm(hidden) if self.post_process else hidden
 
 
-def _attention() -> ModuleSpec:
+def _attention(config: TransformerConfig) -> ModuleSpec:
+    # On a CPU megatron-core's own, but where it lacks something.
+    plain = kernels() == "reference" and config.window_size is None and config.context_parallel_size == 1
+    core = DotProductAttention if plain else TorchAttention
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear
         ),
     )
 

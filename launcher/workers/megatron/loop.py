@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -20,23 +24,35 @@ from torch import Tensor
 from launcher.configs import TrainConfig
 from launcher.progress import Diverged, StageJob, Stopped
 from launcher.workers.megatron import checkpoint
+from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
+from launcher.workers.megatron.metrics import Clock, Metrics, open_metrics
 from launcher.workers.megatron.parallel import sum_over_ranks
+
+#: Steps whose median a spike is measured by, once there are a fifth of them.
+_SPIKE_STEPS = 100
 
 
 @dataclass
 class Trainer:
-    """What a step needs: the wrapped model, its optimizer, the learning-rate schedule and the data."""
+    """What a step needs: the wrapped model, its optimizer, the learning-rate schedule and the data.
+
+    `positions` are those of a sequence that this rank holds: all, but for context parallelism.
+    """
 
     config: TrainConfig
     model: DistributedDataParallel
     optimizer: Any
     scheduler: OptimizerParamScheduler
     blend: Blend
+    held_out: Mapping[str, Blend]
     positions: Tensor
+    clock: Clock
 
 
-def build_trainer(config: TrainConfig, module: torch.nn.Module, blend: Blend) -> Trainer:
+def build_trainer(
+    config: TrainConfig, module: torch.nn.Module, blend: Blend, held_out: Mapping[str, Blend] | None = None
+) -> Trainer:
     """Wrap a model whose weights are set for training: data parallelism, optimizer, schedule."""
     bf16 = config.precision == "bf16"
     distributed = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -60,9 +76,10 @@ def build_trainer(config: TrainConfig, module: torch.nn.Module, blend: Blend) ->
     _mend_order(optimizer)
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.grad_scale_func = optimizer.scale_loss
-    positions = torch.arange(config.seq_length, device=torch.cuda.current_device())
-    positions = positions.expand(config.micro_batch_size, -1)
-    return Trainer(config, model, optimizer, build_scheduler(config, optimizer), blend, positions)
+    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    positions = context_positions(config.seq_length, *context).to(torch.cuda.current_device())
+    scheduler = build_scheduler(config, optimizer)
+    return Trainer(config, model, optimizer, scheduler, blend, held_out or {}, positions, Clock())
 
 
 def _mend_order(optimizer: Any) -> None:
@@ -103,12 +120,16 @@ def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamSchedu
 
 @dataclass(frozen=True)
 class Step:
-    """Figures of one step, the same on every rank; `stop` is true where any rank was asked to stop."""
+    """Figures of one step, the same on every rank.
+
+    `stop` is true where any rank was asked to stop, `written` where all have written their part of a checkpoint.
+    """
 
     loss: float
     lr: float
     grad_norm: float
-    stop: bool
+    stop: bool = False
+    written: bool = False
 
 
 def run(job: StageJob, trainer: Trainer) -> float:
@@ -117,27 +138,81 @@ def run(job: StageJob, trainer: Trainer) -> float:
     Raises Stopped after saving when asked to stop, and Diverged when a loss or gradient is not finite.
     """
     config, folder = trainer.config, job.workdir / "progress" / "checkpoints"
-    save = partial(checkpoint.save_progress, folder, model=trainer.model.module)
-    save = partial(save, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
+    saver = checkpoint.Saver(
+        folder, trainer.model.module, trainer.optimizer, trainer.scheduler, config.keep_last, config.keep_every
+    )
     start = resume(job, trainer, folder)
-    loss = math.nan
+    metrics = open_metrics(job, config, start)
+    loss, recent = math.nan, deque[float](maxlen=_SPIKE_STEPS)
     began = time.monotonic()
     for iteration in range(start + 1, config.train_iters + 1):
         step_began = time.monotonic()
-        step = train_step(trainer, iteration, job.stop_requested)
+        step = train_step(trainer, iteration, job.stop_requested, saver.is_written)
         loss = step.loss
         seconds = time.monotonic() - step_began
-        if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+        if _is_wrong(step, recent, config.loss_spike):
+            metrics.close()
             raise diverged(job, trainer, iteration, step)
-        report(job, config, iteration, step, seconds)
+        recent.append(step.loss)
         last = iteration == config.train_iters
-        if not last and (step.stop or iteration % config.save_interval == 0):
-            save(iteration)
+        held_out = evaluate(trainer) if last or iteration % config.eval_interval == 0 else {}
+        report(job, config, metrics, iteration, step, seconds, trainer.clock.take() | held_out)
+        due = not last and (step.stop or iteration % config.save_interval == 0)
+        if step.written or due or last:
+            with trainer.clock.part("checkpoint"):
+                _save(saver, iteration, due, wait=step.stop or last)
         if step.stop and not last:
+            metrics.close()
             raise Stopped(f"saved at step {iteration} of {config.train_iters} and stopped as asked")
         if job.rank == 0 and (last or iteration % max(1, config.train_iters // 20) == 0):
             _log(config, iteration, step, (time.monotonic() - began) / (iteration - start))
+    metrics.close()
     return loss
+
+
+def _save(saver: checkpoint.Saver, iteration: int, due: bool, wait: bool) -> None:
+    """Finish the checkpoint that is written, begin the one that is due, and wait for it before leaving."""
+    saver.finish()
+    if due:
+        saver.start(iteration)
+    if wait:
+        saver.finish()
+
+
+def _is_wrong(step: Step, recent: deque[float], factor: float) -> bool:
+    """Whether a step is not finite, or its loss far above the usual."""
+    if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+        return True
+    return len(recent) >= _SPIKE_STEPS // 5 and step.loss > factor * statistics.median(recent)
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """The mean loss of each held-out source, the same on every rank, as `validation/NAME`."""
+    losses = {}
+    trainer.model.eval()
+    with trainer.clock.part("validation"):
+        for name, blend in trainer.held_out.items():
+            losses[f"validation/{name}"] = _held_out_loss(trainer, blend)
+    trainer.model.train()
+    return losses
+
+
+def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
+    config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
+    rank, size = parallel_state.get_data_parallel_rank(), config.micro_batch_size
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=partial(_forward, trainer.positions, Clock()),
+            data_iterator=blend.micro_batches(0, blend.samples, size, rank, ranks),
+            model=[trainer.model],
+            num_microbatches=blend.samples // (size * ranks),
+            seq_length=config.seq_length,
+            micro_batch_size=size,
+            forward_only=True,
+        )
+    mine = [float(x) for x in found]
+    total, count = sum_over_ranks([sum(mine), len(mine)])
+    return total / count
 
 
 def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
@@ -147,14 +222,12 @@ def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
         done = 0
     else:
         done = checkpoint.load_progress(path, trainer.model.module, trainer.optimizer, trainer.scheduler)
-    if job.rank == 0:
-        job.truncate_metrics("iteration", done)
-        if done:
-            print(f"resumed from {path} after step {done}", flush=True)
+    if job.rank == 0 and done:
+        print(f"resumed from {path} after step {done}", flush=True)
     return done
 
 
-def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
+def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bool = False) -> Step:
     """One optimizer step on samples (iteration - 1) * global_batch_size and on."""
     config, model = trainer.config, trainer.model
     ranks = parallel_state.get_data_parallel_world_size()
@@ -168,51 +241,60 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False) -> Step:
     )
     model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward, trainer.positions),
-        data_iterator=batches,
-        model=[model],
-        num_microbatches=config.global_batch_size // (config.micro_batch_size * ranks),
-        seq_length=config.seq_length,
-        micro_batch_size=config.micro_batch_size,
-        forward_only=False,
-    )
+    with trainer.clock.part("forward_backward"):
+        losses = get_forward_backward_func()(
+            forward_step_func=partial(_forward, trainer.positions, trainer.clock),
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=config.global_batch_size // (config.micro_batch_size * ranks),
+            seq_length=config.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            forward_only=False,
+        )
     lr = trainer.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = trainer.optimizer.step()
+    with trainer.clock.part("optimizer"):
+        _, grad_norm, _ = trainer.optimizer.step()
     trainer.scheduler.step(config.global_batch_size)
     # Losses are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
     mine = [float(x) for x in losses]
-    total, count, stops = sum_over_ranks([sum(mine), len(mine), float(stop)])
-    return Step(total / count, lr, float(grad_norm), stops > 0)
+    total, count, stops, parts = sum_over_ranks([sum(mine), len(mine), float(stop), float(written)])
+    return Step(total / count, lr, float(grad_norm), stops > 0, parts == dist.get_world_size())
 
 
-def _forward(positions: Tensor, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward(positions: Tensor, clock: Clock, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
     device = torch.cuda.current_device()
-    tokens, labels = (t.to(device, non_blocking=True) for t in next(batches))
-    losses = model(tokens, positions, None, labels=labels)
+    with clock.part("data"):
+        tokens, labels = (t.to(device, non_blocking=True) for t in next(batches))
+    if len(positions) < tokens.shape[1]:
+        tokens, labels = tokens[:, positions], labels[:, positions]
+    losses = model(tokens, positions.expand(len(tokens), -1), None, labels=labels)
     return losses, _mean
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.float().mean()
-    return mean, mean.detach().clone()  # the schedule divides the first in place
+    # The schedule divides the first in place, and multiplies it by the ranks that share a sequence: gradients are
+    # averaged over those too.
+    return mean / parallel_state.get_context_parallel_world_size(), mean.detach().clone()
 
 
-def report(job: StageJob, config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:
+def report(
+    job: StageJob,
+    config: TrainConfig,
+    metrics: Metrics,
+    iteration: int,
+    step: Step,
+    seconds: float,
+    further: Mapping[str, float],
+) -> None:
     """Heartbeat of every rank, metrics of rank 0."""
     per_step = config.global_batch_size * config.seq_length
     speed = per_step / seconds
     job.beat(iteration, config.train_iters, loss=step.loss, tokens_per_s=speed)
-    if job.rank == 0 and (iteration % config.log_interval == 0 or iteration == config.train_iters):
-        job.metric(
-            iteration=iteration,
-            loss=step.loss,
-            lr=step.lr,
-            grad_norm=step.grad_norm,
-            tokens=iteration * per_step,
-            tokens_per_s=speed,
-            seconds=seconds,
-        )
+    measured = any(name.startswith("validation/") for name in further)
+    if measured or iteration % config.log_interval == 0 or iteration == config.train_iters:
+        figures = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "seconds": seconds, **further}
+        metrics.step(iteration, iteration * per_step, speed, figures)
 
 
 def _log(config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:

@@ -37,6 +37,11 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 _FP32_PARAMETERS = ("A_log", ".D")
 
 
@@ -56,7 +61,6 @@ def transformer_config(
         "mamba_num_groups": shape.mamba_num_groups,
         "mamba_num_heads": shape.mamba_num_heads,
     }
-    recompute = {"recompute_granularity": "selective"} if parallelism.recompute_activations else {}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -68,6 +72,8 @@ def transformer_config(
         activation_func=F.silu if shape.activation == "silu" else _squared_relu,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon / shape.residual_multiplier**2,
+        # A window of w is the token itself and w - 1 before it.
+        window_size=(shape.window_size - 1, 0) if shape.window_size else None,
         softmax_scale=shape.attention_multiplier or shape.kv_channels**-0.5,
         add_bias_linear=False,
         attention_dropout=0.0,
@@ -86,7 +92,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **recompute,
+        **_RECOMPUTE[parallelism.recompute],
         **(mamba if shape.hybrid_override_pattern else {}),
     )
 
@@ -124,7 +130,7 @@ def build_model(
     if shape.hybrid_override_pattern:
         if shape.rope_scaling:
             raise UserError(f"config.json: rope scaling {shape.rope_scaling} is not there for hybrid models")
-        spec = layers.hybrid_layers(shape)
+        spec = layers.hybrid_layers(config, shape)
         model = MambaModel(config, spec, hybrid_override_pattern=shape.hybrid_override_pattern, **common)
     else:
         model = GPTModel(config, layers.gpt_layers(config), **common, **_rope_scaling(shape))

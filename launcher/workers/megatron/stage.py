@@ -17,6 +17,7 @@ from launcher.models.shape import ModelShape
 from launcher.progress import StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
 from launcher.workers.megatron.data import Blend, read_sources
+from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
@@ -41,10 +42,11 @@ def train(job: StageJob) -> None:
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
         blend = Blend(sources, samples, config.seq_length, job.spec.seed, shape.vocab_size, progress / "index")
+        held_out = _held_out(config, folders, shape, progress / "index")
         module = build_model(shape, config.parallelism, config.precision)
         if checkpoint.newest(progress / "checkpoints") is None:
             _set_weights(module, shape, config, start, job.spec.seed)
-        trainer = loop.build_trainer(config, module, blend)
+        trainer = loop.build_trainer(config, module, blend, held_out)
         parameters = _count_parameters(module, shape)
         if job.rank == 0:
             job.record(**_facts(config, blend, parameters))
@@ -55,6 +57,13 @@ def train(job: StageJob) -> None:
             tokenizer = next(iter(tokenizers.values()), None)
             hf_files.write(job.output("checkpoint") / "hf", hf, tokenizer, config.model.config, config.precision)
             job.record(loss=loss)
+
+
+def _held_out(config: TrainConfig, folders: dict[str, Path], shape: ModelShape, index: Path) -> dict[str, Blend]:
+    """The sources whose losses are measured: the same sequences of each every time, whatever the run's seed."""
+    samples = config.eval_iters * config.global_batch_size
+    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0))
+    return {s.name: Blend([s], samples, config.seq_length, 0, shape.vocab_size, index) for s in sources}
 
 
 def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
@@ -91,5 +100,7 @@ def _facts(config: TrainConfig, blend: Blend, parameters: int) -> dict[str, Any]
             "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
             "context_parallel_size": layout.context_parallel_size,
             "sequence_parallel": layout.sequence_parallel,
+            "recompute": layout.recompute,
         },
+        "kernels": kernels(),
     }

@@ -2,11 +2,14 @@
 # Made by prism-launch render: run golden for cluster example-pyxis.
 # Submits every stage after those it reads; when one fails for good, those behind it are cancelled.
 run=/scratch/prism/runs/golden
+mode=600
+umask 077
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
 links=()
+link=""
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -20,47 +23,70 @@ stop() {
     exit 1
 }
 
-put() {  # FILE TARGET: readable by you alone
-    mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod 600 -- "$2.new" && mv -f -- "$2.new" "$2"
+put() {  # FILE TARGET
+    mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod "$mode" -- "$2.new" && mv -f -- "$2.new" "$2"
+}
+
+send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `link` too, however that ends
+    local script=$1 after="" name
+    shift
+    for name in "$@"; do after+=":${ids[$name]}"; done
+    after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
+    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
+        stop "$script" "sbatch refused it, as it says above"
+    id=${id%%;*}
+    [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
+}
+
+ready() {  # STAGE
+    put "$1.stage.json" "$run/stages/$1/stage.json" || stop "$1" "cannot write under $run"
+}
+
+known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
+    [ -n "${ids[$1]}" ] || submitted+=("$1")
+    ids[$1]=$3
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads
-    local stage=$1 fingerprint=$2 after="" id name
+    local stage=$1 fingerprint=$2
     shift 2
-    for name in "$@"; do after+=":${ids[$name]}"; done
-    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
-    id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
-        stop "$stage" "sbatch refused it, as it says above"
-    id=${id%%;*}
-    [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
-    ids[$stage]=$id
-    submitted+=("$stage")
-    # So that `prism-launch status` and `run` know of the job.
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s}
-'         "$stage" "$fingerprint" "$id" "$(date +%s)" >> "$run/jobs.jsonl"
+    ready "$stage"
+    send "$stage" "$@"
+    known "$stage" "$fingerprint" "$id"
     echo "$stage: job $id"
 }
 
 submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
-    local jobs=$1 stage=$2 fingerprint=$3 after="" id name chain before i
+    local jobs=$1 stage=$2 fingerprint=$3 link="" chain=""
     shift 3
-    for name in "$@"; do after+=":${ids[$name]}"; done
-    put "$stage.stage.json" "$run/stages/$stage/stage.json" || stop "$stage" "cannot write under $run"
-    for ((i = 1; i <= jobs; i++)); do
-        before=${after:+afterok$after}${after:+${id:+,}}${id:+afterany:$id}
-        id=$(sbatch --parsable ${before:+--dependency="$before"} --kill-on-invalid-dep=yes "$here/$stage.sbatch") ||
-            stop "$stage" "sbatch refused its job $i of $jobs, as it says above"
-        id=${id%%;*}
-        [[ $id =~ ^[0-9]+$ ]] || stop "$stage" "sbatch answered '$id', which is no job id"
+    ready "$stage"
+    for ((; jobs > 0; jobs--)); do
+        send "$stage" "$@"
+        link=$id
         chain=${chain:-$id}
-        # What reads the stage waits for the last job.
-        ids[$stage]=$id
         links+=("$id")
-        printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "chain": "%s"}
-'             "$stage" "$fingerprint" "$id" "$(date +%s)" "$chain" >> "$run/jobs.jsonl"
+        known "$stage" "$fingerprint" "$id" "$chain"  # what reads the stage waits for the last job
     done
-    submitted+=("$stage")
     echo "$stage: jobs $chain to $id"
+}
+
+submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that they read
+    local name=$1 elements=() i
+    shift
+    while [ "$1" != -- ]; do
+        ready "$1"
+        elements+=("$1" "$2")
+        shift 2
+    done
+    shift
+    mkdir -p -- "$run/stages/${name%.*}" || stop "$name" "cannot write under $run"  # Slurm makes no folder for logs
+    send "$name" "$@"
+    for ((i = 0; i < ${#elements[@]}; i += 2)); do
+        known "${elements[i]}" "${elements[i + 1]}" "${id}_$((i / 2))"
+        echo "${elements[i]}: job ${id}_$((i / 2))"
+    done
 }
 
 if ! command -v sbatch >/dev/null; then
@@ -68,15 +94,15 @@ if ! command -v sbatch >/dev/null; then
     exit 1
 fi
 # Variables that would change what the scripts say.
-unset ${!SBATCH_@}
-umask 077
+unset "${!SBATCH_@}"
 if ! put run.json "$run/run.json"; then
     echo "submit.sh: cannot write under $run; nothing has been submitted" >&2
     exit 1
 fi
 
-submit prepare 5d0c939567b412a932c0
+submit prepare e92b3b12286cda78edf2
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain eb40e8a3a8b7934430ba prepare small-052cb9-to-megatron
-submit midtrain-to-hf d79683160cde1d84d946 midtrain
-submit evaluate 417f50eb0f00fba85f2c midtrain-to-hf prepare
+submit midtrain 6533bed8aba3f7c8d452 prepare small-052cb9-to-megatron
+submit midtrain-to-hf 5de827cecbf2cad2a907 midtrain
+submit evaluate c71ad2ee09b5386ae680 midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 be57f19be225a3843b46 sweep.held-out.1 c45b3c212131d4078384 sweep.easy.0 c45e80cf6a581905b015 sweep.easy.1 935f9b8189f3ede86a13 -- midtrain-to-hf prepare

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +22,14 @@ from launcher.workers.megatron.loop import build_scheduler
 from launcher.workers.megatron.parallel import process_groups
 
 Reference = Callable[..., ts.TrainStage]
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "tflops_per_rank", "memory_gib")
 
 
 def same_run(stage: ts.TrainStage, reference: ts.TrainStage) -> None:
     """Assert that two finished stages are bit by bit the same, times apart."""
     rows, wanted = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in s.metrics()] for s in (stage, reference)
+        [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("seconds_")} for row in s.metrics()]
+        for s in (stage, reference)
     )
     assert rows == wanted
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
@@ -51,6 +54,27 @@ def test_a_stopped_run_goes_on_as_if_unbroken(root: Path, reference: Reference, 
     assert stage.ending(1)["class"] == "finished"
     assert "after step 4" in ts.log(stage, 1)
     same_run(stage, reference(name))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_with_room_the_run_goes_on(root: Path, reference: Reference) -> None:
+    """The second checkpoint does not fit; torch says nothing of the disk."""
+    stage = ts.make_stage(root, "full-disk", model=ts.model("llama-tiny"), save_interval=2)
+    stage.progress.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(stage.progress)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        assert ts.run(stage) == [1]
+        ending = stage.ending()
+        assert ending["class"] == "storage" and "No space left" in ending["message"], ending
+        assert stage.saved() == ["iter_0000002"]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(stage.progress)], check=True)
+        assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
+        assert "after step 2" in ts.log(stage, 1)
+    finally:
+        subprocess.run(["umount", "--lazy", str(stage.progress)], check=True)
+    same_run(stage, reference("llama-tiny"))
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny"])
@@ -98,11 +122,27 @@ def test_a_run_on_two_ranks_is_stopped_by_one_and_goes_on_with_another_layout(ro
 
 
 def test_a_signal_to_the_writers_of_a_checkpoint_does_no_harm(root: Path) -> None:
-    stage = ts.make_stage(root, "signalled", train_iters=4, save_interval=2)
+    stage = ts.make_stage(root, "signalled", train_iters=6, save_interval=2)
     assert ts.run(stage, ts.signal_in_save()) == [0], ts.log(stage)
     assert stage.ending()["class"] == "time-limit"
     assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
-    assert [row["iteration"] for row in stage.metrics()] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in stage.metrics()] == list(range(1, 7))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_own_step(
+    root: Path, reference: Reference
+) -> None:
+    """The writer takes longer than the steps between two checkpoints; then the run goes on from the first of them."""
+    stage = ts.make_stage(root, "overlapped", model=ts.model("nemotron-h-tiny"), save_interval=3)
+    assert ts.run(stage, ts.slow_writer(4.0)) == [0], ts.log(stage)
+    rows = stage.metrics()
+    assert sum(row.get("seconds_checkpoint", 0.0) for row in rows[:6]) < 4.0, "the last steps alone wait"
+    assert stage.saved() == ["iter_0000003", "iter_0000006"]
+    shutil.rmtree(stage.progress / "iter_0000006")
+    shutil.rmtree(stage.checkpoint)
+    assert ts.run(stage, attempt=1) == [0], ts.log(stage, 1)
+    assert "after step 3" in ts.log(stage, 1)
+    same_run(stage, reference("nemotron-h-tiny"))
 
 
 def test_a_request_during_the_last_step_lets_the_run_finish(root: Path) -> None:

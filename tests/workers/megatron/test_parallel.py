@@ -1,4 +1,4 @@
-"""The same model, data and seed on two processes, by tensor, pipeline and data parallelism, as on one."""
+"""The same model, data and seed on two processes, by tensor, pipeline, context and data parallelism, as on one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import train_stages as ts
 
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
-TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP, PP, CP = ({f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context"))
 #: Losses differ in the last bit or two of fp32 (2e-7 seen); the norm of the gradient sums more numbers (3e-6 seen).
 LOSS, NORM, WEIGHT = 2e-6, 2e-5, 1e-4
 
@@ -21,8 +21,8 @@ def test_losses_and_weights_are_the_same_on_every_layout(root: Path, reference: 
     """PP wants a layer count that it divides, so the models of 3 layers have 4 here, one of them with tied ends."""
     cases: list[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = [
         ("llama-tiny", {"num_hidden_layers": 4, "tie_word_embeddings": True}, {"tp": TP, "pp": PP, "dp": {}}),
-        ("granite-tiny", {"num_hidden_layers": 4}, {"tp": {**TP, "sequence_parallel": True}, "pp": PP, "dp": {}}),
-        ("nemotron-h-tiny", {}, {"tp": TP, "pp": PP, "dp": {}}),
+        ("granite-tiny", {"num_hidden_layers": 4}, {"tp": {**TP, "sequence_parallel": True}, "pp": PP, "cp": CP}),
+        ("nemotron-h-tiny", {}, {"tp": TP, "pp": PP, "cp": CP, "dp": {}}),
     ]
     for name, changes, layouts in cases:
         one = ts.make_stage(root, f"one-{name}", model=ts.model(name, **changes), train_iters=6)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -198,9 +199,22 @@ def _worker(argv: tuple[str, ...], env: Mapping[str, str], fault: Fault | None) 
     from launcher.progress import run_worker
     from launcher.workers.train import main
 
+    _await_writers()
     if fault:
         fault()
     run_worker(main)
+
+
+def _await_writers() -> None:
+    """A checkpoint is whole at the end of the step after it, however slow the machine."""
+    from launcher.workers.megatron import checkpoint
+
+    def is_written(saver: checkpoint.Saver) -> bool:
+        if saver.pending is not None:
+            saver.pending.thread.join()
+        return saver.pending is not None
+
+    checkpoint.Saver.is_written = property(is_written)  # type: ignore[assignment]
 
 
 def log(stage: TrainStage, attempt: int = 0, rank: int = 0) -> str:
@@ -260,6 +274,27 @@ def _signal_in_save(number: int) -> None:
         write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
+
+
+def slow_writer(seconds: float) -> Fault:
+    """Writing a checkpoint takes a while, and training does not wait for it."""
+    return partial(_slow_writer, seconds)
+
+
+def _slow_writer(seconds: float) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from launcher.workers.megatron import checkpoint
+
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(seconds)
+        write(*args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
+    alive = property(lambda saver: saver.pending is not None and not saver.pending.thread.is_alive())
+    checkpoint.Saver.is_written = alive  # type: ignore[assignment]
 
 
 def poison_at(step: int) -> Fault:

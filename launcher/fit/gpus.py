@@ -1,0 +1,46 @@
+"""GPU types: memory and peak rate. Figures for others are given on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.errors import UserError
+from launcher.spec import did_you_mean
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU type: memory that programs get, in GiB; dense bf16 peak in TFLOP/s; what share of it training reaches.
+
+    `mfu` counts half of attention's square and no recomputation; a band of 20 % around what follows from it is honest.
+    """
+
+    memory_gib: float
+    tflops: float
+    mfu: float
+
+
+#: Memory as drivers report it, peak rates from NVIDIA's data sheets, shares from public runs of 7B and 8B dense models
+#: in bf16 (docs/fit.md).
+GPUS = {
+    "a100-40gb": Gpu(39.4, 312.0, 0.50),
+    "a100-80gb": Gpu(79.2, 312.0, 0.50),
+    "h100-80gb": Gpu(79.2, 989.4, 0.42),
+    "h200-141gb": Gpu(139.8, 989.4, 0.42),
+}
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU type of this name. Raises UserError with those there are."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: not known{did_you_mean(name, GPUS)}; there is {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def default_mfu(gpu: Gpu, parameters: float, hybrid: bool) -> float:
+    """The share of the peak to expect: less for small models and for hybrids, as public runs have it."""
+    if hybrid:
+        return gpu.mfu * 0.38 / 0.42
+    if parameters < 5e9:
+        return gpu.mfu * 0.38 / 0.42
+    return gpu.mfu * (0.40 / 0.42 if parameters > 10e9 else 1.0)

@@ -1,0 +1,155 @@
+"""What a run tells of itself, step by step: metrics.jsonl, TensorBoard, and Weights & Biases where it is named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from launcher.configs import TrainConfig
+from launcher.errors import UserError
+from launcher.fit.gpus import GPUS
+from launcher.fit.layers import architecture_of, flops_per_token
+from launcher.models.families import shape_of
+from launcher.progress import StageJob
+from launcher.workers.megatron import cpu_mode
+
+#: Figures of a step that TensorBoard and W&B get too, by their names in metrics.jsonl.
+_SCALARS = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "mfu", "memory_gib", "seconds")
+
+
+@dataclass
+class Clock:
+    """Seconds of a step's parts on this rank, by the host's clock.
+
+    A GPU works on while the host goes ahead, so what it has left to do is waited for, and counted, in `optimizer`.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """The parts so far, each without those that ran inside it, and start again."""
+        parts, self.seconds = self.seconds, {}
+        if "data" in parts and "forward_backward" in parts:
+            parts["forward_backward"] -= parts["data"]
+        return {f"seconds_{name}": value for name, value in parts.items()}
+
+
+def memory_gib() -> float:
+    """Most memory so far: allocated on the GPU, or resident where there is none."""
+    if cpu_mode.active():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def peak_tflops() -> float | None:
+    """The GPU's dense bf16 peak in TFLOP/s; None for one that `launcher.fit.gpus` does not know, and on a CPU."""
+    if cpu_mode.active():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.tflops for known, gpu in GPUS.items() if known.partition("-")[0] in name), None)
+
+
+@dataclass
+class Metrics:
+    """Writes the figures of steps; on ranks other than 0 it does nothing."""
+
+    job: StageJob
+    per_token: float
+    peak: float | None
+    boards: list[Any]
+
+    def step(self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float]) -> None:
+        """One training step: `tokens` so far, `speed` in tokens a second of all ranks."""
+        if self.job.rank:
+            return
+        rate = speed * self.per_token / self.job.world_size / 1e12
+        row = {"iteration": iteration, "tokens": tokens, "tokens_per_s": speed, "tflops_per_rank": rate}
+        if self.peak:
+            row["mfu"] = rate / self.peak
+        row |= {"memory_gib": memory_gib(), **figures}
+        self.job.metric(**row)
+        self._scalars(iteration, {f"train/{name}": row[name] for name in _SCALARS if name in row})
+        self._scalars(iteration, {name: value for name, value in row.items() if name.startswith("validation/")})
+
+    def _scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        for board in self.boards:
+            board(iteration, values)
+
+    def close(self) -> None:
+        """Let the boards write what they hold."""
+        for board in self.boards:
+            board.close()
+
+
+def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
+    """Metrics of a run that goes on after `done` steps: what stands beyond them is dropped."""
+    boards: list[Any] = []
+    if job.rank == 0:
+        job.truncate_metrics("iteration", done)
+        boards = [TensorBoard(job, done), *([WeightsAndBiases(job, config)] if config.wandb_project else [])]
+    per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length)
+    return Metrics(job, per_token, peak_tflops(), boards)
+
+
+class TensorBoard:
+    """Event files under `tensorboard/` of the artifact; those of a life that was cut off are cut at its last step."""
+
+    def __init__(self, job: StageJob, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(job.workdir / "tensorboard"), purge_step=done + 1)
+
+    def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
+        """The values of a step."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Write out."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project that the recipe names; without WANDB_API_KEY kept under `wandb/` for `wandb sync`."""
+
+    def __init__(self, job: StageJob, config: TrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_project: the library wandb is not installed here; pip install wandb") from None
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        spec = job.spec
+        self.run = wandb.init(
+            project=config.wandb_project,
+            name=f"{spec.run}.{spec.stage}",
+            id=spec.fingerprint,
+            resume="allow",
+            mode=mode,
+            dir=str(job.workdir),
+            config=dict(spec.config),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
+        """The values of a step."""
+        self.run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        """Write out."""
+        self.run.finish()
