@@ -108,14 +108,3 @@ def tail_of(path: Path, lines: int) -> list[str]:
 def step_of(attempt: Attempt) -> int:
     """The step that an attempt had got to by its last heartbeat."""
     return int((attempt.beat or {}).get("step", 0))
-
-
-def lives_without_progress(root: Path, spec: StageSpec, job: str) -> int:
-    """How many of a job's latest lives in a row did not get further than those before them."""
-    count = best = 0
-    for life in attempts_at(root, spec):
-        further = step_of(life) > best
-        best = max(best, step_of(life))
-        if life.name.partition(".")[0] == job:
-            count = 0 if further else count + 1
-    return count

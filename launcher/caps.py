@@ -28,24 +28,24 @@ class Room:
     jobs: int | None
     refused: bool = False
 
-    def fits(self, jobs: int) -> int:
-        """How many of these jobs one call may submit now."""
-        if self.refused or (self.calls is not None and self.calls < 1):
+    def fits(self, jobs: int, calls: int = 1) -> int:
+        """How many of these jobs so many calls, which belong together, may submit now."""
+        if self.refused or (self.calls is not None and self.calls < min(calls, self.profile.submit_rate or calls)):
             return 0
         return jobs if self.jobs is None else max(0, min(jobs, self.jobs))
 
-    def take(self, jobs: int) -> None:
-        """One call has submitted so many jobs."""
+    def take(self, jobs: int, calls: int = 1) -> None:
+        """So many calls have submitted so many jobs."""
         if self.calls is not None:
-            self.calls -= 1
+            self.calls -= calls
         if self.jobs is not None:
             self.jobs -= jobs
 
-    def why(self) -> str:
-        """Why nothing more fits, in words."""
+    def why(self, jobs: int = 1) -> str:
+        """Why no more jobs, at least so many at once, fit, in words."""
         if self.refused:
             reason = "Slurm's own limit of submitted jobs reached"
-        elif self.jobs is not None and self.jobs < 1:
+        elif self.jobs is not None and self.jobs < jobs:
             reason = f"max_submit {self.profile.max_submit} reached"
         else:
             reason = f"submit_rate {self.profile.submit_rate} a minute reached"

@@ -16,7 +16,7 @@ from launcher.data import data_dir, own_profiles, package_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import KINDS, Limits, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
+from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
 from launcher.units import format_duration, parse_duration
 
 #: sbatch options that a profile's `sbatch:` may not set, and what sets them.
@@ -95,7 +95,8 @@ class Profile:
     gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
     runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
-    limits: Limits = option(Limits(), "hang_s, save_s, max_no_progress, continuation, visibility_s.")
+    limits: Limits = option(Limits(), "When the supervisor acts, and how a stage gets another life.")
+    preflight: Preflight | None = option(Preflight(), "What nodes must pass before the steps start; null: nothing.")
     notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
 
     def __post_init__(self) -> None:
@@ -169,7 +170,8 @@ def _notify_problems(argv: tuple[str, ...]) -> Problems:
 def _local_problems(profile: Profile) -> Problems:
     slurm_only = ("partition", "cpu_partition", "partitions", "account", "qos", "constraint", "mem", "exclusive")
     submission = ("slurm_conf", "submit_rate", "max_submit", "max_array", "max_array_running", "share_group")
-    ignored = (*slurm_only, *submission, "gpu_request", "gpu_type", "sbatch", "setup", "host_python", "time")
+    jobs = ("gpu_request", "gpu_type", "sbatch", "setup", "host_python", "time", "preflight")
+    ignored = (*slurm_only, *submission, *jobs)
     in_containers = ("env", "code", "images", "mounts", "python")
     contained = profile.runtime.container != "none"
     defaults = {f.name: default_of(f) for f in fields(profile)}
@@ -196,8 +198,9 @@ def _container_problems(profile: Profile) -> Problems:
 
 
 def _slurm_problems(profile: Profile) -> Problems:
-    if profile.limits.continuation == "chain":
-        yield "limits.continuation", "chain is not built yet; there is requeue"
+    limits = profile.limits
+    if limits.continuation == "chain" and limits.chain_jobs > (profile.max_submit or limits.chain_jobs):
+        yield "limits.chain_jobs", f"{limits.chain_jobs} jobs a stage, but max_submit is {profile.max_submit}"
     for key in ("partition", "cpu_partition"):
         name = getattr(profile, key)
         if name and profile.partitions and name not in profile.partitions:
@@ -349,7 +352,10 @@ def place_stage(stage: PlannedStage, profile: Profile, root: Path) -> PlannedSta
     Nothing of that decides what the stage computes, so the fingerprint stays. `root` is the store as the nodes see it.
     """
     steps = tuple(_place_step(step, stage.spec, profile, root) for step in stage.spec.steps)
-    return replace(stage, spec=replace(stage.spec, steps=steps))
+    asked = stage.job_parts[None]
+    looked_at = profile.scheduler == "slurm" and (asked.nodes > 1 or asked.gpus_per_node > 0)
+    preflight = profile.preflight if looked_at else None
+    return replace(stage, spec=replace(stage.spec, steps=steps, preflight=preflight))
 
 
 def place_record(record: RunRecord, profile: Profile, root: Path) -> RunRecord:

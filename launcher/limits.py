@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher import slurm, store
 from launcher.cluster import Profile
+from launcher.configs import Resources
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
@@ -355,9 +356,12 @@ def _said(*argv: str) -> str:
     return answer.out if answer.ok else ""
 
 
-def request_of(stage: PlannedStage, profile: Profile) -> Request:
-    """What a stage's job asks for."""
-    resources = stage.resources
+def requests_of(stage: PlannedStage, profile: Profile) -> list[Request]:
+    """What each part of a stage's job asks for."""
+    return [_request(resources, profile) for resources in stage.job_parts.values()]
+
+
+def _request(resources: Resources, profile: Profile) -> Request:
     memory = resources.mem or profile.mem
     return Request(
         partition=profile.partition_of(resources),
@@ -381,13 +385,13 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
     stages = {f"{r.run}/{s.spec.stage}": s for r in records for s in _to_submit(root, r)}
     if not stages:
         return
-    requests = {name: request_of(stage, profile) for name, stage in stages.items()}
-    site = read_site(getpass.getuser(), {r.account for r in requests.values() if r.account})
+    requests = [(name, request) for name, stage in stages.items() for request in requests_of(stage, profile)]
+    site = read_site(getpass.getuser(), {r.account for _, r in requests if r.account})
     if site is None:
         return
     problems = [
         f"stages.{stages[name].part_of or stages[name].spec.stage}.resources.{key}: {message}"
-        for name, request in requests.items()
+        for name, request in requests
         for key, message in request_problems(request, site)
     ]
     problems = problems or list(_refused(list(stages.values()), profile, root))

@@ -2,10 +2,12 @@
 
     attempt folder   heartbeat.STEP.RANK.json   the newest step, atomically replaced
                      exit.STEP.RANK.json        how the rank ended; written last
+                     term                       a rank was told to terminate
     artifact         metrics.jsonl              one line a step (rank 0), kept with the artifact
                      record.json                versions, verification, figures: goes into the receipt
 
-A worker is asked to save and stop by SIGUSR2 (TERM counts as the same); it then exits 0 with class `time-limit`.
+A worker is asked to save and stop by SIGUSR2; it then exits 0 with class `time-limit`. TERM counts as the same and is
+noted, because Slurm tells of a preemption with grace time nobody but the steps' processes.
 Standard library only.
 """
 
@@ -34,6 +36,11 @@ from launcher.spec import ExitClass, SpecError, StageSpec, decode, read_stage
 
 METRICS = "metrics.jsonl"
 RECORD = "record.json"
+TERM_NOTE = "term"
+#: How often the claim of the artifact is read by those who work on it.
+CLAIM_S = 2.0
+#: What each node must find in the attempt's folder before a stage starts, and what it leaves there by its own name.
+PREFLIGHT_SEEN, PREFLIGHT_LEFT = "preflight.seen", "preflight.{node}"
 
 
 class Stopped(BaseException):
@@ -55,6 +62,7 @@ class StageJob:
     rank: int = 0
     world_size: int = 1
     _asked: list[float] = field(default_factory=list)
+    _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
 
     # ---- paths
@@ -90,8 +98,10 @@ class StageJob:
     def beat(self, step: int, total: int, **figures: float | int | str) -> None:
         """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
 
-        The first beat stays in all that follow: from it come the pace, and what an attempt went on from.
+        Does not return where the artifact is another attempt's by now. The first beat stays in all that follow: from it
+        come the pace, and what an attempt went on from.
         """
+        self._end_if_given_up()
         now = time.time()
         if not self._first:
             self._first.append({"step": step, "time": now})
@@ -131,6 +141,29 @@ class StageJob:
         body = {"class": exit_class, "message": message, "time": time.time(), **used, **evidence}
         self._replace(self.attempt_dir / f"exit.{self.step}.{self.rank}.json", body)
 
+    def _end_if_given_up(self) -> None:
+        """Exit at once where the supervisor that started this process holds the artifact's claim no more.
+
+        Slurm cannot end the processes of a node whose slurmd is gone: they would write beside the next attempt's.
+        """
+        now = time.monotonic()
+        if now - self._claim.get("looked", -CLAIM_S) < CLAIM_S:
+            return
+        self._claim["looked"] = now
+        try:
+            holder = store.claim_holder(store.claim_dir(self.root, self.spec.artifact))
+        except OSError:  # a file system that is away for a while
+            return
+        if holder != self._claim.setdefault("holder", holder):
+            print("the attempt that this process belongs to is over: it ends", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _stop_asked(self, number: int) -> None:
+        self._asked.append(time.time())
+        if number == signal.SIGTERM:
+            with contextlib.suppress(OSError):
+                (self.attempt_dir / TERM_NOTE).touch()
+
     @staticmethod
     def _replace(path: Path, value: Mapping[str, Any]) -> None:
         # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
@@ -167,9 +200,13 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+    job._end_if_given_up()  # whoever holds the claim now has started this process
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, lambda *_: job._asked.append(time.time()))
-    sys.exit(_run(main, job))
+        signal.signal(number, lambda got, _: job._stop_asked(got))
+    code = _run(main, job)
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Python would go back to the default on its way out: death
+    sys.exit(code)
 
 
 def _run(main: Callable[[StageJob], None], job: StageJob) -> int:

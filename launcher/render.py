@@ -22,6 +22,7 @@ from pathlib import Path
 from launcher import store
 from launcher.cluster import Profile, place_record
 from launcher.errors import UserError
+from launcher.links import job_count
 from launcher.run_record import RunRecord
 from launcher.sbatch import Script, scripts_of
 from launcher.spec import encode, stage_text
@@ -112,6 +113,8 @@ _FUNCTIONS = r"""
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
+links=()
+link=""
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -120,7 +123,7 @@ stop() {
     else
         echo "submit.sh: submitted before it, and still there:" >&2
         for name in "${submitted[@]}"; do echo "    $name: job ${ids[$name]}" >&2; done
-        echo "submit.sh: to take them back: scancel ${ids[*]}" >&2
+        echo "submit.sh: to take them back: scancel ${ids[*]} ${links[*]}" >&2
     fi
     exit 1
 }
@@ -129,11 +132,12 @@ put() {  # FILE TARGET
     mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod "$mode" -- "$2.new" && mv -f -- "$2.new" "$2"
 }
 
-send() {  # SCRIPT and the stages that it reads; sets id
+send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `link` too, however that ends
     local script=$1 after="" name
     shift
     for name in "$@"; do after+=":${ids[$name]}"; done
-    id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
+    after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
+    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
         stop "$script" "sbatch refused it, as it says above"
     id=${id%%;*}
     [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
@@ -143,12 +147,11 @@ ready() {  # STAGE
     put "$1.stage.json" "$run/stages/$1/stage.json" || stop "$1" "cannot write under $run"
 }
 
-known() {  # STAGE, its fingerprint and its job, so that `prism-launch status` and `run` know of it
+known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
+    [ -n "${ids[$1]}" ] || submitted+=("$1")
     ids[$1]=$3
-    submitted+=("$1")
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"}\n' \
-        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" >> "$run/jobs.jsonl"
-    echo "$1: job $3"
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads
@@ -157,6 +160,21 @@ submit() {  # STAGE, its fingerprint and the stages that it reads
     ready "$stage"
     send "$stage" "$@"
     known "$stage" "$fingerprint" "$id"
+    echo "$stage: job $id"
+}
+
+submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
+    local jobs=$1 stage=$2 fingerprint=$3 link="" chain=""
+    shift 3
+    ready "$stage"
+    for ((; jobs > 0; jobs--)); do
+        send "$stage" "$@"
+        link=$id
+        chain=${chain:-$id}
+        links+=("$id")
+        known "$stage" "$fingerprint" "$id" "$chain"  # what reads the stage waits for the last job
+    done
+    echo "$stage: jobs $chain to $id"
 }
 
 submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that they read
@@ -172,6 +190,7 @@ submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that
     send "$name" "$@"
     for ((i = 0; i < ${#elements[@]}; i += 2)); do
         known "${elements[i]}" "${elements[i + 1]}" "${id}_$((i / 2))"
+        echo "${elements[i]}: job ${id}_$((i / 2))"
     done
 }
 
@@ -220,7 +239,10 @@ def _submit_lines(record: RunRecord, scripts: Sequence[Script], profile: Profile
     for script in scripts:
         named = [word for stage in script.stages for word in (stage.spec.stage, stage.spec.fingerprint)]
         depends = dict.fromkeys(d for stage in script.stages for d in stage.depends)
+        jobs = job_count(script.stages[0].spec.limits)
         if script.is_array:
             yield " ".join(["submit_array", script.name, *named, "--", *depends])
+        elif jobs > 1:
+            yield " ".join(["submit_chain", str(jobs), *named, *depends])
         else:
             yield " ".join(["submit", *named, *depends])

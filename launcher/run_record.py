@@ -78,12 +78,12 @@ class RunRecord:
 
 
 def refuse_unbuilt(records: Iterable[RunRecord]) -> None:
-    """Raises UserError with every stage that this version plans and renders but cannot run, each with the reason."""
+    """Raises UserError with every stage that is planned and rendered but cannot be run, each with the reasons."""
     problems = [
-        f"stages.{stage.part_of or stage.spec.stage}: {stage.not_built}"
+        f"stages.{stage.part_of or stage.spec.stage}: {why}"
         for record in records
         for stage in record.stages
-        if stage.not_built
+        for why in stage.obstacles
     ]
     if problems:
         raise UserError(dict.fromkeys(problems))

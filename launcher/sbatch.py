@@ -30,6 +30,9 @@ from launcher.steps import (
     REFERENCE,
     SRUN_DEFAULTS,
     SlurmAttempt,
+    preflight_argv,
+    preflight_place,
+    preflight_steps,
     slurm_place,
     srun_argv,
 )
@@ -114,7 +117,7 @@ def array_text(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> 
             ")",
             "stage=${stages[${SLURM_ARRAY_TASK_ID:?submit this with --array}]:?there is no such element}",
             *_setup(spec, profile, root, folder),
-            *_shown_steps(replace(spec, stage=ELEMENT_STAGE), profile, root, ELEMENT),
+            *_shown_steps(replace(stages[0], spec=replace(spec, stage=ELEMENT_STAGE)), profile, root, ELEMENT),
         ],
         stage_json=f"{folder}/stage.json",
         array=array_option(range(len(stages)), profile),
@@ -138,7 +141,7 @@ def sbatch_text(stage: PlannedStage, profile: Profile, root: Path, module: str =
             "# What a job that submits this from within an array hands on.",
             f"unset {' '.join(ARRAY_VARIABLES)}",
             *_setup(spec, profile, root, _quoted(str(folder))),
-            *_shown_steps(spec, profile, root, SlurmAttempt()),
+            *_shown_steps(stage, profile, root, SlurmAttempt()),
         ],
         stage_json=shlex.quote(str(folder / "stage.json")),
         module=module,
@@ -176,7 +179,7 @@ def _text(
         setup=[*(line for part in others for line in _job_part({**part, **further})), *lines],
         additional_parameters={
             "signal": f"B:USR2@{profile.signal_lead_s}",
-            "requeue": True,
+            "requeue" if spec.limits.continuation == "requeue" else "no-requeue": True,
             "kill-on-invalid-dep": "yes",
             **({"array": array} if array else {}),
             **further,
@@ -262,19 +265,26 @@ def _quoted(value: str) -> str:
     return shlex.quote(value)
 
 
-def _shown_steps(spec: StageSpec, profile: Profile, root: Path, attempt: SlurmAttempt) -> Iterator[str]:
+def _shown_steps(stage: PlannedStage, profile: Profile, root: Path, attempt: SlurmAttempt) -> Iterator[str]:
     """Every step's srun command as comments: what the supervisor runs, with references for what it learns late."""
+    spec, nodes = stage.spec, stage.job_parts[None].nodes
     place = slurm_place(spec, root, profile.python, attempt)
     shown = replace(spec, stage="-") if spec.stage == ELEMENT_STAGE else spec
-    hosts = {step.name: "-" for step in spec.steps}
-    example = slurm_place(shown, root, profile.python, SlurmAttempt("0", "0", "-", hosts=hosts))
+    # Its words differ from the references' where something is known late.
+    late = SlurmAttempt("0", "0", "-", hosts={step.name: "-" for step in spec.steps})
+    example = slurm_place(shown, root, profile.python, late)
     yield ""
     yield "# The supervisor starts on the first node and runs:"
+    for step in preflight_steps(spec, nodes, profile.host_python or profile.python):
+        there, sample = (preflight_place(p, a.node, a) for p, a in ((place, attempt), (example, late)))
+        yield from _shown_step(*(preflight_argv(step, p, spec.runtime) for p in (there, sample)))
     for step in spec.steps:
-        argv = srun_argv(step, place, spec.runtime)
-        late = set(argv) - set(srun_argv(step, example, spec.runtime))
-        yield "#"
-        yield from (f"# {line}" for line in readable(argv, late))
+        yield from _shown_step(*(srun_argv(step, p, spec.runtime) for p in (place, example)))
+
+
+def _shown_step(argv: tuple[str, ...], example: tuple[str, ...]) -> Iterator[str]:
+    yield "#"
+    yield from (f"# {line}" for line in readable(argv, set(argv) - set(example)))
 
 
 def readable(argv: tuple[str, ...], late: Set[str]) -> list[str]:

@@ -304,9 +304,9 @@ def requeue(job: str, patience_s: float = 600.0) -> str | None:
         time.sleep(2.0)
 
 
-def hostnames(nodes: str) -> list[str]:
+def hostnames(nodes: str, timeout: float = 5.0) -> list[str]:
     """A node list such as `n[1-3]` as names, in its order. Raises WorldError where scontrol does not say."""
-    answer = call("scontrol", "show", "hostnames", nodes)
+    answer = call("scontrol", "show", "hostnames", nodes, timeout=timeout)
     if not answer.ok or not answer.out.strip():
         raise WorldError(f"scontrol show hostnames {nodes}: {answer.err or 'no answer'}")
     return answer.out.split()
@@ -318,9 +318,33 @@ def hostnames(nodes: str) -> list[str]:
 _BAD = ("down", "drain", "fail", "inval", "unknown", "powered_down", "powering_down")
 
 
-def bad_nodes(nodes: str) -> tuple[str, ...]:
+def exclude(job: str, nodes: Iterable[str], before: str, timeout: float = 4.0) -> str | None:
+    """Keep a waiting job off nodes, besides those that it is kept off already (`before`: `Job.excluded`).
+
+    Returns what Slurm said where it refused. It refuses that for a job that runs, and takes it from the batch script
+    itself once that is requeued.
+    """
+    listed = ",".join([*filter(None, [before]), *nodes])
+    answer = call("scontrol", "update", f"jobid={job}", f"ExcNodeList={listed}", timeout=timeout)
+    return None if answer.ok else answer.err or "no answer"
+
+
+#: What slurmstepd writes into a batch script's log as it ends it.
+_ENDING = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+[A-Z]))?")
+
+
+def reason_in_log(text: str) -> str | None:
+    """`PREEMPTION`, `NODE FAILURE`, `JOB REQUEUE`, `TIME LIMIT`, or "" where no reason is given; None: not ended.
+
+    From what slurmstepd adds to a batch script's log, of which `text` is the part of this life (Slurm 22.05).
+    """
+    found: list[str] = _ENDING.findall(text)
+    return found[-1] if found else None
+
+
+def bad_nodes(nodes: str, timeout: float = 5.0) -> tuple[str, ...]:
     """Of a node list, those that are down, draining, failing, powered down or do not respond."""
-    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=5.0)
+    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=timeout)
     return parse_bad_nodes(answer.out)
 
 

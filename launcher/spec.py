@@ -114,7 +114,10 @@ class Limits:
 
     hang_s: no heartbeat for this long is a hang; save_s: what a worker gets to save and stop when asked;
     max_no_progress: restarts in a row without progress before the stage has failed; visibility_s: how long a file may
-    stay unseen that another node has written: 65 on NFS, whose attribute cache lasts a minute by default.
+    stay unseen that another node has written: 65 on NFS, whose attribute cache lasts a minute by default;
+    continuation: how a stage gets another life: its job goes back into the queue, or, where that is refused,
+    `chain_jobs` jobs are submitted at once, each after the one before; max_excluded: bad nodes that a stage may leave
+    out.
     """
 
     hang_s: float = 1800.0
@@ -122,6 +125,40 @@ class Limits:
     max_no_progress: int = 2
     continuation: Literal["requeue", "chain"] = "requeue"
     visibility_s: float = 0.0
+    chain_jobs: int = 4
+    max_excluded: int = 4
+
+    def __post_init__(self) -> None:
+        least = {"max_no_progress": 0, "chain_jobs": 1, "max_excluded": 0}
+        wrong = [(n, f"must be at least {v}, got {getattr(self, n)}") for n, v in least.items() if getattr(self, n) < v]
+        if wrong:
+            raise SpecError(wrong)
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """A short all-reduce over all nodes, one process a GPU: `size_mb` of 2^20 bytes, and the least bus bandwidth.
+
+    Bus bandwidth as nccl-tests defines it, in 10^9 bytes a second: 2 (n - 1) / n times the size over the time.
+    """
+
+    floor_gbs: float
+    size_mb: int = 1024
+    rounds: int = 10
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What every node must pass before the steps of a job that asks for GPUs or for several nodes.
+
+    Always: as many GPUs as asked for, without uncorrected memory errors, and the store's root readable and writable.
+    min_free_gb: room under the root, in 10^9 bytes; deadline_s: a node that has not answered by then has failed;
+    all_reduce: off by default.
+    """
+
+    min_free_gb: float = 1.0
+    deadline_s: float = 120.0
+    all_reduce: AllReduce | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,7 @@ class StageSpec:
     first_exit: Literal["main", "any"] = "any"
     limits: Limits = Limits()
     runtime: Runtime = Runtime()
+    preflight: Preflight | None = None
     snapshot: str | None = None
     secrets: tuple[str, ...] = ()
     notify: tuple[str, ...] = ()

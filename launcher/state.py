@@ -86,9 +86,8 @@ def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Jo
     if _just_made(attempt, job, spec.limits.visibility_s):
         return StageState(**{**facts, "state": "running", "exit_class": None, "message": "finished; not seen here yet"})
     if job is not None and (attempt is None or not _tells_more(attempt, job)):
-        started = attempt is not None and _is_of(attempt, job)
         folder = store.stage_dir(root, spec.run, stage.part_of or spec.stage)
-        return StageState(**{**facts, **_job_facts(job, started, folder)})
+        return StageState(**{**facts, **_job_facts(job, attempt, folder)})
     return StageState(state="waiting" if attempt is None else _state(attempt), **facts)
 
 
@@ -126,18 +125,19 @@ _ENDED: Mapping[str, tuple[State, str]] = {
 }
 
 
-def _job_facts(job: Job, started: bool, folder: Path) -> dict[str, Any]:
-    """What Slurm says of a job; `started` where its supervisor has said something too."""
+def _job_facts(job: Job, last: Attempt | None, folder: Path) -> dict[str, Any]:
+    """What Slurm says of a job; `last` is the stage's newest attempt, of this job or of one before it."""
     if job.is_active:
         waits = job.state != "RUNNING"
         reason = "" if job.reason in ("None", "") else f", {job.reason}"
-        words = f"job {job.id} {job.state.lower()}{reason}"
+        before = f"; before: {last.end.get('message') or last.end.get('class')}" if waits and last and last.end else ""
+        words = f"job {job.id} {job.state.lower()}{reason}{before}"
         return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
     state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
     words = f"Slurm no longer knows job {job.id}" if job.state == "GONE" else f"job {job.id} ended as {job.state}"
     mend = "; ask for more memory a node (`mem`)" if exit_class == "out-of-memory" else ""
     facts: dict[str, Any] = {"state": state, "exit_class": exit_class, "message": words + mend}
-    if job.state != "FAILED" or started:
+    if job.state != "FAILED" or (last is not None and _is_of(last, job)):
         return facts
     log = folder / f"{job.id}_0_log.out"
     return facts | {"state": "failed", "message": f"job {job.id} failed before its supervisor began"} | _end_of(log)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import store
@@ -201,6 +201,43 @@ def slurm_place(spec: StageSpec, root: Path, python: str, attempt: SlurmAttempt 
         hosts={step.name: attempt.host(step) for step in spec.steps},
         ports={step.name: attempt.port(index) for index, step in enumerate(spec.steps)},
     )
+
+
+def preflight_steps(spec: StageSpec, nodes: int, python: str) -> tuple[Step, ...]:
+    """What looks at the nodes before the stage's own steps; nothing where the stage asks for no preflight.
+
+    One task a node outside images, by the supervisor's own interpreter, and where asked for an all-reduce, one task a
+    GPU, with the image and interpreter of the main step that has most GPUs. Of a heterogeneous job the first part is
+    looked at.
+    """
+    asked = spec.preflight
+    if asked is None:
+        return ()
+    first = [step for step in spec.steps if not step.het_group]
+    gpus = max(step.gpus for step in first)
+    words = (f"--gpus={gpus}", f"--min-free-gb={asked.min_free_gb:g}")
+    look = (python, "-m", "launcher.workers.preflight", "nodes", *words)
+    steps = [Step(name="preflight", argv=look, nodes=nodes, ntasks=nodes, gpus=gpus)]
+    if asked.all_reduce is not None and nodes * gpus != 1:
+        main = replace(max((s for s in first if s.role == "main"), key=lambda s: s.gpus), first_node=0, probe=None)
+        words = (f"--size-mb={asked.all_reduce.size_mb}", f"--rounds={asked.all_reduce.rounds}")
+        argv = (main.argv[0], "-m", "launcher.workers.preflight", "all-reduce", *words)
+        tasks = nodes * max(gpus, 1)
+        steps.append(replace(main, name="all-reduce", argv=argv, nodes=nodes, ntasks=tasks, gpus=gpus))
+    return tuple(steps)
+
+
+def preflight_place(place: Place, node: str, attempt: SlurmAttempt) -> Place:
+    """A place with hosts and ports of the preflight's steps, `node` the first one."""
+    names = ("preflight", "all-reduce")
+    ports = {name: attempt.port(8 + index) for index, name in enumerate(names)}
+    return replace(place, hosts={**place.hosts, **dict.fromkeys(names, node)}, ports={**place.ports, **ports})
+
+
+def preflight_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
+    """The srun command of a preflight's step; what its tasks say goes to srun, since a node may not see the store."""
+    outside = runtime if step.image else replace(runtime, container="none")
+    return tuple(word for word in srun_argv(step, place, outside) if not word.startswith("--output="))
 
 
 def _nodes_of(step: Step, place: Place) -> dict[str, str | int]:

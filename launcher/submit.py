@@ -11,7 +11,7 @@ import getpass
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from launcher import slurm, store
 from launcher.caps import Room, read_held, room_now, write_held
 from launcher.cluster import Profile
 from launcher.errors import UserError, WorldError
+from launcher.links import dependency, job_count, link_that_counts, newest_links, submit_links
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import Script, array_option, sbatch_text, scripts_of
 from launcher.spec import encode, stage_text
@@ -31,13 +32,17 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job of a run; the newest one of a stage counts. An element of an array is known as ARRAYJOB_INDEX."""
+    """A job of a run; the newest submission of a stage counts. An element of an array is known as ARRAYJOB_INDEX.
+
+    `chain`: the first of the jobs that continue each other.
+    """
 
     stage: str
     fingerprint: str
     job: str
     time: float
     user: str = ""
+    chain: str | None = None
 
 
 def read_submitted(root: Path, run: str) -> list[Submitted]:
@@ -55,9 +60,14 @@ def _read_jobs(path: Path) -> list[Submitted]:
     return found
 
 
-def _newest(root: Path, record: RunRecord) -> dict[str, Submitted]:
+def _newest(root: Path, record: RunRecord) -> dict[str, list[Submitted]]:
+    """The jobs of every stage's newest submission: one, or the links of a chain."""
     planned = {s.spec.stage: s.spec.fingerprint for s in record.stages}
-    return {s.stage: s for s in read_submitted(root, record.run) if planned.get(s.stage) == s.fingerprint}
+    lines: dict[str, list[Submitted]] = {}
+    for line in read_submitted(root, record.run):
+        if planned.get(line.stage) == line.fingerprint:
+            lines.setdefault(line.stage, []).append(line)
+    return {stage: newest_links(of) for stage, of in lines.items()}
 
 
 def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None) -> Jobs:
@@ -65,10 +75,11 @@ def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None) -> Jobs
 
     A job that nothing knows any more stands as state GONE. Those in `ended` are not asked for again.
     """
+    links = _newest(root, record)
     over = {job.id: job for job in (ended or {}).values()}
-    newest = _newest(root, record)
-    known = over | dict(slurm.job_states(s.job for s in newest.values() if s.job not in over))
-    return {stage: known.get(s.job) or slurm.Job(s.job, "GONE") for stage, s in newest.items()}
+    known = over | dict(slurm.job_states(s.job for of in links.values() for s in of if s.job not in over))
+    specs = {s.spec.stage: s.spec for s in record.stages}
+    return {stage: link_that_counts(root, specs[stage], [s.job for s in of], known) for stage, of in links.items()}
 
 
 def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
@@ -102,22 +113,24 @@ def submit_held(root: Path, record: RunRecord, profile: Profile) -> dict[str, st
 
 def _find_lost(root: Path, record: RunRecord, profile: Profile) -> None:
     """Write down jobs that Slurm took in without our hearing of it: sbatch timed out, or its caller was killed."""
-    known = {s.job.partition("_")[0] for s in read_submitted(root, record.run)}
+    known = {s.job.partition("_")[0]: s for s in read_submitted(root, record.run)}
     jobs = slurm.own_scripts()
     for script in scripts_of(record.stages, profile):
-        for job in jobs.get(str(_script_file(root, script)), ()):
+        there = jobs.get(str(_script_file(root, script)), ())
+        chain = next((known[job].chain for job in there if job in known), None)
+        for job in there:
             if job not in known:
-                _write_down(root, record.run, _lost(root, script, job))
+                _write_down(root, record.run, _lost(root, script, job, chain))
 
 
-def _lost(root: Path, script: Script, job: str) -> list[Submitted]:
+def _lost(root: Path, script: Script, job: str, chain: str | None) -> list[Submitted]:
     """The jobs that one unheard call of sbatch made: of an array those elements that Slurm knows."""
     ids = [f"{job}_{i}" if script.is_array else job for i in range(len(script.stages))]
     there = slurm.job_states(ids)
     folders = [store.stage_dir(root, s.spec.run, s.spec.stage) for s in script.stages]
     prints = [(store.read_json(f / "stage.json") or {}).get("fingerprint", "") for f in folders]
     return [
-        Submitted(stage.spec.stage, fingerprint, id, time.time(), getpass.getuser())
+        Submitted(stage.spec.stage, fingerprint, id, time.time(), getpass.getuser(), chain)
         for stage, fingerprint, id in zip(script.stages, prints, ids, strict=True)
         if id in there
     ]
@@ -174,7 +187,8 @@ class _Submission:
         return tuple(dict.fromkeys(a if (a := job.partition("_")[0]) in whole else job for job in jobs))
 
     def _submit_group(self, script: Script, group: Sequence[PlannedStage], after: Sequence[str]) -> None:
-        count = self.room.fits(len(group))
+        links = job_count(script.stages[0].spec.limits)  # more than one: a chain, which is in no array
+        count = self.room.fits(len(group) * links, links) // links
         while count:
             try:
                 jobs = self._call(script, group[:count], after)
@@ -186,9 +200,9 @@ class _Submission:
                 self.elements.setdefault(job.partition("_")[0], set()).add(job)
             self.waiting_for |= jobs
             self.submitted |= jobs
-            self.room.take(count)
+            self.room.take(count * links, links)
             break
-        self.held |= {stage.spec.stage: self.room.why() for stage in group[count:]}
+        self.held |= {stage.spec.stage: self.room.why(links) for stage in group[count:]}
 
     def _call(self, script: Script, stages: Sequence[PlannedStage], after: Sequence[str]) -> dict[str, str]:
         if script.is_array:
@@ -198,6 +212,7 @@ class _Submission:
 
 def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[str]) -> dict[str, str]:
     known = stage_jobs(root, record)
+    last = {stage: of[-1].job for stage, of in _newest(root, record).items()}
     # A job may still be completing when its attempt has said how it ended: nothing more comes of that one.
     states = {s.stage: s.state for s in stage_states(root, record, jobs=known)}
     elements: dict[str, set[str]] = {}
@@ -207,7 +222,7 @@ def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[
     now = _Submission(root, profile, _room(root, profile), done, elements)
     busy = {n for n in known if states[n] in ("queued", "running")}
     # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
-    now.waiting_for = {n: known[n].id for n in busy if known[n].is_active}
+    now.waiting_for = {n: last[n] for n in busy if known[n].is_active}
     now.done.update(busy - now.waiting_for.keys())
     for script in scripts_of(record.stages, profile):
         names = wanted - now.done - set(now.waiting_for)
@@ -233,9 +248,11 @@ def _submit_stage(root: Path, stage: PlannedStage, profile: Profile, after: Sequ
     store.write_atomic(folder / "stage.json", stage_text(stage.spec))
     script = folder / "job.sbatch"
     store.write_atomic(script, sbatch_text(stage, profile, root))
-    job = slurm.submit(str(script), *_dependency(after))
-    _write_down(root, stage.spec.run, [_submitted(stage, job)])
-    return job
+
+    def written(job: str, chain: str | None) -> None:
+        _write_down(root, stage.spec.run, [_submitted(stage, job, chain)])
+
+    return submit_links(str(script), stage.spec.limits, after, written)
 
 
 def _submit_array(
@@ -248,7 +265,7 @@ def _submit_array(
     path = _script_file(root, script)
     store.write_atomic(path, script.text(profile, root))
     indexes = script.indexes(stages)
-    job = slurm.submit(str(path), f"--array={array_option(indexes, profile)}", *_dependency(after))
+    job = slurm.submit(str(path), f"--array={array_option(indexes, profile)}", *dependency(after))
     found = [_submitted(stage, f"{job}_{i}") for stage, i in zip(stages, indexes, strict=True)]
     _write_down(root, stages[0].spec.run, found)
     return {s.stage: s.job for s in found}
@@ -258,13 +275,8 @@ def _script_file(root: Path, script: Script) -> Path:
     return script.folder(root) / (f"{script.name}.sbatch" if script.is_array else "job.sbatch")
 
 
-def _submitted(stage: PlannedStage, job: str) -> Submitted:
-    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), getpass.getuser())
-
-
-def _dependency(after: Iterable[str]) -> list[str]:
-    ids = ":".join(after)
-    return [f"--dependency=afterok:{ids}"] if ids else []
+def _submitted(stage: PlannedStage, job: str, chain: str | None = None) -> Submitted:
+    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), getpass.getuser(), chain)
 
 
 def _write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:
@@ -283,16 +295,16 @@ def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
     Raises WorldError where Slurm refuses, with whose jobs they are.
     """
     write_held(root, record.run, {})
-    active = {name: job for name, job in stage_jobs(root, record).items() if job.is_active}
+    links = _newest(root, record)
+    known = slurm.job_states(s.job for of in links.values() for s in of)
+    active = [s for of in links.values() for s in of if s.job in known and known[s.job].is_active]
     try:
-        slurm.cancel(job.id for job in active.values())
+        slurm.cancel(s.job for s in active)
     except WorldError as error:
-        raise WorldError(f"{error}{_whose(root, record, active)}") from None
-    return list(active)
+        raise WorldError(f"{error}{_whose(active)}") from None
+    return list(dict.fromkeys(s.stage for s in active))
 
 
-def _whose(root: Path, record: RunRecord, active: Mapping[str, slurm.Job]) -> str:
-    me = getpass.getuser()
-    others = [f"{s.job} ({s.stage}) of {s.user}" for name, s in _newest(root, record).items() if name in active]
-    others = [text for text in others if not text.endswith((f" of {me}", " of "))]
+def _whose(active: Iterable[Submitted]) -> str:
+    others = [f"{s.job} ({s.stage}) of {s.user}" for s in active if s.user not in ("", getpass.getuser())]
     return f"; not yours to cancel: job {', '.join(others)}; ask them, or an operator" if others else ""

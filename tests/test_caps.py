@@ -44,6 +44,27 @@ def test_room_that_is_taken_is_gone_and_the_reason_is_the_cap_that_was_met() -> 
     assert "Slurm's own limit" in room.why()
 
 
+@pytest.mark.parametrize(
+    ("rate", "most", "calls", "jobs", "why"),
+    [
+        (None, 10, 0, 6, None),
+        (None, 10, 0, 7, "max_submit 10 reached"),
+        (5, None, 1, 0, None),
+        (5, None, 2, 0, "submit_rate 5 a minute reached"),
+        (2, None, 0, 0, None),  # more links than a minute may have: it waits for a whole one
+        (2, None, 1, 0, "submit_rate 2 a minute reached"),
+    ],
+)
+def test_the_jobs_of_a_chain_find_room_together(
+    rate: int | None, most: int | None, calls: int, jobs: int, why: str | None
+) -> None:
+    room = room_now(replace(PROFILE, submit_rate=rate, max_submit=most), calls, jobs)
+    assert (room.fits(4, calls=4) // 4 == 0) == (why is not None)
+    assert why is None or why in room.why(4)
+    room.take(4, calls=4)
+    assert room.fits(4, calls=4) < 4 or (rate is None and most is None)
+
+
 def test_what_is_held_back_is_told_of_stages_that_nothing_makes(tmp_path: Path) -> None:
     run = counting_run(("a", (), {}), ("b", (), {}))
     assert read_held(tmp_path, "run") == {} and not waits_for_room(tmp_path, "run")

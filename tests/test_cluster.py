@@ -13,7 +13,7 @@ from launcher.cluster import Profile, check_resources, list_profiles, load_profi
 from launcher.configs import Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
-from launcher.spec import Input, StageSpec, read_stage
+from launcher.spec import Input, Limits, Preflight, SpecError, StageSpec, read_stage
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PYXIS = load_profile("example-pyxis")
@@ -92,7 +92,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("runtime: {env_unset: [a-b]}", "2: runtime.env_unset: 'a-b' is no name of a variable"),
         ("runtime: {container: docker}", "2: runtime.container: docker's containers are no children of the job"),
         ("runtime: {container: podman}", "2: runtime.container: podman's containers are no children of the job"),
-        ("limits: {continuation: chain}", "2: limits.continuation: chain is not built yet"),
+        ("limits: {continuation: chain, chain_jobs: 3}\nmax_submit: 2", "2: limits.chain_jobs: 3 jobs a stage"),
         ("mounts: ['/a b']\nruntime: {container: pyxis}", "2: mounts[0]: mount '/a b': pyxis cannot quote blanks"),
         ("code: src", "2: code: src: give the full path"),
         ("slurm_conf: slurm.conf", "2: slurm_conf: slurm.conf: give the full path"),
@@ -284,3 +284,26 @@ def test_without_containers_nothing_is_mounted() -> None:
 def test_a_snapshot_wins_over_the_profiles_code() -> None:
     (step,) = placed(replace(PYXIS, code="/code"), replace(SPEC, snapshot="snapshots/1")).steps
     assert step.env["PYTHONPATH"] == "/scratch/prism/snapshots/1"
+
+
+@pytest.mark.parametrize(
+    ("resources", "looked_at"),
+    [
+        (Resources(), False),
+        (Resources(nodes=2), True),
+        (Resources(gpus_per_node=1), True),
+    ],
+)
+def test_nodes_are_looked_at_for_gpus_or_several_of_them(resources: Resources, looked_at: bool) -> None:
+    spec = read_stage(Path(__file__).parent / "data" / "stage.json")
+    stage = PlannedStage(replace(spec, steps=(replace(spec.steps[0], nodes=resources.nodes),)), (), resources)
+    profile = Profile(name="x", scheduler="slurm")
+    assert place_stage(stage, profile, Path("/root")).spec.preflight == (Preflight() if looked_at else None)
+    assert place_stage(stage, replace(profile, preflight=None), Path("/root")).spec.preflight is None
+    assert place_stage(stage, Profile(name="x", scheduler="local"), Path("/root")).spec.preflight is None
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(SpecError) as refused:
+        Limits(chain_jobs=0, max_excluded=-1, max_no_progress=-1)
+    assert [key for key, _ in refused.value.problems] == ["max_no_progress", "chain_jobs", "max_excluded"]

@@ -13,7 +13,7 @@ import pytest
 from launcher.cli import build_parser
 from launcher.cluster import Partition, Profile
 from launcher.recipe.schema import markdown_table, recipe_reference
-from launcher.spec import Limits, Runtime
+from launcher.spec import AllReduce, Limits, Preflight, Runtime
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGES = sorted([CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
@@ -24,7 +24,7 @@ MARK = "## Keys\n"
 def cluster_reference() -> str:
     """The keys of a profile, as docs/clusters.md ends with them."""
     lines = [MARK]
-    for cls in (Profile, Partition, Runtime, Limits):
+    for cls in (Profile, Partition, Runtime, Limits, Preflight, AllReduce):
         lines += [*([] if cls is Profile else [f"\n## {cls.__name__}\n"]), *markdown_table(cls)]
     return "\n".join(lines) + "\n"
 

@@ -24,7 +24,7 @@ from launcher.plan import build_plan
 from launcher.recipe.load import load_recipes
 from launcher.render import dry_run, files, render_plan
 from launcher.run_record import RunRecord, read_run
-from launcher.spec import Runtime, read_stage
+from launcher.spec import Limits, Runtime, read_stage
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKOUT = GOLDEN.parents[1]
@@ -294,6 +294,39 @@ def test_submit_stops_at_the_first_refusal_and_names_what_it_submitted(login: Lo
     assert "prepare: job 101" in done.stderr and "scancel" in done.stderr and "101" in done.stderr.split("scancel")[1]
     assert [Path(call[-1]).stem for call in login.calls][-1] == "midtrain"
     assert "evaluate" not in done.stdout
+
+
+def chained(record: RunRecord, stage: str, jobs: int) -> RunRecord:
+    """The same run, one stage in a chain of jobs."""
+    limits = Limits(continuation="chain", chain_jobs=jobs)
+    stages = (replace(s, spec=replace(s.spec, limits=limits)) if s.spec.stage == stage else s for s in record.stages)
+    return replace(record, stages=tuple(stages))
+
+
+def test_submit_sends_a_chain_job_after_job(login: Login, tmp_path: Path) -> None:
+    record = chained(golden_record(PYXIS), "midtrain", 3)
+    render_plan(record, PYXIS, tmp_path / "out", tmp_path / "root")
+    done = login.submit(tmp_path / "out" / "submit.sh", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    path = tmp_path / "root" / "runs" / "golden" / "jobs.jsonl"
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["stage"] == "midtrain"]
+    jobs = [line["job"] for line in lines]
+    assert len(jobs) == 3 and {line["chain"] for line in lines} == {jobs[0]} and all(line["user"] for line in lines)
+    assert f"midtrain: jobs {jobs[0]} to {jobs[2]}" in done.stdout
+    after = [next((w for w in call if w.startswith("--dependency")), "") for call in login.calls]
+    inputs = "--dependency=afterok:101"
+    of_chain = [a for a, call in zip(after, login.calls, strict=True) if Path(call[-1]).stem == "midtrain"]
+    assert of_chain == [inputs, f"{inputs},afterany:{jobs[0]}", f"{inputs},afterany:{jobs[1]}"]
+
+
+def test_half_a_chain_is_named_when_it_is_refused(login: Login, tmp_path: Path) -> None:
+    record = golden_record(PYXIS)
+    first = record.stages[0].spec.stage
+    render_plan(chained(record, first, 3), PYXIS, tmp_path / "out", tmp_path / "root")
+    (login.bin / "sbatch").write_text(_SBATCH + '[ "$n" -lt 2 ]\n')
+    done = login.submit(tmp_path / "out" / "submit.sh", tmp_path)
+    assert done.returncode == 1 and "nothing has been submitted" not in done.stderr
+    assert f"{first}: job 101" in done.stderr and "101" in done.stderr.split("scancel")[1]
 
 
 def test_submit_stops_at_an_answer_that_is_no_job(login: Login, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from launcher.configs import Component, Resources
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.sbatch import sbatch_text
-from launcher.spec import Limits, Runtime, SpecError, Step, read_stage
-from launcher.steps import SlurmAttempt, slurm_place, srun_argv
+from launcher.spec import AllReduce, Limits, Preflight, Runtime, SpecError, Step, read_stage
+from launcher.steps import SlurmAttempt, preflight_argv, preflight_place, preflight_steps, slurm_place, srun_argv
 
 SPEC = read_stage(Path(__file__).parent / "data" / "stage.json")
 PROFILE = Profile(name="site", scheduler="slurm", partition="gpu", account="me")
@@ -77,6 +77,10 @@ def test_the_header_says_what_the_supervisor_needs_of_slurm() -> None:
     options = header(text(replace(PROFILE, limits=Limits(save_s=300.5))))
     assert options["signal"] == "B:USR2@331", "B: the batch script alone, when there is still time to save"
     assert options["requeue"] == "" and options["open-mode"] == "append" and options["kill-on-invalid-dep"] == "yes"
+    stage = planned(PROFILE, ROOT)
+    chained = replace(stage, spec=replace(stage.spec, limits=Limits(continuation="chain")))
+    chain = header(sbatch_text(chained, PROFILE, ROOT))
+    assert chain["no-requeue"] == "" and "requeue" not in chain
     assert options["output"] == "/scratch/prism/runs/demo/stages/midtrain/%j_0_log.out"
     assert options["job-name"] == "demo.midtrain"
     assert "wckey" not in options and "error" not in options
@@ -280,7 +284,8 @@ def test_charliecloud_gets_the_users_name_where_the_shell_has_none(name: str, ex
 def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     image = IMAGES[container]
     runtime = Runtime(container=container, mpi="none")  # type: ignore[arg-type]
-    profile = replace(PROFILE, runtime=runtime, images=image)
+    preflight = Preflight(all_reduce=AllReduce(300.0))
+    profile = replace(PROFILE, runtime=runtime, images=image, preflight=preflight, host_python="/usr/bin/python3.11")
     stage = planned(profile, nodes=2, ntasks_per_node=8, gpus_per_node=8)
     server = replace(
         stage.spec.steps[0], name="server", role="server", ntasks=1, nodes=1, argv=("serve", "{port:train}")
@@ -288,9 +293,14 @@ def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     stage = replace(stage, spec=replace(stage.spec, steps=(server, *stage.spec.steps)))
     shown = commented(sbatch_text(stage, profile, ROOT))
     place = slurm_place(stage.spec, ROOT, profile.python, ATTEMPT)
-    run = [word for step in stage.spec.steps for word in srun_argv(step, place, runtime)[1:]]
-    assert words_of(shown, tmp_path) == run and len(run) > 30
-    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 2
+    there = preflight_place(place, ATTEMPT.node, ATTEMPT)
+    look = [preflight_argv(s, there, runtime) for s in preflight_steps(stage.spec, 2, "/usr/bin/python3.11")]
+    run = [word for argv in (*look, *(srun_argv(s, place, runtime) for s in stage.spec.steps)) for word in argv[1:]]
+    assert words_of(shown, tmp_path) == run and len(run) > 60
+    # The nodes are looked at from outside the image, the network between them from inside.
+    shown_image = [any(word.endswith(tuple(image.values())) for word in argv) for argv in look]
+    assert shown_image == [False, container != "none"]
+    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 4
 
 
 # -------------------------------------------------------------------------------------------------------- components
@@ -318,18 +328,21 @@ def with_server(placement: Literal["shared", "heterogeneous"], profile: Profile 
 
 
 @pytest.mark.parametrize(
-    ("placement", "own", "host"),
-    [("shared", {}, "node7"), ("shared", {"nodes": 1}, "n3"), ("heterogeneous", {"nodes": 2}, "m1")],
+    ("placement", "own", "host", "nodes"),
+    [("shared", {}, "node7", 2), ("shared", {"nodes": 1}, "n3", 3), ("heterogeneous", {"nodes": 2}, "m1", 2)],
 )
 def test_steps_of_components_are_shown_as_they_run(
-    placement: Literal["shared", "heterogeneous"], own: dict[str, Any], host: str, tmp_path: Path
+    placement: Literal["shared", "heterogeneous"], own: dict[str, Any], host: str, nodes: int, tmp_path: Path
 ) -> None:
     stage = with_server(placement, **own)
     shown = words_of(commented(sbatch_text(stage, PROFILE, ROOT)), tmp_path)
     attempt = replace(ATTEMPT, hosts={} if host == ATTEMPT.node else {"server": host})
     place = slurm_place(stage.spec, ROOT, PROFILE.python, attempt)
-    assert shown == [w for step in stage.spec.steps for w in srun_argv(step, place, stage.spec.runtime)[1:]]
-    assert f"it's {host}" in shown
+    (look,) = preflight_steps(stage.spec, nodes, PROFILE.python)
+    looking = preflight_argv(look, preflight_place(place, ATTEMPT.node, ATTEMPT), stage.spec.runtime)
+    steps = (srun_argv(step, place, stage.spec.runtime) for step in stage.spec.steps)
+    assert shown == [w for argv in (looking, *steps) for w in argv[1:]]
+    assert f"it's {host}" in shown and look.gpus == 4
 
 
 def test_nodes_of_components_come_on_top() -> None:

@@ -105,4 +105,4 @@ def test_stages_that_are_not_built_are_all_named() -> None:
     unbuilt = replace(run, stages=(replace(a, not_built="no rl yet"), b, replace(c, not_built="no nemo yet")))
     with pytest.raises(UserError) as caught:
         refuse_unbuilt([run, unbuilt])
-    assert caught.value.problems == ("stages.a: no rl yet", "stages.c: no nemo yet")
+    assert caught.value.problems == ("stages.a: not built yet: no rl yet", "stages.c: not built yet: no nemo yet")

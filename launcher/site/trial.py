@@ -84,7 +84,7 @@ def plan_trial(profile: Profile, root: Path, partition: str | None, nodes: int) 
         limits=Limits(save_s=20.0),
         runtime=profile.runtime,
     )
-    short = replace(profile, limits=spec.limits)
+    short = replace(profile, limits=spec.limits, preflight=None)
     problems = [f"cluster test: {key}: {message}" for key, message in check_resources(resources, spec, short)]
     if problems:
         raise UserError(problems)
@@ -131,7 +131,7 @@ def submit_trial(stage: PlannedStage, profile: Profile, root: Path) -> Trial:
     spec = stage.spec
     folder = store.stage_dir(root, spec.run, spec.stage)
     script = folder / "job.sbatch"
-    short = replace(profile, limits=spec.limits)
+    short = replace(profile, limits=spec.limits, preflight=None)
     store.write_atomic(script, sbatch_text(stage, short, root, "launcher.site"))
     refused = refusal(str(script))
     if refused:

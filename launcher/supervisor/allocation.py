@@ -1,4 +1,5 @@
-"""Where an attempt runs: this machine, or a Slurm job. How steps start, what a stop means, how to get another life."""
+"""Where an attempt runs: this machine here, a Slurm job in `slurm_job`. How steps start, what a stop means, how to get
+another life."""
 
 from __future__ import annotations
 
@@ -9,31 +10,30 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import launcher
-from launcher import slurm, store
+from launcher import store
 from launcher.containers import DETACHED, LEAKS, container_name
-from launcher.errors import UserError, WorldError
 from launcher.spec import ExitClass, StageSpec, Step
-from launcher.steps import (
-    ARRAY_VARIABLES,
-    SRUN_DEFAULTS,
-    Place,
-    SlurmAttempt,
-    is_elsewhere,
-    local_commands,
-    nodelist,
-    place_of,
-    slurm_place,
-    srun_argv,
-)
+from launcher.steps import Place, local_commands, place_of
 from launcher.store import Owner
+from launcher.supervisor.classify import Outcome
 from launcher.supervisor.containers import contain, remove_leftovers
-from launcher.supervisor.processes import Process, SrunStep
+from launcher.supervisor.preflight import Findings
+from launcher.supervisor.processes import Process, popen
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an attempt has to stop. `nodes` are at fault; `leaving`: Slurm is ending this life already."""
+
+    exit_class: ExitClass
+    nodes: tuple[str, ...] = ()
+    leaving: bool = False
 
 
 class Allocation(Protocol):
@@ -53,14 +53,23 @@ class Allocation(Protocol):
     def start(self, step: Step, place: Place) -> list[Process]:
         """Start a step."""
 
-    def why(self, number: signal.Signals) -> ExitClass:
-        """What a signal to stop stands for."""
+    def preflight(self, place: Place, stopped: Callable[[], bool]) -> Findings | None:
+        """Look at the nodes before anything starts, unless asked to stop; None where there is nothing to look at."""
+
+    def why(self, number: signal.Signals | None) -> Reason | None:
+        """What a signal to stop stands for; None: what may have ended or stopped the workers where nobody asked."""
+
+    def noticed(self) -> Reason | None:
+        """A reason to stop of which no signal tells; asked in every round, so it must not take long."""
 
     def lives(self, owner: Owner) -> bool | None:
         """Whether another maker of the artifact lives; None where that cannot be told."""
 
-    def requeue(self) -> str | None:
-        """Ask for another life of this job; returns why not."""
+    def next_life(self, result: Outcome) -> Outcome:
+        """The outcome where another life is wanted, or why this one was the last."""
+
+    def go_on(self, exclude: Sequence[str]) -> str | None:
+        """Ask for another life, without some nodes; returns why there is none. Nothing may follow but the exit."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,8 @@ class ThisMachine:
         started: list[Process] = []
         for rank, (argv, variables) in enumerate(local_commands(self.spec, step, place, user)):
             with (self.attempt_dir / f"{step.name}.{rank}.log").open("ab") as log:
-                popen = _popen(argv, {**inherited, **variables}, self.attempt_dir, stdout=log, stderr=subprocess.STDOUT)
-            process = Process(step, rank, popen, self.attempt_dir)
+                made = popen(argv, {**inherited, **variables}, self.attempt_dir, log, subprocess.STDOUT)
+            process = Process(step, rank, made, self.attempt_dir)
             name = container_name(str(self.attempt_dir), step.name, rank)
             started.append(contain(process, container, name) if container in (*DETACHED, "apptainer") else process)
         return started
@@ -112,95 +121,31 @@ class ThisMachine:
             inherited |= {"PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
         return {"USER": _user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 
-    def why(self, number: signal.Signals) -> ExitClass:
+    def preflight(self, place: Place, stopped: Callable[[], bool]) -> Findings | None:
+        """Nothing: `doctor` looks at this machine."""
+        return None
+
+    def why(self, number: signal.Signals | None) -> Reason | None:
         """TERM is `cancel` or Ctrl-C."""
-        return "cancelled" if number == signal.SIGTERM else "time-limit"
+        if number is None:
+            return None
+        return Reason("cancelled" if number == signal.SIGTERM else "time-limit")
+
+    def noticed(self) -> Reason | None:
+        """Nothing."""
+        return None
 
     def lives(self, owner: Owner) -> bool | None:
         """By process id and start time."""
         return store.is_alive(owner)
 
-    def requeue(self) -> str | None:
-        """Never: the driver starts another attempt."""
-        return "there is no queue on this machine"
+    def next_life(self, result: Outcome) -> Outcome:
+        """The driver decides."""
+        return result
 
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """The batch step of a Slurm job, on its first node."""
-
-    spec: StageSpec
-    root: Path
-    attempt: SlurmAttempt
-    nodes: str
-
-    @classmethod
-    def current(cls, spec: StageSpec, root: Path) -> SlurmJob:
-        """The job that this process runs in, by its environment."""
-        restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        number = os.environ["SLURM_JOB_ID"]
-        element = [os.environ.get(name) for name in ARRAY_VARIABLES]
-        job = "_".join(part for part in element if part) if all(element) else number
-        hosts = _hosts_elsewhere(spec)
-        attempt = SlurmAttempt(job, restarts, os.environ["SLURMD_NODENAME"], number, hosts)
-        return cls(spec, root, attempt, os.environ["SLURM_JOB_NODELIST"])
-
-    @property
-    def job(self) -> str:
-        """The job's id."""
-        return self.attempt.job
-
-    @property
-    def attempt_dir(self) -> Path:
-        """The folder of this life of the job."""
-        return store.stage_dir(self.root, self.spec.run, self.spec.stage) / self.attempt.name
-
-    def place(self) -> Place:
-        """Each step's first node; ports from the job's id."""
-        return slurm_place(self.spec, self.root, sys.executable, self.attempt)
-
-    def start(self, step: Step, place: Place) -> list[Process]:
-        """Start the step's srun; the tasks write their own logs."""
-        unset = (*SRUN_DEFAULTS, *self.spec.runtime.env_unset)
-        inherited = {k: v for k, v in os.environ.items() if k not in unset}
-        argv = srun_argv(step, place, self.spec.runtime)
-        popen = _popen(argv, inherited, self.attempt_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert popen.stderr is not None
-        os.set_blocking(popen.stderr.fileno(), False)
-        return [SrunStep(step, 0, popen, self.attempt_dir)]
-
-    def why(self, number: signal.Signals) -> ExitClass:
-        """TERM is ambiguous: ask first, or a user's scancel would be undone by requeueing."""
-        known = slurm.show_job(self.job)
-        if number == signal.SIGTERM and known is not None:
-            if known.restarts > int(self.attempt.restarts):
-                return "node-failure" if slurm.bad_nodes(self.nodes) else "requeued"
-            if known.state != "RUNNING":
-                return "cancelled"
-        return "preempted" if known is not None and known.preempted else "time-limit"
-
-    def lives(self, owner: Owner) -> bool | None:
-        """By Slurm's word where the process is on another node; an earlier life of this job is dead."""
-        if owner.job is None or store.is_alive(owner) is not None:
-            return store.is_alive(owner)
-        if owner.job == self.job:
-            return False
-        try:
-            known = slurm.job_states([owner.job]).get(owner.job)
-        except WorldError:  # a controller that does not answer for a while is no reason to fail
-            return None
-        return None if known is None else known.is_active
-
-    def requeue(self) -> str | None:
-        """Put the job back into the queue; returns what Slurm said where it refused."""
-        return slurm.requeue(self.job)
-
-
-def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
-    """First nodes of the steps that do not start on this one, by step."""
-    away = [step for step in spec.steps if is_elsewhere(step)]
-    nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
-    return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
+    def go_on(self, exclude: Sequence[str]) -> str | None:
+        """The driver starts another attempt."""
+        return None
 
 
 def _user_name() -> str:
@@ -219,23 +164,3 @@ def _free_port() -> int:
 def _package_root() -> str:
     # Workers run in the attempt's folder, so that nothing in the user's own can be taken for a module.
     return str(Path(launcher.__file__).resolve().parent.parent)
-
-
-def _popen(
-    argv: tuple[str, ...], environment: Mapping[str, str], folder: Path, stdout: IO[Any] | int, stderr: IO[Any] | int
-) -> subprocess.Popen[bytes]:
-    """A session of its own, without standard input."""
-    try:
-        return subprocess.Popen(
-            argv,
-            env=dict(environment),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"{argv[0]}: no such program here; the cluster profile's `python` names the interpreter"
-        ) from None

@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ class Contained(Process):
     name: str
     guard: subprocess.Popen[bytes]
 
-    def exit(self) -> RankExit | None:
+    def exits(self) -> list[RankExit]:
         """How it ended, as if there were no container: killed by a signal is negative, and a failed start says why."""
-        ended = super().exit()
-        if ended is None or ended.code <= 0:
-            return ended
+        return [self._inside(ended) for ended in super().exits()]
+
+    def _inside(self, ended: RankExit) -> RankExit:
         if ended.code == _NOT_STARTED and ended.said is None:
-            return RankExit(ended.step, ended.rank, ended.code, self._not_started())
+            return replace(ended, said=self._not_started())
         killed = 128 < ended.code < 128 + 65
-        return RankExit(ended.step, ended.rank, 128 - ended.code if killed else ended.code, ended.said)
+        return replace(ended, code=128 - ended.code) if killed else ended
 
     def _not_started(self) -> Mapping[str, Any]:
         log = self.attempt_dir / f"{self.step.name}.{self.rank}.log"

@@ -2,7 +2,8 @@
 
 Writes `events.jsonl` in the attempt's folder, whose last line says how the attempt ended. Exit code 0 means that the
 artifact is whole, or that the job has been requeued for another life; anything unfinished is 1, the user's own mistake
-2. USR2 (time limit) and TERM (cancel, preemption) make it ask the workers to save and stop.
+2. USR2 (time limit), TERM (cancel, preemption) and what the allocation notices make it ask the workers to save and
+stop.
 """
 
 from __future__ import annotations
@@ -21,19 +22,26 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__, store
-from launcher.attempts import attempts_at, last_words, lives_without_progress
+from launcher.attempts import attempts_at, last_words
 from launcher.containers import DETACHED
 from launcher.errors import PrismError, UserError
 from launcher.notify import LIMIT_S, notify, state_after
-from launcher.spec import ExitClass, SpecError, StageSpec, Step, encode, read_stage
+from launcher.progress import CLAIM_S
+from launcher.spec import SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
-from launcher.supervisor import memory, processes, sealing
-from launcher.supervisor.allocation import Allocation, SlurmJob, ThisMachine
-from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, outcome
+from launcher.supervisor import chain, memory, processes, sealing
+from launcher.supervisor.allocation import Allocation, Reason, ThisMachine
+from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, only_lost_peers, outcome
+from launcher.supervisor.preflight import judge
 from launcher.supervisor.processes import Process
+from launcher.supervisor.slurm_job import SlurmJob
 
 EVENTS = "events.jsonl"
 _POLL_S = 0.05
+#: What a life leaves an earlier one that Slurm has given up on, but cannot reach, to notice that its claim is gone.
+_NOTICE_S = 3 * CLAIM_S
+#: How long the cause is waited for when ranks have only said that they lost others.
+_CAUSE_S = 2.0
 #: Seconds for the hook when Slurm may be ending the job.
 _LEAVING_S = 3.0
 
@@ -50,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         spec = read_stage(stage_json)
         root = Path(os.environ["PRISM_ROOT"])
+        over = _chain_is_over(spec, root)
+        if over is not None:
+            return over
         return Supervisor(spec, root, _allocation(spec, root, stage_json)).run()
     except (PrismError, SpecError) as error:
         print(f"prism-launch: {error}", file=sys.stderr)
@@ -59,13 +70,25 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
+def _chain_is_over(spec: StageSpec, root: Path) -> int | None:
+    """The exit code of a link of a chain that has nothing to do; it is no attempt."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if spec.limits.continuation != "chain" or job is None or "PRISM_ATTEMPT" in os.environ:
+        return None
+    over = chain.is_over(root, spec, job)
+    if over is None:
+        return None
+    print(f"{spec.stage}: {over[1]}", flush=True)
+    return over[0]
+
+
 def _allocation(spec: StageSpec, root: Path, stage_json: Path) -> Allocation:
     named = os.environ.get("PRISM_ATTEMPT")
     if named:
         return ThisMachine(spec, root, stage_json, Path(named))
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError("the supervisor is started by `prism-launch run` or by a rendered sbatch script")
-    found = SlurmJob.current(spec, root)
+    found = SlurmJob.current(spec, root, sys.executable)
     store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
     return found
 
@@ -80,11 +103,13 @@ class Supervisor:
     asked: list[signal.Signals] = field(default_factory=list)
     started: list[Process] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    why: ExitClass = "cancelled"
+    reason: Reason | None = None
 
     def __post_init__(self) -> None:
         self.owner = store.this_process(job=self.allocation.job)
         self.attempt_dir = self.allocation.attempt_dir
+        self.claim = store.claim_dir(self.root, self.spec.artifact)
+        self._claim_read = time.monotonic()
         # Beside the work, which a slow hook must not hold up.
         before = "waiting" if self.allocation.job is None else "queued"
         self.telling = threading.Thread(target=self._tell, args=(before, "running"), daemon=True)
@@ -105,39 +130,31 @@ class Supervisor:
             result = outcome("user-error" if error.exit_code == 2 else "storage", str(error))
         finally:
             processes.kill_all(self.started)
-            store.release(store.claim_dir(self.root, self.spec.artifact), self.owner)
-        try:
-            self._end(result)
-        except OSError as error:  # the disk that is full holds our own words too
-            print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
+            store.release(self.claim, self.owner)
+        return self._leave(self.allocation.next_life(result))
+
+    def _leave(self, result: Outcome) -> int:
+        """Say how the attempt ended, and ask for another life where there is one to come; returns the exit code."""
+        self._end(result)
         again = result.action == "again" and self.allocation.job is not None
         if self.telling.is_alive():
-            self.telling.join(_LEAVING_S if self.asked else None)
+            self.telling.join(_LEAVING_S if self._is_leaving() else None)
         self._tell("running", "queued" if again else state_after(result.exit_class), result)
-        if result.action == "again" and self._requeued(result):
-            # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
-            os._exit(0)
-        if again:
-            result = replace(result, action="stop")
-            with contextlib.suppress(OSError):
+        if result.action == "again":
+            refused = self.allocation.go_on(result.exclude)
+            if refused is not None:
+                words = "; ".join(filter(None, [result.message, refused]))
+                result = replace(result, message=words, action="stop", exclude=(), suspect=())
                 self._end(result)
-            self._tell("queued", state_after(result.exit_class), result)
+                self._tell("queued", state_after(result.exit_class), result)
+            elif again and self.spec.limits.continuation == "requeue":
+                # At once: else Slurm waits for KillWait. The exit code of a requeued job counts for nothing.
+                os._exit(0)
         return {"finished": 0, "user-error": 2}.get(result.exit_class, 1)
 
-    def _requeued(self, result: Outcome) -> bool:
-        """Whether this job gets another life: Slurm has seen to it itself, or takes it back into its queue."""
-        if self.allocation.job is None:
-            return False
-        if result.exit_class in ("requeued", "node-failure") and self.asked:
-            return True
-        lives = lives_without_progress(self.root, self.spec, self.allocation.job)
-        if lives > self.spec.limits.max_no_progress:
-            print(f"{self.spec.stage}: {lives} lives without progress: given up", flush=True)
-            return False
-        refused = self.allocation.requeue()
-        if refused is not None:
-            print(f"{self.spec.stage}: not requeued: {refused}", flush=True)
-        return refused is None
+    def _is_leaving(self) -> bool:
+        """Whether Slurm may be ending the job by now."""
+        return bool(self.asked) or self.reason is not None
 
     def _storage_message(self, error: OSError) -> str:
         mend = "free some room, then run again" if error.errno in (28, 122) else "mend that, then run again"
@@ -154,19 +171,25 @@ class Supervisor:
         sealing.check_secrets(self.spec)
         sealing.check_inputs(self.root, self.spec, lambda: bool(self.asked))
         sealing.clear_outputs(self.root, self.spec)
-        kills = memory.kernel_kills()
-        evidence = self._watch()
-        result = classify(replace(evidence, memory_kill=memory.kernel_kills() > kills))
+        place = self.allocation.place()
+        result = self._preflight(place) or self._work(place)
+        if result.exit_class == "requeued" and self._is_superseded():
+            return result  # what there is belongs to another life
         sealing.add_cost(self.root, self.spec, **self._cost())
         if result.exit_class == "finished":
             made_in = attempts_at(self.root, self.spec)
             sealing.seal(self.root, self.spec, self.owner, len(made_in))
         return result
 
+    def _work(self, place: Place) -> Outcome:
+        kills = memory.kernel_kills()
+        evidence = self._watch(place)
+        return classify(replace(evidence, memory_kill=memory.kernel_kills() > kills))
+
     def _take_claim(self) -> bool:
         """Claim the artifact, waiting for as long as another run makes it; False when asked to stop before that."""
-        folder = store.claim_dir(self.root, self.spec.artifact)
-        told = None
+        folder = self.claim
+        before, told = store.claim_holder(folder), None
         while (holder := store.claim(folder, self.owner, self.allocation.lives)) is not None:
             if holder != told:
                 gone = f"; if {holder.host} is gone, remove {folder}" if store.is_alive(holder) is None else ""
@@ -175,7 +198,32 @@ class Supervisor:
             if self.asked:
                 return False
             time.sleep(0.5)
+        if before is not None and told is None and store.is_alive(before) is None:
+            self._event("waiting", message=f"an earlier life on {before.host} was cut off: it gets time to notice")
+            time.sleep(_NOTICE_S)
+        self._claim_read = time.monotonic()
         return True
+
+    def _is_superseded(self) -> bool:
+        """Whether a later life has taken the claim over: Slurm thinks that this one is gone."""
+        try:
+            holder = store.claim_holder(self.claim)
+        except OSError:  # a file system that is away for a while
+            return False
+        return holder is not None and holder != self.owner
+
+    def _preflight(self, place: Place) -> Outcome | None:
+        """How the attempt ends if the nodes are not fit for it."""
+        found = self.allocation.preflight(place, lambda: bool(self.asked))
+        if found is None:
+            return None
+        failed = {node: problems for node, problems in found.problems.items() if problems}
+        facts = {"failed": failed, "seconds": found.seconds, "argv": found.argv, **found.facts}
+        self._event("preflight", nodes=found.nodes, **facts)
+        if self.asked:
+            self._stop()
+            return classify(self._evidence([]))
+        return judge(found)
 
     def _cost(self) -> dict[str, float]:
         """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
@@ -191,16 +239,14 @@ class Supervisor:
 
     # ---- steps
 
-    def _watch(self) -> Evidence:
+    def _watch(self, place: Place) -> Evidence:
         """Start the steps, servers first, and watch them until the attempt is decided."""
-        place = self.allocation.place()
         for step in sorted(self.spec.steps, key=lambda s: s.role == "main"):
             self._launch(step, place)
             if step.probe is not None and not self._wait_ready(step, place):
                 exits = self._exits()
-                self._stop()
                 failed = None if exits or self.asked else step.name
-                return Evidence(exits or self._exits(), self._asked(), ready_failed=failed)
+                return replace(self._stopped(exits), ready_failed=failed)
         return self._until_decided()
 
     def _launch(self, step: Step, place: Place) -> None:
@@ -221,21 +267,51 @@ class Supervisor:
 
     def _until_decided(self) -> Evidence:
         noticed: list[RankExit] = []
-        newest, seen = 0.0, time.monotonic()  # the wall clock may jump
+        newest, seen, lost = 0.0, time.monotonic(), None  # the wall clock may jump
         while True:
             noticed += [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in noticed}]
-            if self.asked or self._decided(noticed):
-                before = list(noticed)
-                self._stop()
-                late = [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in before}]
-                # A server is stopped when the work is done: how it takes that is no evidence.
-                return Evidence([*before, *(e for e in late if self._is_main(e) or self.asked)], self._asked())
+            now = time.monotonic()
+            if only_lost_peers(noticed) and not self.asked:
+                lost = lost or now
+                if now - lost < _CAUSE_S:
+                    time.sleep(_POLL_S)
+                    continue
+            self.reason = self.reason or self._noticed()
+            if self.asked or self.reason or self._decided(noticed):
+                return self._stopped(noticed)
             beat = self._newest_beat()
             if beat != newest:
-                newest, seen = beat, time.monotonic()
-            if time.monotonic() - seen > self.spec.limits.hang_s:
+                newest, seen = beat, now
+            if now - seen > self.spec.limits.hang_s:
                 return self._hang()
             time.sleep(_POLL_S)
+
+    def _noticed(self) -> Reason | None:
+        now = time.monotonic()
+        if now - self._claim_read > CLAIM_S:
+            self._claim_read = now
+            if self._is_superseded():
+                processes.kill_all(self.started)
+                return Reason("requeued", leaving=True)
+        return self.allocation.noticed()
+
+    def _stopped(self, noticed: list[RankExit]) -> Evidence:
+        """Stop what still runs, and say what is known."""
+        before = list(noticed)
+        if not self.asked and not self.reason and classify(Evidence(before)).exit_class != "finished":
+            # First of all: where Slurm has told the steps to end, a server may be dead and a worker be saving.
+            self.reason = self.allocation.why(None)
+        self._stop()
+        late = [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in before}]
+        if self.reason is None:
+            # A server is stopped when the work is done: how it takes that is no evidence.
+            return self._evidence([*before, *(e for e in late if self._is_main(e) and e.said)])
+        exits = [*before, *late]
+        return self._evidence([e for e in exits if self._is_main(e) or e.code > 0] or exits)
+
+    def _evidence(self, exits: list[RankExit], **facts: Any) -> Evidence:
+        asked, nodes = (self.reason.exit_class, self.reason.nodes) if self.reason else (None, ())
+        return Evidence(exits, asked, bad_nodes=nodes, **facts)
 
     def _decided(self, noticed: list[RankExit]) -> bool:
         """Whether the attempt is over: a process ended badly, a server ended at all, or every main process ended."""
@@ -249,21 +325,20 @@ class Supervisor:
         return next(s.role for s in self.spec.steps if s.name == exit.step) == "main"
 
     def _exits(self) -> list[RankExit]:
-        return [e for e in (p.exit() for p in self.started) if e is not None]
-
-    def _asked(self) -> ExitClass | None:
-        return self.why if self.asked else None
+        return [e for p in self.started for e in p.exits()]
 
     def _stop(self) -> None:
         """Let what still runs save where a stop was asked for; otherwise end it."""
-        if not self.asked:
+        if not self.asked and self.reason is None:
             processes.stop_all(self.started, 0.5)
             return
-        self.why = self.allocation.why(self.asked[0])
-        self._event("stopping", signal=self.asked[0].name, why=self.why)
-        # When Slurm itself is ending the job, its KillWait is all the time there is.
-        leaving = self.allocation.job is not None and self.why in ("cancelled", "requeued", "node-failure")
-        processes.stop_all(self.started, min(3.0, self.spec.limits.save_s) if leaving else self.spec.limits.save_s)
+        signalled = self.asked[0] if self.asked else None
+        self.reason = self.reason or self.allocation.why(signalled) or Reason("cancelled")
+        self._event("stopping", signal=signalled and signalled.name, why=self.reason.exit_class)
+        # When Slurm itself is ending the job, its KillWait is all the time there is; without a node nobody can save.
+        short = self.reason.leaving or self.reason.exit_class == "node-failure"
+        grace = min(3.0, self.spec.limits.save_s) if short else self.spec.limits.save_s
+        processes.stop_all(self.started, grace)
 
     def _newest_beat(self) -> float:
         beats = [p.stat().st_mtime for p in self.attempt_dir.glob("heartbeat.*.json")]
@@ -273,8 +348,10 @@ class Supervisor:
         for process in self.started:
             process.signal(signal.SIGUSR1)  # the worker writes the stacks of all its threads
         time.sleep(1.0)
+        before = self._exits()
         processes.kill_all(self.started)
-        return Evidence(self._exits(), hang_s=self.spec.limits.hang_s)
+        self.reason = self.allocation.why(None)  # a node that is gone looks the same from here
+        return self._evidence(before, hang_s=self.spec.limits.hang_s)
 
     # ---- speaking
 
@@ -283,7 +360,7 @@ class Supervisor:
         facts = {"attempt": self.attempt_dir.name, "job": self.allocation.job}
         if result is not None:
             facts |= {"exit_class": result.exit_class, "message": result.message, "action": result.action}
-        trouble = notify(self.spec, old, new, _LEAVING_S if self.asked else LIMIT_S, **facts)
+        trouble = notify(self.spec, old, new, _LEAVING_S if self._is_leaving() else LIMIT_S, **facts)
         if trouble is not None:
             with contextlib.suppress(OSError):
                 self._event("notify", message=trouble)
@@ -295,6 +372,11 @@ class Supervisor:
 
     def _end(self, result: Outcome) -> None:
         body = {"class": result.exit_class, "message": result.message, "action": result.action}
+        nodes = {"excluded": result.exclude, "suspect": result.suspect}
         words = last_words(self.attempt_dir, *result.blamed) if result.blamed else {}
-        self._event("end", **body, **words, **self._cost())
+        try:
+            self._event("end", **body, **{k: v for k, v in nodes.items() if v}, **words, **self._cost())
+        except OSError as error:  # the disk that is full holds our own words too
+            print(f"{self.spec.stage}: {result.message}; {self._storage_message(error)}", flush=True)
+            return
         print(f"{self.spec.stage}: {result.exit_class}{': ' if result.message else ''}{result.message}", flush=True)

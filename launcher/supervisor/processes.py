@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launcher import store
+from launcher.errors import UserError
 from launcher.spec import Probe, Step
 from launcher.steps import Place, fill
 from launcher.supervisor import memory
@@ -30,13 +32,17 @@ class Process:
     popen: subprocess.Popen[bytes]
     attempt_dir: Path
 
-    def exit(self) -> RankExit | None:
-        """How it ended; None while it runs."""
+    def exits(self) -> list[RankExit]:
+        """How it ended; nothing while it runs."""
         code = self.poll()
         if code is None:
-            return None
-        said = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{self.rank}.json")
-        return RankExit(self.step.name, self.rank, code, said)
+            return []
+        return [self._rank_exit(self.rank, code)]
+
+    def _rank_exit(self, rank: int, code: int, node: str | None = None) -> RankExit:
+        said = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
+        log = "" if code == 0 or not self.step.gpus else _tail(self.attempt_dir / f"{self.step.name}.{rank}.log")
+        return RankExit(self.step.name, rank, code, said, node, log)
 
     def poll(self) -> int | None:
         """The exit code; None while it runs. What it started and left behind is killed when its end is noticed."""
@@ -69,21 +75,19 @@ class SrunStep(Process):
 
     told: list[RankExit] = field(default_factory=list)
 
-    def exit(self) -> RankExit | None:
-        """The first task that ended badly, while the others may still run, or the end of all."""
-        for rank, code in self._complaints():
-            self.told.append(RankExit(self.step.name, rank, code, self._said(rank)))
+    def exits(self) -> list[RankExit]:
+        """The tasks that ended badly, while the others may still run, or the end of all."""
+        self.told.extend(self._rank_exit(rank, code, node) for rank, code, node in self._complaints())
         if self.told:
-            return self.told[0]
+            return self.told
         ended = self.poll()
         if ended is None:
-            return None
+            return []
         if ended > 128:
             ended = 128 - ended  # all ranks were killed
-        said = [self._said(rank) for rank in range(self.step.ntasks)]
-        unwell = [(r, s) for r, s in enumerate(said) if s is None or s.get("class") != "finished"]
-        rank, what = unwell[0] if unwell else (0, said[0])
-        return RankExit(self.step.name, rank, ended, what)
+        found = [self._rank_exit(rank, ended) for rank in range(self.step.ntasks)]
+        unwell = [e for e in found if (e.said or {}).get("class") != "finished"]
+        return [(unwell or found)[0]]
 
     def signal(self, number: signal.Signals) -> None:
         """Signal all ranks.
@@ -97,11 +101,7 @@ class SrunStep(Process):
                 self.popen.wait(1.0)
         super().signal(number)
 
-    def _said(self, rank: int) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
-        return found
-
-    def _complaints(self) -> list[tuple[int, int]]:
+    def _complaints(self) -> list[tuple[int, int, str]]:
         assert self.popen.stderr is not None
         text = (self.popen.stderr.read() or b"").decode(errors="replace")
         if text:
@@ -113,20 +113,33 @@ class SrunStep(Process):
 _COMPLAINT = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$", re.MULTILINE)
 
 
-def complaints(text: str) -> list[tuple[int, int]]:
-    """Tasks that ended badly and their exit codes (negative: that signal), from what srun wrote to its stderr."""
+#: The end of a log in which the cause of a rank's death is looked for.
+_TAIL_BYTES = 32 << 10
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def complaints(text: str) -> list[tuple[int, int, str]]:
+    """Tasks that ended badly, their exit codes (negative: that signal) and nodes, from what srun wrote to stderr."""
     found = []
-    for _, tasks, what in _COMPLAINT.findall(text):
+    for node, tasks, what in _COMPLAINT.findall(text):
         code = re.search(r"exit code (\d+)", what)
         rank = int(re.split("[,-]", tasks)[0])
         if code:
-            found.append((rank, int(code[1])))
+            found.append((rank, int(code[1]), node))
         elif "Terminated" in what:
-            found.append((rank, -signal.SIGTERM))
+            found.append((rank, -signal.SIGTERM, node))
         else:  # Killed, Segmentation fault, Aborted, ...
             number = _NUMBERS.get(what.split(" (")[0].strip(), signal.SIGKILL)
             full = number == signal.SIGKILL and memory.is_told(text)
-            found.append((rank, -memory.SIG_OOM if full else -number))
+            found.append((rank, -memory.SIG_OOM if full else -number, node))
     return found
 
 
@@ -174,3 +187,23 @@ def kill_all(processes: list[Process]) -> None:
         process.signal(signal.SIGKILL)
     for process in processes:
         process.popen.wait()
+
+
+def popen(
+    argv: tuple[str, ...], environment: Mapping[str, str], folder: Path, stdout: IO[Any] | int, stderr: IO[Any] | int
+) -> subprocess.Popen[bytes]:
+    """A session of its own, without standard input."""
+    try:
+        return subprocess.Popen(
+            argv,
+            env=dict(environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{argv[0]}: no such program here; the cluster profile's `python` names the interpreter"
+        ) from None

@@ -3,8 +3,9 @@
     python counter_worker.py STAGE_JSON [key=value ...]
 
 Keys: until=N, sleep=S (a step), save=N (steps between saves), fail_at=N with fail=raise|exit|user|diverge|kill|full|
-memory|gpu-memory|oom|hang, once=1 (fails once), hang_at=N, ignore=1 (does not listen to signals), empty=1 (leaves the
-port empty), fill=BYTES (of the port), heavy=BYTES (of a saved count), cgroup=FOLDER (which `oom` enters).
+gpu|memory|gpu-memory|oom|hang, fail_on=NODE (on that node alone), once=1 (fails once), hang_at=N, ignore=1 (does not
+listen to signals), empty=1 (leaves the port empty), fill=BYTES (of the port), heavy=BYTES (of a saved count),
+cgroup=FOLDER (which `oom` enters).
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def fail(step: int, saved: Any) -> None:
     failed_before = saved.with_name("failed")
     if step != int(OPTIONS.get("fail_at", -1)) or failed_before.exists():
         return
+    if OPTIONS.get("fail_on", os.environ.get("SLURMD_NODENAME")) != os.environ.get("SLURMD_NODENAME"):
+        return
     if OPTIONS.get("once"):
         write_atomic(failed_before, "")
     how = OPTIONS["fail"]
@@ -77,6 +80,8 @@ def fail(step: int, saved: Any) -> None:
         raise Diverged(f"step {step}: loss is nan")
     if how == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    if how == "gpu":
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
     if how == "gpu-memory":
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB.")
     if how == "memory":

@@ -13,8 +13,18 @@ FINISHED = {"class": "finished"}
 SAVED = {"class": "time-limit", "message": "saved at 3"}
 
 
-def ended(code: int, said: dict[str, str] | None = None, step: str = "train", rank: int = 0) -> RankExit:
-    return RankExit(step, rank, code, said)
+LOST = {"class": "crashed", "message": "RuntimeError: Connection closed by peer [198.18.0.11]:20011"}
+
+
+def ended(
+    code: int,
+    said: dict[str, str] | None = None,
+    step: str = "train",
+    rank: int = 0,
+    node: str | None = None,
+    log: str = "",
+) -> RankExit:
+    return RankExit(step, rank, code, said, node, log)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +49,16 @@ def ended(code: int, said: dict[str, str] | None = None, step: str = "train", ra
         (Evidence([ended(0)]), "crashed", "stop"),
         (Evidence([ended(0, FINISHED), ended(137, rank=1)]), "crashed", "stop"),
         (Evidence([], hang_s=5.0), "hang", "again"),
+        (Evidence([], hang_s=5.0, asked="node-failure", bad_nodes=("n2",)), "node-failure", "again"),
+        (Evidence([ended(0, SAVED)], asked="preempted"), "preempted", "again"),
+        (Evidence([ended(-15)], asked="preempted"), "preempted", "again"),
+        (Evidence([ended(-12, SAVED)]), "time-limit", "again"),
+        (Evidence([ended(-15, FINISHED)]), "finished", "done"),
+        (Evidence([ended(1, FINISHED)]), "crashed", "stop"),
+        (Evidence([ended(1, LOST)]), "crashed", "again"),
+        (Evidence([ended(1, LOST)], asked="node-failure", bad_nodes=("n2",)), "node-failure", "again"),
+        (Evidence([ended(1, LOST), ended(1, {"class": "diverged", "message": "nan"}, rank=1)]), "diverged", "stop"),
+        (Evidence([ended(1, {"class": "crashed", "message": "KeyError"})], asked="node-failure"), "crashed", "stop"),
         (Evidence([], ready_failed="server"), "crashed", "stop"),
     ],
 )
@@ -52,5 +72,35 @@ def test_the_first_bad_end_decides() -> None:
     assert found.exit_class == "diverged"
 
 
+BUSY = "RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+TIMEOUT = "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"
+
+
+def test_a_gpus_fault_names_its_node() -> None:
+    crashed = {"class": "crashed", "message": BUSY}
+    found = classify(Evidence([ended(1, crashed, rank=3, node="n2")]))
+    assert (found.exit_class, found.action, found.exclude, found.suspect) == ("gpu-fault", "again", ("n2",), ())
+    assert "rank 3 on n2" in found.message and BUSY in found.message
+    found = classify(Evidence([ended(-6, None, rank=1, node="n4", log=f"step 3\n{TIMEOUT}\n")]))
+    assert (found.exit_class, found.exclude, found.suspect) == ("gpu-fault", (), ("n4",))
+    found = classify(Evidence([ended(1, {"class": "diverged", "message": "nan"}, node="n4", log=TIMEOUT)]))
+    assert (found.exit_class, found.suspect) == ("diverged", ())
+
+
+def test_lost_nodes_are_named_and_left_out() -> None:
+    found = classify(Evidence([ended(-9)], asked="node-failure", bad_nodes=("n2", "n3")))
+    assert found.exclude == ("n2", "n3") and "lost n2, n3" in found.message and "earlier checkpoint" in found.message
+    assert classify(Evidence([ended(-9)], asked="preempted", bad_nodes=("n2",))).exclude == ()
+
+
 def test_every_class_has_an_action() -> None:
     assert set(ACTIONS) == set(typing.get_args(ExitClass))
+
+
+def test_asked_before_anything_ran_it_is_not_finished() -> None:
+    found = classify(Evidence([], asked="time-limit"))
+    assert (found.exit_class, found.action, found.message) == ("time-limit", "again", "the time limit came")
+
+
+def test_who_was_killed_after_it_had_saved_has_saved() -> None:
+    assert classify(Evidence([ended(-12, SAVED)], asked="preempted")).message == "preempted by a job of higher priority"

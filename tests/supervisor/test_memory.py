@@ -15,17 +15,17 @@ SLURM = Path(__file__).parents[1] / "data" / "slurm-24.05"
 
 def test_what_srun_prints_of_tasks_that_ended_badly() -> None:
     assert complaints((SLURM / "srun.txt").read_text()) == [
-        (3, -SIG_OOM),
-        (9, -SIG_OOM),  # called killed, while slurmstepd told of memory
-        (10, 7),
-        (11, -signal.SIGSEGV),
-        (13, -signal.SIGTERM),
+        (3, -SIG_OOM, "gpu007"),
+        (9, -SIG_OOM, "gpu008"),  # called killed, while slurmstepd told of memory
+        (10, 7, "gpu008"),
+        (11, -signal.SIGSEGV, "gpu008"),
+        (13, -signal.SIGTERM, "gpu008"),
     ]
-    assert complaints((SLURM / "srun-22.05.txt").read_text()) == [(3, -SIG_OOM)]
+    assert complaints((SLURM / "srun-22.05.txt").read_text()) == [(3, -SIG_OOM, "gpu007")]
 
 
 def test_a_task_that_was_just_killed_had_memory_enough() -> None:
-    assert complaints("srun: error: gpu008: task 9: Killed\n") == [(9, -signal.SIGKILL)]
+    assert complaints("srun: error: gpu008: task 9: Killed\n") == [(9, -signal.SIGKILL, "gpu008")]
 
 
 @pytest.mark.parametrize(

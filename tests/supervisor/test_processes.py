@@ -34,8 +34,8 @@ def test_srun_is_asked_before_it_is_killed(tmp_path: Path, manner: str) -> None:
         os.set_blocking(popen.stderr.fileno(), False)
         step = SrunStep(counting_step(), 0, popen, tmp_path)
         kill_all([step])
-        found = step.exit()
+        (found,) = step.exits()
         assert popen.returncode == {"hears": 137, "deaf": -signal.SIGKILL}[manner]
-        assert found is not None and found.code == -signal.SIGKILL, "its ranks were killed, whoever did it"
+        assert found.code == -signal.SIGKILL, "its ranks were killed, whoever did it"
     said = tmp_path / "count.srun.log"
     assert ("forcing job termination" in said.read_text()) if manner == "hears" else not said.exists()

@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import store
-from launcher.spec import Input, Limits, Probe, StageSpec, Step, stage_text
+from launcher.spec import Input, Limits, Probe, StageSpec, Step, encode, stage_text
+from launcher.supervisor.allocation import Reason, ThisMachine
+from launcher.supervisor.main import Supervisor
 from tests.supervisor.counting import Store, counting_stage, counting_step
 
 
@@ -139,6 +142,19 @@ def test_no_worker_outlives_a_killed_supervisor(at: Store) -> None:
     # The claim of the dead is no obstacle, and the next attempt goes on from what was saved.
     assert at.run(replace(spec, steps=(counting_step(until=4),))) == 0
     assert weights(at, spec) is not None
+
+
+def test_a_life_whose_claim_is_taken_over_ends_at_once(at: Store) -> None:
+    """As when Slurm cannot reach the node, gives it up and starts the job elsewhere."""
+    spec = counting_stage(counting_step(until=1000, sleep=0.05))
+    supervisor = at.start(spec)
+    at.wait_for(lambda: at.step_reached(spec, 2))
+    claim = store.claim_dir(at.root, spec.artifact)
+    later = store.this_process()
+    store.write_json(claim / "owner.json", encode(later))
+    assert supervisor.wait(timeout=30) == 1
+    assert at.end(spec)["class"] == "requeued" and not at.processes()
+    assert store.claim_holder(claim) == later
 
 
 def test_what_a_cut_off_attempt_left_in_a_port_is_cleared(at: Store) -> None:
@@ -278,3 +294,36 @@ def test_by_hand_it_says_who_starts_it(at: Store) -> None:
     command = [sys.executable, "-m", "launcher.supervisor", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "is started by" in done.stderr and "Traceback" not in done.stderr
+
+
+class Preempted(ThisMachine):
+    """This machine as Slurm: it says that the job is preempted, to who asks because the steps were told to end."""
+
+    def why(self, number: signal.Signals | None) -> Reason | None:
+        return super().why(number) or Reason("preempted")
+
+
+def test_a_server_that_dies_of_the_preemption_takes_no_time_from_those_who_save(at: Store) -> None:
+    """In a preemption with grace time every process of the steps gets TERM: a server dies, workers save."""
+    code = "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)"
+    main = counting_step(until=100, sleep=1.0, save=1000)
+    spec = counting_stage(main, server(code, Probe("file", "up", deadline=20.0)))
+    path = store.stage_dir(at.root, spec.run, spec.stage) / "stage.json"
+    store.write_atomic(path, stage_text(spec))
+    supervisor = Supervisor(spec, at.root, Preempted(spec, at.root, path, store.new_attempt(path.parent)))
+    threading.Thread(target=_end_steps, args=(at, spec, supervisor)).start()
+    old = [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
+    try:
+        assert supervisor.run() == 1
+    finally:
+        for number, handler in old:
+            signal.signal(number, handler)
+    end = at.end(spec)
+    assert (end["class"], end["message"]) == ("preempted", "preempted by a job of higher priority")
+    assert (store.partial_dir(at.root, spec.artifact) / "progress" / "count").exists()
+
+
+def _end_steps(at: Store, spec: StageSpec, supervisor: Supervisor) -> None:
+    at.wait_for(lambda: at.step_reached(spec, 1))
+    for process in supervisor.started:
+        process.signal(signal.SIGTERM)

@@ -8,6 +8,8 @@ umask 077
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
 declare -A ids
 submitted=()
+links=()
+link=""
 
 stop() {
     echo "submit.sh: stage $1: $2" >&2
@@ -16,7 +18,7 @@ stop() {
     else
         echo "submit.sh: submitted before it, and still there:" >&2
         for name in "${submitted[@]}"; do echo "    $name: job ${ids[$name]}" >&2; done
-        echo "submit.sh: to take them back: scancel ${ids[*]}" >&2
+        echo "submit.sh: to take them back: scancel ${ids[*]} ${links[*]}" >&2
     fi
     exit 1
 }
@@ -25,11 +27,12 @@ put() {  # FILE TARGET
     mkdir -p -- "$(dirname -- "$2")" && cp -- "$here/$1" "$2.new" && chmod "$mode" -- "$2.new" && mv -f -- "$2.new" "$2"
 }
 
-send() {  # SCRIPT and the stages that it reads; sets id
+send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `link` too, however that ends
     local script=$1 after="" name
     shift
     for name in "$@"; do after+=":${ids[$name]}"; done
-    id=$(sbatch --parsable ${after:+--dependency=afterok"$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
+    after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
+    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
         stop "$script" "sbatch refused it, as it says above"
     id=${id%%;*}
     [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
@@ -39,12 +42,11 @@ ready() {  # STAGE
     put "$1.stage.json" "$run/stages/$1/stage.json" || stop "$1" "cannot write under $run"
 }
 
-known() {  # STAGE, its fingerprint and its job, so that `prism-launch status` and `run` know of it
+known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
+    [ -n "${ids[$1]}" ] || submitted+=("$1")
     ids[$1]=$3
-    submitted+=("$1")
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"}\n' \
-        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" >> "$run/jobs.jsonl"
-    echo "$1: job $3"
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads
@@ -53,6 +55,21 @@ submit() {  # STAGE, its fingerprint and the stages that it reads
     ready "$stage"
     send "$stage" "$@"
     known "$stage" "$fingerprint" "$id"
+    echo "$stage: job $id"
+}
+
+submit_chain() {  # JOBS, STAGE, its fingerprint and the stages that it reads: each job goes on where the last one ended
+    local jobs=$1 stage=$2 fingerprint=$3 link="" chain=""
+    shift 3
+    ready "$stage"
+    for ((; jobs > 0; jobs--)); do
+        send "$stage" "$@"
+        link=$id
+        chain=${chain:-$id}
+        links+=("$id")
+        known "$stage" "$fingerprint" "$id" "$chain"  # what reads the stage waits for the last job
+    done
+    echo "$stage: jobs $chain to $id"
 }
 
 submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that they read
@@ -68,6 +85,7 @@ submit_array() {  # NAME, its elements as STAGE FINGERPRINT, --, the stages that
     send "$name" "$@"
     for ((i = 0; i < ${#elements[@]}; i += 2)); do
         known "${elements[i]}" "${elements[i + 1]}" "${id}_$((i / 2))"
+        echo "${elements[i]}: job ${id}_$((i / 2))"
     done
 }
 

@@ -1,0 +1,142 @@
+"""A look at the nodes before the steps of a stage start: what each one says, and who must be left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.progress import PREFLIGHT_LEFT, PREFLIGHT_SEEN
+from launcher.spec import Preflight
+from launcher.supervisor.classify import Outcome, outcome
+from launcher.supervisor.processes import popen
+
+#: A file that another node has written may take so long to appear here.
+_APPEARS_S = 5.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the nodes said: problems by node, and facts such as the bus bandwidth of the all-reduce."""
+
+    nodes: tuple[str, ...]
+    problems: Mapping[str, Sequence[str]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    common: str = ""
+    seconds: float = 0.0
+    argv: tuple[tuple[str, ...], ...] = ()
+
+
+def judge(findings: Findings) -> Outcome | None:
+    """How an attempt ends after a preflight; None where it may go on.
+
+    The nodes that failed are left out. Where every one of several failed it is no single node's fault.
+    """
+    found = [f"{node}: {', '.join(problems)}" for node, problems in findings.problems.items() if problems]
+    bad = tuple(node for node, problems in findings.problems.items() if problems)
+    if len(bad) == len(findings.nodes) > 1:
+        return outcome("preflight", f"every node failed: {'; '.join(found)}", "stop")
+    if bad:
+        return Outcome("preflight", "; ".join(found), "again", exclude=bad)
+    return outcome("preflight", findings.common) if findings.common else None
+
+
+def look(
+    asked: Preflight,
+    nodes: tuple[str, ...],
+    commands: Sequence[tuple[str, tuple[str, ...]]],
+    environment: Mapping[str, str],
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> Findings:
+    """Run the preflight's commands (name, srun's argv) one after the other; each one's words go to NAME.log."""
+    began = time.monotonic()
+    (folder / PREFLIGHT_SEEN).write_text("")
+    findings = Findings(nodes, {})
+    for name, argv in commands:
+        said = _said(_run(name, argv, environment, folder, began + asked.deadline_s, stopped))
+        if name == "preflight":
+            findings = Findings(nodes, dict(_node_problems(nodes, said, folder, asked.deadline_s)))
+        else:
+            findings = _with_all_reduce(findings, asked, said)
+        if stopped() or any(findings.problems.values()):
+            break
+    run = tuple(argv for _, argv in commands)
+    return replace(findings, seconds=time.monotonic() - began, argv=run)
+
+
+def _run(
+    name: str,
+    argv: tuple[str, ...],
+    environment: Mapping[str, str],
+    folder: Path,
+    end: float,
+    stopped: Callable[[], bool],
+) -> str:
+    path = folder / f"{name}.log"
+    with path.open("ab") as log:
+        process = popen(argv, environment, folder, log, log)
+    while process.poll() is None and time.monotonic() < end and not stopped():
+        time.sleep(0.05)
+    if process.poll() is None:
+        os.killpg(process.pid, 9)
+        process.wait()
+    return path.read_text(errors="replace")
+
+
+def _said(text: str) -> list[dict[str, Any]]:
+    """What the tasks said, a JSON object a line, and what srun said of those that failed; other lines are noise."""
+    found = []
+    for line in text.splitlines():
+        complaint = re.match(r"srun: error: ([^\s:]+): tasks? [\d,-]+: (.+)", line)
+        if complaint:
+            found.append({"node": complaint[1], "problems": [f"the check could not run: {complaint[2]}"]})
+        elif line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def _node_problems(
+    nodes: tuple[str, ...], said: list[dict[str, Any]], folder: Path, deadline_s: float
+) -> Iterator[tuple[str, list[str]]]:
+    for node in nodes:
+        answers = [s for s in said if s.get("node") == node]
+        if not answers:
+            yield node, [f"no answer in {deadline_s:g} s"]
+            continue
+        problems = [str(p) for p in answers[0].get("problems", [])]
+        yield node, problems or _invisible(folder / PREFLIGHT_LEFT.format(node=node))
+
+
+def _invisible(left: Path) -> list[str]:
+    end = time.monotonic() + _APPEARS_S
+    while not left.exists():
+        if time.monotonic() > end:
+            return [f"what it writes to {left.parent} is not seen from the first node"]
+        time.sleep(0.1)
+    left.unlink(missing_ok=True)
+    return []
+
+
+def _with_all_reduce(findings: Findings, asked: Preflight, said: list[dict[str, Any]]) -> Findings:
+    assert asked.all_reduce is not None
+    measured = next((s for s in said if "bus_gbs" in s), None)
+    if measured is None:
+        failed = sorted({s["node"] for s in said if "node" in s})
+        ended = f"failed on {', '.join(failed)}" if failed else f"gave no answer in {asked.deadline_s:g} s"
+        return Findings(findings.nodes, findings.problems, common=f"the all-reduce {ended}; see all-reduce.log")
+    floor, got = asked.all_reduce.floor_gbs, float(measured["bus_gbs"])
+    words = f"all-reduce ({measured['mode']}): {got:.3g} GB/s bus bandwidth, below the floor of {floor:g}"
+    if got >= floor:
+        return Findings(findings.nodes, findings.problems, measured)
+    if len(findings.nodes) == 1:
+        return Findings(findings.nodes, {findings.nodes[0]: [words]}, measured)
+    return Findings(findings.nodes, findings.problems, measured, f"{words}, over {', '.join(findings.nodes)}")
