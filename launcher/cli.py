@@ -156,7 +156,10 @@ def _add_logs_command(commands: Commands) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
@@ -240,7 +243,7 @@ def _add_cluster_commands(commands: Commands) -> None:
     test = actions.add_parser("test", help=text, description=text)
     test.add_argument("cluster", metavar="NAME", help="cluster profile, by name or path")
     test.add_argument("--partition", metavar="P", help="default: the profile's")
-    test.add_argument("--nodes", type=_count, metavar="N", default=2, help="nodes; default: 2, or 1 where there is one")
+    test.add_argument("--nodes", type=_count, metavar="N", help="nodes; default: 2, or 1 where there is one")
     test.add_argument("--no-wait", action="store_true", help="submit alone; --job shows the result later")
     test.add_argument("--job", metavar="ID", help="show a test that was submitted before")
     test.add_argument("--root", metavar="DIR", help="the store; default: PRISM_ROOT, else ./prism-root")

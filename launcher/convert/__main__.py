@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -82,6 +83,8 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
 
     try:
         weights = [float(word) for word in args.weights.split(",")]
+        if not all(map(math.isfinite, weights)):
+            raise ValueError
     except ValueError:
         raise UserError(f"--weights: {args.weights} is not numbers with commas between them") from None
     with new_folder(args.target) as partial:

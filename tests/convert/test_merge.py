@@ -83,7 +83,12 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
     assert main(["merge", a, b, "--weights", "0.15,0.85", "-o", str(tmp_path / "out")]) == 0
     assert "42 tensors read, 21 written" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["weights"] == [0.15, 0.85]
-    for weights, message in (("half", "--weights: half is not numbers"), ("1", "2 checkpoints and 1 weights")):
+    for weights, message in (
+        ("half", "--weights: half is not numbers"),
+        ("nan,1", "--weights: nan,1 is not numbers"),
+        ("1,inf", "--weights: 1,inf is not numbers"),
+        ("1", "2 checkpoints and 1 weights"),
+    ):
         assert main(["merge", a, b, "--weights", weights, "-o", str(tmp_path / "no")]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("no*"))
