@@ -150,7 +150,15 @@ def _differences(found: Mapping[str, Any], where: str, shape: ModelShape) -> Ite
     for key in kept:
         value = found.get(key)
         value = absent.get(key) if value is None else value
-        value = float(value) if isinstance(wanted[key], float) and isinstance(value, str) else value
+        value = _number(value) if isinstance(wanted[key], float) and isinstance(value, str) else value
         value = bool(value) if isinstance(wanted[key], bool) else value
         if value != wanted[key]:
             yield f"{where}: {key} is {value}, config.json makes it {wanted[key]}; is config.json that of this model?"
+
+
+def _number(text: str) -> float | str:
+    """A number that YAML has read as text, such as 1e-5."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -191,6 +191,15 @@ def test_the_rows_that_nemo_gives_its_vocabulary_are_those_of_the_file() -> None
     assert "override_vocab_size" not in nemo.model_config(shape_of({**CONFIGS["llama"], "vocab_size": 49155}), Path())
 
 
+def test_a_value_that_is_no_number_is_told() -> None:
+    shape = shape_of(CONFIGS["llama"])
+    text = yaml.safe_dump({**nemo.architecture(shape), "rotary_base": "much", "layernorm_epsilon": "1e-9"})
+    with pytest.raises(UserError) as caught:
+        nemo.check_config(text, "x.yaml", shape)
+    first, second = sorted(caught.value.problems)
+    assert first.startswith("x.yaml: layernorm_epsilon is 1e-09,") and second.startswith("x.yaml: rotary_base is much,")
+
+
 # -------------------------------------------------------------------------------------------------------- after RL
 
 
