@@ -356,17 +356,8 @@ def _said(*argv: str) -> str:
     return answer.out if answer.ok else ""
 
 
-<<<<<<< HEAD
-def requests_of(stage: PlannedStage, profile: Profile) -> list[Request]:
-    """What each part of a stage's job asks for."""
-    return [_request(resources, profile) for resources in stage.job_parts.values()]
-
-
-def _request(resources: Resources, profile: Profile) -> Request:
-=======
 def request_of(resources: Resources, profile: Profile) -> Request:
     """What a job, or a part of a heterogeneous one, asks for."""
->>>>>>> reading
     memory = resources.mem or profile.mem
     return Request(
         partition=profile.partition_of(resources),
@@ -390,15 +381,6 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
     stages = [stage for record in records for stage in _to_submit(root, record)]
     if not stages:
         return
-<<<<<<< HEAD
-    requests = [(name, request) for name, stage in stages.items() for request in requests_of(stage, profile)]
-    site = read_site(getpass.getuser(), {r.account for _, r in requests if r.account})
-    if site is None:
-        return
-    problems = [
-        f"stages.{stages[name].part_of or stages[name].spec.stage}.resources.{key}: {message}"
-        for name, request in requests
-=======
     asked = [
         (stage, part, request_of(resources, profile)) for stage in stages for part, resources in stage.job_parts.items()
     ]
@@ -408,7 +390,6 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
     problems = [
         f"{stage.path_of(part, key)}: {message}"
         for stage, part, request in asked
->>>>>>> reading
         for key, message in request_problems(request, site)
     ]
     problems = problems or list(_refused(stages, profile, root))
