@@ -99,14 +99,15 @@ def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str
 def submit_held(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
     """Submit what was held back and now has room, and nothing else; returns this call's job ids.
 
-    Does nothing where another process submits this run.
+    Does nothing where another process submits this run. What sbatch refuses for good is noted and not tried again.
     """
     held = read_held(root, record.run)
     if not held:
         return {}
     try:
         with claimed(root, record.run):
-            return _submit_stages(root, record, profile, set(held))
+            _find_lost(root, record, profile)
+            return _submit_stages(root, record, profile, set(held), later=True)
     except UserError:
         return {}
 
@@ -162,6 +163,7 @@ class _Submission:
     room: Room
     done: set[str]
     elements: dict[str, set[str]]  # of every array of the run, by its job
+    later: bool  # nobody is there to read what sbatch says: it is noted
     waiting_for: dict[str, str] = field(default_factory=dict)  # job ids of stages that are not done
     submitted: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
@@ -187,7 +189,8 @@ class _Submission:
         return tuple(dict.fromkeys(a if (a := job.partition("_")[0]) in whole else job for job in jobs))
 
     def _submit_group(self, script: Script, group: Sequence[PlannedStage], after: Sequence[str]) -> None:
-        links = job_count(script.stages[0].spec.limits)  # more than one: a chain, which is in no array
+        # More than one: a chain, which is in no array, or the parts of a heterogeneous job.
+        links = job_count(script.stages[0].spec.limits) * len(script.stages[0].job_parts)
         count = self.room.fits(len(group) * links, links) // links
         while count:
             try:
@@ -196,6 +199,13 @@ class _Submission:
                 count //= 2  # an array may be too large as a whole
                 self.room.refused = True
                 continue
+            except slurm.NoAnswer:
+                raise
+            except WorldError as error:
+                if not self.later:
+                    raise
+                self.held |= {s.spec.stage: f"not submitted: {error}; `prism-launch run` tries again" for s in group}
+                return
             for job in jobs.values() if script.is_array else ():
                 self.elements.setdefault(job.partition("_")[0], set()).add(job)
             self.waiting_for |= jobs
@@ -210,7 +220,9 @@ class _Submission:
         return {stages[0].spec.stage: _submit_stage(self.root, stages[0], self.profile, after)}
 
 
-def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[str]) -> dict[str, str]:
+def _submit_stages(
+    root: Path, record: RunRecord, profile: Profile, wanted: set[str], later: bool = False
+) -> dict[str, str]:
     known = stage_jobs(root, record)
     last = {stage: of[-1].job for stage, of in _newest(root, record).items()}
     # A job may still be completing when its attempt has said how it ended: nothing more comes of that one.
@@ -219,15 +231,17 @@ def _submit_stages(root: Path, record: RunRecord, profile: Profile, wanted: set[
     for job in (s.job for s in read_submitted(root, record.run) if "_" in s.job):
         elements.setdefault(job.partition("_")[0], set()).add(job)
     done = {name for name, state in states.items() if state == "done"}
-    now = _Submission(root, profile, _room(root, profile), done, elements)
+    now = _Submission(root, profile, _room(root, profile), done, elements, later)
     busy = {n for n in known if states[n] in ("queued", "running")}
     # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
     now.waiting_for = {n: last[n] for n in busy if known[n].is_active}
     now.done.update(busy - now.waiting_for.keys())
-    for script in scripts_of(record.stages, profile):
-        names = wanted - now.done - set(now.waiting_for)
-        now.submit(script, [s for s in script.stages if s.spec.stage in names])
-    write_held(root, record.run, now.held)
+    try:
+        for script in scripts_of(record.stages, profile):
+            names = wanted - now.done - set(now.waiting_for)
+            now.submit(script, [s for s in script.stages if s.spec.stage in names])
+    finally:
+        write_held(root, record.run, now.held)
     return now.submitted
 
 

@@ -84,7 +84,10 @@ def _artifact_problems(root: Path, port: str, artifact: str) -> list[str]:
 def clear_outputs(root: Path, spec: StageSpec) -> None:
     """Remove what a cut-off attempt left in the ports or half-written; what it left under `progress/` stays."""
     for leftover in store.partial_dir(root, spec.artifact).glob(".*"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     for output in spec.outputs.values():
         shutil.rmtree(store.working_path(root, spec.artifact, output.path), ignore_errors=True)
 

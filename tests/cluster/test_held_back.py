@@ -14,7 +14,7 @@ from test_arrays import fanned_out
 from test_submit import OnSlurm, on
 
 from launcher import store
-from launcher.caps import read_held
+from launcher.caps import read_held, waits_for_room
 from launcher.cluster import place_record
 from launcher.devcluster.cluster import DevCluster
 from launcher.snapshot import with_snapshot
@@ -40,6 +40,19 @@ def test_what_a_cap_holds_back_is_said_and_submitted_as_room_comes(on: OnSlurm) 
     until(all_in, 60.0, "room for what was held back")
     assert sorted(submitted) == ["c", "d"]
     assert on.finish(record) == dict.fromkeys("abcd", "done")
+
+
+def test_what_sbatch_refuses_later_is_noted_and_ends_the_waiting(on: OnSlurm) -> None:
+    """The QOS is gone by the time that there is room."""
+    record = on.plan(("a", (), {}), ("b", (), {}))
+    on.profile = replace(on.profile, max_submit=1)
+    assert list(on.submit(record)) == ["a"] and waits_for_room(on.root, "run")
+    on.finish(replace(record, stages=record.stages[:1]))
+    gone = replace(on.profile, max_submit=None, qos="no-such-qos")
+    assert submit_held(on.root, record, gone) == {}
+    assert "qos" in read_held(on.root, "run")["b"].lower() and not waits_for_room(on.root, "run")
+    assert list(on.submit(record)) == ["b"]
+    on.finish(record)
 
 
 def test_a_rate_counts_calls_and_what_reads_a_failure_is_not_submitted(on: OnSlurm) -> None:
