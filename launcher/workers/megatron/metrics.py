@@ -140,16 +140,20 @@ class WeightsAndBiases:
             raise UserError("wandb_project: the library wandb is not installed here; pip install wandb") from None
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         spec = job.spec
-        self.run = wandb.init(
-            project=config.wandb_project,
-            name=f"{spec.run}.{spec.stage}",
-            id=spec.fingerprint,
-            resume="allow",
-            mode=mode,
-            dir=str(job.workdir),
-            config=dict(spec.config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        options = {
+            "project": config.wandb_project,
+            "name": f"{spec.run}.{spec.stage}",
+            "id": spec.fingerprint,
+            "resume": "allow",
+            "dir": str(job.workdir),
+            "config": dict(spec.config),
+            "settings": wandb.Settings(console="off", silent=True),
+        }
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except wandb.errors.CommError as error:  # a service out of reach is no reason not to train
+            print(f"Weights & Biases: {error}; kept here instead, for `wandb sync`", flush=True)
+            self.run = wandb.init(mode="offline", **options)
 
     def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
         """The values of a step."""
