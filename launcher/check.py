@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from launcher.cluster import Profile, check_resources
@@ -14,8 +13,6 @@ from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
-
-_OWN = {f.name for f in fields(Component)}
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -29,9 +26,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     for planned in stages:
         for part, resources in planned.job_parts.items():
             for key, message in check_resources(resources, planned.spec, profile):
-                own = f"components.{part}"  # which has no key for what it shares with the stage
-                inner = (f"{own}.{key}" if key in _OWN else own) if part else key
-                path = f"stages.{planned.part_of or planned.spec.stage}.resources.{inner}"
+                path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
     return list(dict.fromkeys(found))
 

@@ -156,7 +156,10 @@ def _add_logs_command(commands: Commands) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
@@ -167,11 +170,25 @@ def _add_checkpoint_commands(commands: Commands) -> None:
     convert.add_argument(
         "source",
         metavar="SRC",
-        help="checkpoint to read: a folder with config.json and safetensors, or one of Megatron's torch_dist",
+        help="checkpoint to read: a folder of Hugging Face's, of Megatron's torch_dist or of NeMo 1, or a .nemo file",
     )
-    convert.add_argument("target", metavar="DST", help="folder to write")
-    convert.add_argument("--to", required=True, choices=["hf", "megatron"], help="format to write")
+    convert.add_argument("target", metavar="DST", help="folder to write; for --to nemo also a name that ends in .nemo")
+    convert.add_argument("--to", required=True, choices=["hf", "megatron", "nemo"], help="format to write")
+    convert.add_argument("--config", metavar="DIR", help="folder with config.json and tokenizer, if SRC has none")
+    convert.add_argument("--parity", action="store_true", help="compare logits of both models; loads them whole")
     convert.add_argument("--no-verify", action="store_true", help="leave out the round trip")
+    convert.add_argument(
+        "--fold-multipliers", action="store_true", help="Granite to nemo: multipliers into fp32 weights, for inference"
+    )
+    convert.add_argument("--cluster", metavar="NAME", help="as a CPU job of this cluster, by name or path of a profile")
+    convert.add_argument(
+        "--root", metavar="DIR", help="with --cluster: the store; default: PRISM_ROOT, else ./prism-root"
+    )
+    merge = _command(commands, "checkpoints.merge", "add checkpoints of one model, each times a weight", "json")
+    merge.add_argument("sources", metavar="CHECKPOINT", nargs="+", help="two or more, of one model and format")
+    merge.add_argument("--weights", required=True, metavar="W,W", help="one a checkpoint, such as 0.15,0.85")
+    merge.add_argument("-o", "--output", required=True, metavar="DST", help="folder to write")
+    merge.add_argument("--no-verify", action="store_true", help="do not read back what was written")
     for name, text in (
         ("diff", "weight change between two Hugging Face checkpoints"),
         ("cka", "representation similarity of two checkpoints, by layer"),
@@ -226,7 +243,7 @@ def _add_cluster_commands(commands: Commands) -> None:
     test = actions.add_parser("test", help=text, description=text)
     test.add_argument("cluster", metavar="NAME", help="cluster profile, by name or path")
     test.add_argument("--partition", metavar="P", help="default: the profile's")
-    test.add_argument("--nodes", type=_count, metavar="N", default=2, help="nodes; default: 2, or 1 where there is one")
+    test.add_argument("--nodes", type=_count, metavar="N", help="nodes; default: 2, or 1 where there is one")
     test.add_argument("--no-wait", action="store_true", help="submit alone; --job shows the result later")
     test.add_argument("--job", metavar="ID", help="show a test that was submitted before")
     test.add_argument("--root", metavar="DIR", help="the store; default: PRISM_ROOT, else ./prism-root")

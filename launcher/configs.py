@@ -300,6 +300,10 @@ class TrainConfig:
             *_adam_checks(self),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
+            *(
+                (bool(self.entrypoint and getattr(self, n)), n, "is for our own loop; leave it out with entrypoint")
+                for n in ("validation", "keep_every", "wandb_project")
+            ),
             (self.keep_every is not None and self.keep_every < 1, "keep_every", "must be at least 1"),
             (self.loss_spike <= 1, "loss_spike", f"must be above 1, got {self.loss_spike}"),
             (not 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"must be within 0..1, got {self.min_lr_ratio}"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.attempts import Attempt, attempts_at, step_of
-from launcher.configs import Resources
 from launcher.run_record import PlannedStage
 
 
@@ -45,7 +44,7 @@ class Cost:
     """What the attempts of a run at a stage have cost; `seconds` sums the times for which they held their resources.
 
     `lost_seconds` went into steps that a later attempt had to do again, and into attempts that did none. `gpus` and
-    `cores` are those of the whole stage.
+    `cores` are those of the whole job.
     """
 
     attempts: int = 0
@@ -86,14 +85,14 @@ def _end_of(attempt: Attempt) -> float:
     return float(attempt.end["time"]) if attempt.end else max(float(s) for s in signs if s)
 
 
-def cost_of(lives: Sequence[Life], resources: Resources) -> Cost:
+def cost_of(lives: Sequence[Life], stage: PlannedStage) -> Cost:
     """The sum over the attempts at a stage."""
     return Cost(
         attempts=len(lives),
         seconds=sum(life.seconds for life in lives),
         lost_seconds=sum(lost_seconds(lives)),
-        gpus=resources.nodes * resources.gpus_per_node,
-        cores=resources.nodes * resources.ntasks_per_node * resources.cpus_per_task,
+        gpus=stage.gpus,
+        cores=stage.cores,
         classes=dict(Counter(life.exit_class for life in lives)),
     )
 

@@ -356,12 +356,8 @@ def _said(*argv: str) -> str:
     return answer.out if answer.ok else ""
 
 
-def requests_of(stage: PlannedStage, profile: Profile) -> list[Request]:
-    """What each part of a stage's job asks for."""
-    return [_request(resources, profile) for resources in stage.job_parts.values()]
-
-
-def _request(resources: Resources, profile: Profile) -> Request:
+def request_of(resources: Resources, profile: Profile) -> Request:
+    """What a job, or a part of a heterogeneous one, asks for."""
     memory = resources.mem or profile.mem
     return Request(
         partition=profile.partition_of(resources),
@@ -382,19 +378,21 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
     Stages are placed on the cluster; those that are done or in the queue are left out. Where the controller does not
     answer, nothing is said: the submission will.
     """
-    stages = {f"{r.run}/{s.spec.stage}": s for r in records for s in _to_submit(root, r)}
+    stages = [stage for record in records for stage in _to_submit(root, record)]
     if not stages:
         return
-    requests = [(name, request) for name, stage in stages.items() for request in requests_of(stage, profile)]
-    site = read_site(getpass.getuser(), {r.account for _, r in requests if r.account})
+    asked = [
+        (stage, part, request_of(resources, profile)) for stage in stages for part, resources in stage.job_parts.items()
+    ]
+    site = read_site(getpass.getuser(), {request.account for *_, request in asked if request.account})
     if site is None:
         return
     problems = [
-        f"stages.{stages[name].part_of or stages[name].spec.stage}.resources.{key}: {message}"
-        for name, request in requests
+        f"{stage.path_of(part, key)}: {message}"
+        for stage, part, request in asked
         for key, message in request_problems(request, site)
     ]
-    problems = problems or list(_refused(list(stages.values()), profile, root))
+    problems = problems or list(_refused(stages, profile, root))
     if problems:
         raise UserError(dict.fromkeys(problems))
 

@@ -224,8 +224,11 @@ def _submit_lines(record: RunRecord, scripts: Sequence[Script], profile: Profile
     yield "# Submits every stage after those it reads; when one fails for good, those behind it are cancelled."
     obstacles = [f"stage {stage.spec.stage}: {why}" for stage in record.stages for why in stage.obstacles]
     if obstacles:
-        yield "echo 'submit.sh: rendered to be read; this cannot be run as it is:' >&2"
-        yield from (f"echo {shlex.quote(line)} >&2" for line in obstacles)
+        yield "# shellcheck disable=SC2016"
+        yield "{"
+        yield "    echo 'submit.sh: rendered to be read; this cannot be run as it is:'"
+        yield from (f"    echo {shlex.quote(line)}" for line in obstacles)
+        yield "} >&2"
         yield "exit 2"
         return
     yield f"run={run}"

@@ -52,6 +52,22 @@ class PlannedStage:
             parts[step.name] = replace(asked, **values, components={}, placement="shared")
         return parts
 
+    def path_of(self, part: str | None, key: str) -> str:
+        """Where a recipe says what a part of the job asks for."""
+        own = f"components.{part}"  # which has no key for what it shares with the stage
+        inner = (f"{own}.{key}" if key in {f.name for f in fields(Component)} else own) if part else key
+        return f"stages.{self.part_of or self.spec.stage}.resources.{inner}"
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the whole job holds, those of components included."""
+        return sum(part.nodes * part.gpus_per_node for part in self.job_parts.values())
+
+    @property
+    def cores(self) -> int:
+        """Cores that the whole job holds, those of components included."""
+        return sum(part.nodes * part.ntasks_per_node * part.cpus_per_task for part in self.job_parts.values())
+
 
 @dataclass(frozen=True)
 class RunRecord:

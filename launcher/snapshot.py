@@ -32,6 +32,11 @@ from launcher.run_record import RunRecord
 _PACKAGE = "launcher"
 #: In the package of a wheel: what the login side alone reads.
 _LEFT_OUT = {"__pycache__", "_data"}
+#: A patch that `git apply` takes, whatever the user's git is set to show.
+_DIFF = (
+    *("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false"),
+    *("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color"),
+)
 
 
 def with_snapshot(root: Path, record: RunRecord, profile: Profile) -> RunRecord:
@@ -118,7 +123,7 @@ def _origin(record: RunRecord, source: Path) -> dict[str, bytes]:
         name: {"folder": os.path.abspath(folders[name]), **(_git(top) if top else {})}
         for name, top in repositories.items()
     }
-    diffs = [_ask(top, "diff", "HEAD", "--binary") for top in dict.fromkeys(repositories.values()) if top]
+    diffs = [_ask(top, *_DIFF) for top in dict.fromkeys(repositories.values()) if top]
     copies = {f"entrypoint/{i}/{path.name}": path.read_bytes() for i, path in enumerate(scripts) if path.is_file()}
     return {
         "snapshot.json": (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),

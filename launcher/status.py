@@ -101,7 +101,7 @@ def run_status(
 
 def _stage_status(root: Path, planned: PlannedStage, state: StageState, job: Job | None, now: float) -> StageStatus:
     lives = costs.lives_of(root, planned, now, state.state == "running")
-    cost = costs.cost_of(lives, planned.resources)
+    cost = costs.cost_of(lives, planned)
     newest = lives[-1] if lives else None
     running = state.state == "running"
     return StageStatus(

@@ -13,14 +13,14 @@ from launcher.run_record import RunRecord
 from launcher.slurm import Job
 from launcher.spec import StageSpec, encode
 from launcher.status import RunStatus, run_status
-from tests.supervisor.counting import counting_run
+from tests.supervisor.counting import asking, counting_run
 
 
 def watched_record() -> RunRecord:
     """A run of four stages, of two nodes with four GPUs each."""
     run = counting_run(("a", (), {}), ("b", ("a",), {}), ("c", ("b",), {}), ("d", ("c",), {}))
     resources = Resources(nodes=2, gpus_per_node=4)
-    return replace(run, cluster="dev", stages=tuple(replace(s, resources=resources) for s in run.stages))
+    return replace(run, cluster="dev", stages=tuple(asking(s, resources) for s in run.stages))
 
 
 def watched_status(root: Path, record: RunRecord) -> RunStatus:

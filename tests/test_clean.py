@@ -14,6 +14,7 @@ import pytest
 
 from launcher import cli, slurm, store
 from launcher.clean import KEPT_LOGS, Uses, find_waste, read_store, remove, size_of, uses
+from launcher.errors import UserError
 from launcher.run_record import RunRecord, claimed, write_run
 from launcher.spec import StageSpec, stage_text
 from launcher.store import Owner, Receipt
@@ -152,6 +153,33 @@ def test_a_maker_on_another_node_lives_by_slurms_word(
     store.claim(store.claim_dir(tmp_path, f"artifacts/train/{FORGOTTEN}"), owner)
     body = clean(tmp_path)
     assert len(body["removed"]) == (1 if state == "COMPLETED" else 0) and kept.exists() == (state != "COMPLETED")
+
+
+def test_jobs_are_asked_of_the_slurm_that_each_run_was_submitted_to(
+    tmp_path: Path, record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job 5 goes on in the profile's Slurm, and the shell's own knows one of this number that has ended."""
+    asked = []
+
+    def call(*argv: str, timeout: float = 10.0) -> slurm.Answer:
+        conf = os.environ.get("SLURM_CONF")
+        asked.append(conf)
+        state = "RUNNING" if conf == "/site/slurm.conf" else "COMPLETED"
+        return slurm.Answer(0, f"5|{state}|n1|N/A|N/A|None\n6|COMPLETED|n1|N/A|N/A|None\n", "")
+
+    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setenv("SLURM_CONF", "/shell/slurm.conf")
+    profile = tmp_path / "site.yaml"
+    profile.write_text("scheduler: slurm\nslurm_conf: /site/slurm.conf\n")
+    for name, cluster, job in (("there", str(profile), "5"), ("here", str(tmp_path / "gone.yaml"), "6")):
+        stages = tuple(replace(s, spec=replace(s.spec, run=name)) for s in record.stages)
+        write_run(tmp_path, replace(record, run=name, cluster=cluster, stages=stages))
+        told = {"stage": "a", "fingerprint": record.stages[0].spec.fingerprint, "job": job, "time": 1.0}
+        (tmp_path / "runs" / name / JOBS).write_text(json.dumps(told) + "\n")
+    assert clean(tmp_path, "here", "--forget")["removed"]
+    with pytest.raises(UserError, match="there"):
+        cli.run_command(cli.build_parser().parse_args(["clean", "there", "--forget", "--root", str(tmp_path)]))
+    assert set(asked) == {"/shell/slurm.conf", "/site/slurm.conf"}
 
 
 def test_where_a_record_cannot_be_read_no_artifact_is_touched(tmp_path: Path, record: RunRecord) -> None:

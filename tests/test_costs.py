@@ -7,34 +7,45 @@ from pathlib import Path
 
 import pytest
 
-from launcher.configs import Resources
+from launcher.configs import Component, Resources
 from launcher.costs import cost_of, lives_of, lost_seconds, queue_seconds
 from launcher.run_record import PlannedStage
+from launcher.spec import Step
 from tests.left_attempts import leave_attempt
-from tests.supervisor.counting import counting_run
+from tests.supervisor.counting import asking, counting_run
 
 RESOURCES = Resources(nodes=2, gpus_per_node=8, ntasks_per_node=8, cpus_per_task=3)
 
 
 @pytest.fixture
 def stage() -> PlannedStage:
-    return replace(counting_run(("a", (), {})).stages[0], resources=RESOURCES)
+    return asking(counting_run(("a", (), {})).stages[0], RESOURCES)
 
 
 def test_every_attempt_counts_with_the_whole_of_the_resources(tmp_path: Path, stage: PlannedStage) -> None:
     leave_attempt(tmp_path, stage.spec, "12.0", 1000, 1600, "preempted", (1, 40))
     leave_attempt(tmp_path, stage.spec, "12.1", 2000, 5000, "crashed", (41, 80))
     leave_attempt(tmp_path, stage.spec, "13.0", 6000, None, steps=(81, 90))
-    cost = cost_of(lives_of(tmp_path, stage, 6400.0, running=True), RESOURCES)
+    cost = cost_of(lives_of(tmp_path, stage, 6400.0, running=True), stage)
     assert (cost.attempts, cost.seconds, cost.gpus, cost.cores) == (3, 600 + 3000 + 400, 16, 48)
     assert cost.gpu_hours == pytest.approx(16 * 4000 / 3600) and cost.core_hours == pytest.approx(48 * 4000 / 3600)
     assert cost.classes == {"preempted": 1, "crashed": 1, "running": 1}
 
 
+def test_the_nodes_of_components_are_held_too(stage: PlannedStage) -> None:
+    server = Step("server", ("true",), role="server", nodes=3, first_node=2)
+    cost = cost_of([], asking(stage, replace(RESOURCES, components={"server": Component(nodes=3)}), server))
+    assert (cost.gpus, cost.cores) == (5 * 8, 5 * 8 * 3), "all nodes of one allocation are of one kind"
+    apart = replace(server, first_node=0, het_group=1)
+    asked = replace(RESOURCES, components={"server": Component(nodes=3, cpus_per_task=4)}, placement="heterogeneous")
+    cost = cost_of([], asking(stage, asked, apart))
+    assert (cost.gpus, cost.cores) == (2 * 8, 2 * 8 * 3 + 3 * 4)
+
+
 def test_attempts_of_an_earlier_plan_are_not_this_stages_cost(tmp_path: Path, stage: PlannedStage) -> None:
     leave_attempt(tmp_path, replace(stage.spec, fingerprint="e" * 20), "11.0", 10, 500)
     leave_attempt(tmp_path, stage.spec, "12.0", 1000, 1600)
-    assert cost_of(lives_of(tmp_path, stage, 2000.0, running=False), RESOURCES).seconds == 600
+    assert cost_of(lives_of(tmp_path, stage, 2000.0, running=False), stage).seconds == 600
 
 
 def test_one_that_was_killed_lasted_to_its_last_sign_of_life(tmp_path: Path, stage: PlannedStage) -> None:
@@ -68,7 +79,7 @@ def test_what_is_lost_are_the_steps_that_are_done_again(
     leave_attempt(tmp_path, stage.spec, "12.1", 2000, 3000, "finished", following)
     lives = lives_of(tmp_path, stage, 9999.0, running=False)
     assert lost_seconds(lives) == pytest.approx([lost, 0])
-    assert cost_of(lives, RESOURCES).lost_seconds == pytest.approx(lost)
+    assert cost_of(lives, stage).lost_seconds == pytest.approx(lost)
 
 
 def test_a_stage_without_heartbeats_that_finished_has_lost_nothing(tmp_path: Path, stage: PlannedStage) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from launcher import slurm
 from launcher.cluster import load_profile, place_record
-from launcher.configs import Resources
+from launcher.configs import Component, Resources
 from launcher.errors import UserError
 from launcher.limits import (
     Association,
@@ -25,7 +25,8 @@ from launcher.limits import (
     refuse_impossible,
     request_problems,
 )
-from tests.supervisor.counting import counting_run
+from launcher.spec import Step
+from tests.supervisor.counting import asking, counting_run
 
 # As `scontrol show partition --oneliner` prints them (scontrol(1) of 22.05 and 24.05); the last has keys of 24.05.
 PARTITIONS = """\
@@ -166,7 +167,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[str, ...], st
 
 def big_run(root: Path) -> Any:
     run = counting_run(("a", (), {}), ("b", (), {}))
-    stages = tuple(replace(s, resources=Resources(nodes=99), part_of="sweep") for s in run.stages)
+    stages = tuple(replace(asking(s, Resources(nodes=99)), part_of="sweep") for s in run.stages)
     profile = replace(load_profile("example-pyxis"), partition="gpu", cpu_partition=None, account="phys")
     return place_record(replace(run, stages=stages), profile, root), profile
 
@@ -190,4 +191,21 @@ def test_without_accounting_partitions_are_looked_at_and_parts_are_one_stage(
         refuse_impossible(tmp_path, [record], profile)
     assert caught.value.problems == (
         "stages.sweep.resources.nodes: asks for 99 nodes, but partition gpu allows 8 a job",
+    )
+
+
+def test_nodes_of_components_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one allocation with the main program's; as a part of a heterogeneous job by themselves."""
+    record, profile = big_run(tmp_path)
+    shared = Resources(nodes=7, components={"server": Component(nodes=2)})
+    server = Step("server", ("true",), role="server", nodes=2, first_node=7)
+    apart = replace(shared, components={"server": Component(nodes=9)}, placement="heterogeneous")
+    first, second = (replace(s, part_of=None) for s in record.stages)
+    stages = (asking(first, shared, server), asking(second, apart, replace(server, nodes=9, first_node=0, het_group=1)))
+    answering(monkeypatch, {("scontrol", "config"): "ClusterName = here\n", ("scontrol", "partition"): PARTITIONS})
+    with pytest.raises(UserError) as caught:
+        refuse_impossible(tmp_path, [replace(record, stages=stages)], profile)
+    assert caught.value.problems == (
+        "stages.a.resources.nodes: asks for 9 nodes, but partition gpu allows 8 a job",
+        "stages.b.resources.components.server.nodes: asks for 9 nodes, but partition gpu allows 8 a job",
     )

@@ -25,6 +25,8 @@ SLURM = [path.stem for path in profile_files() if load_profile(str(path)).schedu
 RECIPES = [recipe["name"] for recipe in list_recipes()]
 #: What a careless program would write for something it does not know.
 NOTHING = re.compile(r"(?<![\w./-])(None|null|nan|undefined|<class|Path\(|PosixPath)(?![\w-])")
+#: Where `null` is a value of the program's own: an override of a key of its configuration.
+OVERRIDE = re.compile(r"# {5}[a-z][\w.]*=null(?: \\)?")
 SECRETS = {"HF_TOKEN": "hf_plantedPlantedPlanted", "WANDB_API_KEY": "0123plantedplanted4567"}
 
 
@@ -54,7 +56,7 @@ def shown_steps(script: str) -> Iterator[list[str]]:
 def problems(name: str, script: str) -> Iterator[str]:
     """What is wrong with a script, as (script: what)."""
     for number, line in enumerate(script.splitlines(), 1):
-        if NOTHING.search(line):
+        if NOTHING.search(line) and not OVERRIDE.fullmatch(line):
             yield f"{name}:{number}: a value that is none: {line.strip()}"
         if re.search(r"=\s*\\?$", line) and "printf" not in line and not re.search(r"env|^# {5}[A-Z_]+= ?\\?$", line):
             yield f"{name}:{number}: an empty value: {line.strip()}"

@@ -66,6 +66,15 @@ def test_it_holds_the_code_as_it_is_and_says_what_was_not_committed(tmp_path: Pa
     assert "-value = 1\n+value = 2\n" in diff and diff.count("diff --git") == 1, "one repository, told once"
 
 
+def test_the_diff_is_a_patch_whatever_git_is_set_to_show(tmp_path: Path, checkout: Path) -> None:
+    for name, value in (("diff.external", "echo"), ("color.ui", "always"), ("diff.noprefix", "true")):
+        git(checkout, "config", name, value)
+    patch = snapshot_of(tmp_path / "root", checkout) / "code.diff"
+    git(checkout, "checkout", "--quiet", "launcher/old.py")
+    git(checkout, "apply", str(patch))
+    assert (checkout / "launcher" / "old.py").read_text() == "value = 2\n"
+
+
 def test_the_same_code_is_one_snapshot_and_a_change_another(tmp_path: Path, checkout: Path) -> None:
     first = snapshot_of(tmp_path / "root", checkout)
     assert snapshot_of(tmp_path / "root", checkout) == first

@@ -82,11 +82,11 @@ class Controller:
         self.asked.append(argv[0])
         if argv[0] == "sacct":
             ids = next(w for w in argv if w.startswith("--jobs=")).removeprefix("--jobs=").split(",")
-            return slurm.Answer(0, "".join(f"{i}|COMPLETED|None|n1\n" for i in ids), "")
+            return slurm.Answer(0, "".join(f"{i}|COMPLETED|n1|Unknown|None\n" for i in ids), "")
         now = self.looks.pop(0)
         if now is None:
             return slurm.Answer(1, "", "Unable to contact slurm controller (connect failure)")
-        return slurm.Answer(0, "".join(f"{job}|{state}|None|n1|59:00\n" for job, state in now.items()), "")
+        return slurm.Answer(0, "".join(f"{job}|{state}|n1|N/A|59:00|None\n" for job, state in now.items()), "")
 
 
 def submitted(root: Path, *stages: tuple[str, tuple[str, ...], dict[str, Any]], first: int = 1) -> RunRecord:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from real_models import REAL, twin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _BASE = {
@@ -18,22 +19,6 @@ _BASE = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
 }
-_MULTIPLIERS = {
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.22,
-    "attention_multiplier": 0.1,
-    "logits_scaling": 8.0,
-}
-_GRANITE_4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "shared_intermediate_size": 80}
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_expand": 2}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def _recipe(name: str) -> dict[str, Any]:
@@ -45,19 +30,9 @@ def _recipe(name: str) -> dict[str, Any]:
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_BASE, "model_type": "llama"},
     "llama-tied": {**_BASE, "model_type": "llama", "head_dim": 16, "tie_word_embeddings": True},
-    "llama-rope3": {**_recipe("llama-tiny"), "rope_parameters": _LLAMA3},
-    "mistral": {**_BASE, "model_type": "mistral", "head_dim": 16, "sliding_window": 32},
-    "granite": {**_BASE, **_MULTIPLIERS, "model_type": "granite", "tie_word_embeddings": True},
-    "granite4-dense": {
-        **_BASE, **_MULTIPLIERS, **_GRANITE_4, **_MAMBA,
-        "layer_types": ["attention", "attention"], "position_embedding_type": "rope",
-    },
-    "granite4-hybrid": {
-        **_BASE, **_MULTIPLIERS, **_GRANITE_4, **_MAMBA,
-        "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "tie_word_embeddings": True,
-    },
+    **{name: twin(name) for name in REAL},
     **{name: _recipe(name) for name in ("llama-tiny", "granite-tiny", "nemotron-h-tiny")},
-}  # fmt: skip
+}
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], dtype: str) -> None:

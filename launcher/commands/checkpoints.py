@@ -1,15 +1,26 @@
-"""Commands on checkpoints by hand: convert, diff, cka, each in a process of its own."""
+"""Commands on checkpoints by hand: convert, merge, diff, cka, each in a process of its own."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from launcher.errors import WorldError
+from launcher import __version__
+from launcher.cluster import Profile
+from launcher.configs import ConvertConfig, Resources
+from launcher.errors import UserError, WorldError
+from launcher.inputs import External
+from launcher.run_record import PlannedStage, RunRecord
+from launcher.spec import Input, Output, StageSpec, encode
+from launcher.stages import convert as convert_stage
 
 
 def _module(name: str, arguments: Sequence[str]) -> int:
@@ -22,9 +33,87 @@ def _module(name: str, arguments: Sequence[str]) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Convert a checkpoint, verified."""
-    flags = ["--no-verify"] if args.no_verify else []
+    """Convert a checkpoint, verified: here, or as a job of a cluster."""
+    if args.cluster:
+        return _submit(args)
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("fold_multipliers", "parity", "no_verify") if getattr(args, name)
+    ]
+    flags += ["--config", args.config] if args.config else []
     return _module("launcher.convert", [args.source, args.target, "--to", args.to, *flags, *_json_flag(args)])
+
+
+def _submit(args: argparse.Namespace) -> int:
+    """A run of one stage; the target is a link to the artifact, which leads nowhere until the job is done."""
+    from launcher import store
+    from launcher.cluster import place_record
+    from launcher.commands.shared import root_of, slurm_profile
+    from launcher.inputs import read_checkpoint
+    from launcher.submit import submit_run
+
+    local = [name for name in ("fold_multipliers", "parity", "config") if getattr(args, name)]
+    target = Path(os.path.abspath(args.target))
+    problems = [f"--{name.replace('_', '-')}: not with --cluster; convert here" for name in local]
+    if os.path.lexists(target):
+        problems.append(f"{target}: is there already; name a new folder")
+    if target.suffix == ".nemo":
+        problems.append(f"{target}: archives are not written with --cluster; name a folder")
+    if problems:
+        raise UserError(problems)
+    profile, root = slurm_profile(args), store.open_root(root_of(args))
+    source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
+    if (source.format, args.to) not in convert_stage.CONVERSIONS:
+        raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
+    config = ConvertConfig(checkpoint=source.path, source=source.format, target=args.to, verify=not args.no_verify)
+    record = place_record(_run_of(config, source, profile, args.cluster), profile, root)
+    jobs = submit_run(root, record, profile)
+    artifact = root / record.stages[0].spec.outputs["checkpoint"].path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(artifact)
+    print("\n".join(f"{stage}: job {job}" for stage, job in jobs.items()) or "done already")
+    print(f"{target}: will be {artifact}; follow with: prism-launch watch {record.run} --root {root}")
+    return 0
+
+
+def _run_of(config: ConvertConfig, source: External, profile: Profile, cluster: str) -> RunRecord:
+    """A run of one stage that no recipe holds; its name is the same for the same work."""
+    from launcher.plan import fingerprint
+
+    inputs = {"checkpoint": Input(source.path, source.format, source.fingerprint)}
+    key = fingerprint("convert", convert_stage.VERSION, replace(config, checkpoint=""), 0, inputs, {})
+    name, resources = f"convert-to-{config.target}-{key[:6]}", Resources(cpus_per_task=2)
+    spec = StageSpec(
+        run=name,
+        stage="convert",
+        kind="convert",
+        kind_version=convert_stage.VERSION,
+        fingerprint=key,
+        config=encode(config),
+        seed=0,
+        inputs=inputs,
+        outputs={"checkpoint": Output(f"artifacts/convert/{key}/checkpoint", config.target)},
+        steps=convert_stage.steps(config, resources),
+        limits=profile.limits,
+        runtime=profile.runtime,
+    )
+    return RunRecord(
+        run=name,
+        recipe=source.path,
+        overrides=(),
+        # a profile of the user's own is found again by its path, wherever the next command is typed
+        cluster=os.path.abspath(cluster) if Path(cluster).name != cluster or Path(cluster).suffix else cluster,
+        resolved={"name": name},
+        stages=(PlannedStage(spec, (), resources),),
+        created=time.time(),
+        versions={"prism-launch": __version__, "python": platform.python_version()},
+    )
+
+
+def merge(args: argparse.Namespace) -> int:
+    """A linear combination of checkpoints."""
+    flags = ["--no-verify"] if args.no_verify else []
+    words = ["merge", *args.sources, f"--weights={args.weights}", "-o", args.output, *flags, *_json_flag(args)]
+    return _module("launcher.convert", words)
 
 
 def diff(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,9 @@ _FIXED = {
 def fit(args: argparse.Namespace) -> int:
     """List the layouts; 1 where none fits, 2 where the one that was asked for cannot work."""
     task = _task(args)
-    _refuse_impossible(task)
     found = find_layouts(task)
+    if not found:
+        raise UserError(_obstacles(task))
     if args.json:
         print_json(_json(args.model, args.gpu, task, found))
     else:
@@ -42,10 +44,10 @@ def fit(args: argparse.Namespace) -> int:
 
 def _task(args: argparse.Namespace) -> Task:
     gpu = gpu_of(args.gpu)
-    positive = ("gpus", "gpus_per_node", "seq_length", "global_batch_size", "gpu_memory_gib", "mfu", *_FIXED)
-    wrong = [n for n in positive if getattr(args, n) is not None and getattr(args, n) <= 0]
-    if wrong or args.tokens <= 0:
-        raise UserError(f"--{(wrong or ['tokens'])[0].replace('_', '-')}: must be above 0")
+    positive = ("gpus", "gpus_per_node", "seq_length", "global_batch_size", "gpu_memory_gib", "mfu", "tokens", *_FIXED)
+    wrong = [n for n in positive if getattr(args, n) is not None and not 0 < getattr(args, n) < math.inf]
+    if wrong:
+        raise UserError([f"--{n.replace('_', '-')}: must be a number above 0, got {getattr(args, n)}" for n in wrong])
     if args.mfu is not None and args.mfu > 1:
         raise UserError(f"--mfu: a share of the peak rate, such as 0.4; got {args.mfu:g}")
     iters = round(args.tokens / (args.seq_length * args.global_batch_size))
@@ -81,16 +83,12 @@ def _shape(model: str) -> ModelShape:
     return shape_of(config)
 
 
-def _refuse_impossible(task: Task) -> None:
-    """Refuse sizes that were asked for and cannot work whatever the others are. Raises UserError with the reasons."""
-    if not task.fixed:
-        return
+def _obstacles(task: Task) -> list[str]:
+    """Why no layout works, whatever the memory: what is wrong with the plainest of the sizes that were asked for."""
     layout = Layout(
-        gpus=task.gpus, global_batch_size=task.global_batch_size, seq_length=task.seq_length, **task.fixed
+        gpus=task.gpus, global_batch_size=task.global_batch_size, seq_length=task.seq_length, **(task.fixed or {})
     )  # fmt: skip
-    problems = layout_problems(task, layout)
-    if problems and not find_layouts(task):
-        raise UserError(problems)
+    return layout_problems(task, layout)
 
 
 def _json(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> dict[str, Any]:

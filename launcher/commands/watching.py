@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from launcher.commands.shared import (
     root_of,
 )
 from launcher.errors import UserError, WorldError
-from launcher.run_record import PlannedStage, RunRecord, list_runs
+from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
 
 if TYPE_CHECKING:
     from launcher.attempts import Attempt
@@ -227,7 +227,6 @@ def clean(args: argparse.Namespace) -> int:
 def _uses(root: Path) -> Uses:
     """Who uses what under a root, by processes and by Slurm's word."""
     from launcher import clean as cleaning
-    from launcher import slurm
     from launcher.submit import read_submitted
 
     names = [p.name for p in (root / "runs").glob("*") if p.is_dir()]
@@ -235,11 +234,34 @@ def _uses(root: Path) -> Uses:
     owners = cleaning.owners(root)
     jobs = set().union(*submitted.values()) | {o.job for o in owners if o.job}
     try:
-        active: set[str] | None = {j.id for j in slurm.job_states(jobs).values() if j.is_active}
+        active: set[str] | None = _active_jobs(jobs, _slurm_confs(root, [n for n, ids in submitted.items() if ids]))
     except WorldError as error:
         print(f"prism-launch: {error}; runs that have jobs are left alone", file=sys.stderr)
         active = None
     return cleaning.uses(root, submitted, active)
+
+
+def _slurm_confs(root: Path, names: Sequence[str]) -> set[str | None]:
+    """The `slurm.conf` of every cluster that these runs were submitted to; None: the shell's own."""
+    confs: set[str | None] = set() if names else {None}
+    for name in names:
+        try:
+            confs.add(load_profile(read_run(root, name).cluster).slurm_conf)
+        except UserError:  # the record, or the profile, is gone or damaged
+            confs.add(None)
+    return confs
+
+
+def _active_jobs(jobs: Set[str], confs: Set[str | None]) -> set[str]:
+    """The jobs that any of these Slurms says to wait or run."""
+    from launcher import slurm
+
+    shell, active = os.environ.get("SLURM_CONF"), set()
+    for conf in sorted(confs, key=lambda conf: conf or ""):  # the shell's own first
+        if conf or shell:
+            os.environ["SLURM_CONF"] = conf or shell or ""
+        active |= {job.id for job in slurm.job_states(jobs).values() if job.is_active}
+    return active
 
 
 def _show_cleaned(

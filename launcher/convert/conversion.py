@@ -3,71 +3,98 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from launcher.convert.entry import Entry, checksum
-from launcher.convert.folders import CARRIED, check_room, copy_side_files, read_shape, side_folder
+from launcher.convert import nemo
+from launcher.convert.entry import Entry
+from launcher.convert.files import in_folder, in_tar, leave_cache, pack
+from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
-from launcher.convert.links import Link, Target, links
-from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
-from launcher.errors import UserError, WorldError
+from launcher.convert.links import Format, Link, links
+from launcher.convert.moving import Job, Progress, check_written, target_entries
+from launcher.convert.torch_dist import (
+    RELEASE,
+    RELEASE_COMMON,
+    TRACKER,
+    TorchDistReader,
+    TorchDistWriter,
+    extra_states,
+)
+from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 
-#: Called with the tensors that are done and all that there are, those to verify included.
-Progress = Callable[[int, int], None]
-#: Bytes beside a tensor's own in either format, at most, and of the files around them.
+#: Bytes beside a tensor's own in any format, at most, and of the files around them.
 _TENSOR_OVERHEAD, _FOLDER_OVERHEAD = 4096, 64 << 20
 
 
-class Reader(Protocol):
-    """Named tensors in files."""
-
-    where: Path
-    entries: dict[str, Entry]
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-
-
 def convert(
-    source: Path, target: Path, to: Target, verify: bool = True, progress: Progress = lambda *_: None
+    source: Path,
+    target: Path,
+    to: Format,
+    verify: bool = True,
+    progress: Progress = lambda *_: None,
+    *,
+    config: Path | None = None,
+    fold: bool = False,
+    final: Path | None = None,
 ) -> dict[str, Any]:
     """Fill the empty folder `target` with the checkpoint `source` in the format `to`; returns the verification.
 
-    Raises UserError where the source is no checkpoint that can be converted, before anything is written, and
-    WorldError where the disk has no room or what was written is not what was read.
+    `config`: a folder with config.json and tokenizer, for a source that carries none. `fold`: put Granite's
+    multipliers into the weights of a `nemo` checkpoint. `final`: where the checkpoint will lie, `target` by default;
+    where that ends in .nemo, an archive of that name is made inside `target`. Raises UserError where the source is
+    no checkpoint that can be converted, before anything is written, and WorldError where the disk has no room or what
+    was written is not what was read.
     """
-    side = side_folder(source, to)
-    shape = read_shape(side)
-    table = links(shape, to)
-    reader: Reader = HfReader(source) if to == "megatron" else TorchDistReader(source)
-    _check_source(reader, table)
-    wanted = _target_entries(reader, table)
-    check_room(target, sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD)
-    writer = _writer(target, to, wanted, shape, reader.where)
-    total = len(table) * (2 if verify else 1)
-    sums: dict[str, str] = {}
-    for number, link in enumerate(table):
-        progress(number, total)
-        sums |= _move(link, reader, writer, verify)
-    writer.close()
-    files = copy_side_files(side, target / CARRIED if to == "megatron" else target)
-    written: Reader = TorchDistReader(target) if to == "megatron" else HfReader(target)
-    _check_target(written, wanted)
+    found = open_checkpoint(source, config)
+    if found.format == to:
+        raise UserError(f"{source}: is in format {to} already")
+    folded = _folded(found, to, fold)
+    table = links(found.shape, found.format, to, folded)
+    check_tensors(
+        found.reader, {n: fit for link in table for n, fit in zip(link.sources, link.source_shapes, strict=True)}
+    )
+    _check_types(found.reader, table, folded if to == "nemo" else None)
+    wanted = target_entries(found.reader, table)
+    final = (final or target).absolute()
+    archive = target / final.name if to == "nemo" and final.suffix == ".nemo" else None
+    size = sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD
+    check_room(target, size * (2 if archive else 1))
+    writer = _writer(target, to, wanted, found)
+    files = _write_around(target, to, found, final)
+    job = Job(table, found.reader, progress, verify)
+    job.move(writer)
+    if archive:
+        pack(target, archive)
     if verify:
-        _compare(written, table, sums, lambda number: progress(len(table) + number, total))
-    return _record(to, reader, written, sums, files)
+        leave_cache(target)
+    written = _written(target, to, archive)
+    check_written(written, wanted)
+    exact = folded is None or to == "nemo"
+    if verify:
+        job.compare(written, exact)
+    return _record(found, to, written, job, files, exact)
 
 
-def _check_source(reader: Reader, table: tuple[Link, ...]) -> None:
-    """Every tensor of the model is there with a shape that fits, once, and nothing else is."""
-    shapes = {name: fit for link in table for name, fit in zip(link.sources, link.source_shapes, strict=True)}
+def _folded(found: Checkpoint, to: Format, fold: bool) -> torch.dtype | None:
+    """The type of the weights that Granite's multipliers are in or go into; None where they are not."""
+    if to == "nemo":
+        nemo.refuse(found.shape, fold)
+    elif fold:
+        raise UserError(f"--fold-multipliers: is for --to nemo, not for {to}")
+    if "nemo" not in (to, found.format) or found.shape.family != "granite":
+        return None
+    name = str(found.config.get("dtype") or found.config.get("torch_dtype") or "bfloat16")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def check_tensors(reader: Reader, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+    """Raise UserError unless every tensor of the model is there with a shape that fits, and nothing else is."""
     there = reader.entries
     problems = [
         f"{reader.where}: {name} {list(fit[0])} is missing; is config.json that of this checkpoint?"
@@ -84,85 +111,110 @@ def _check_source(reader: Reader, table: tuple[Link, ...]) -> None:
         for name, fit in shapes.items()
         if name in there and there[name].shape not in fit
     ]
+    if problems:
+        raise UserError(_shown(problems, reader.where))
+
+
+def _check_types(reader: Reader, table: Sequence[Link], exact: torch.dtype | None) -> None:
+    """One type within each row of the table; only `exact` where that is what comes back from folded weights."""
+    problems = []
     for link in table:
-        types = {str(there[name].dtype) for name in link.sources if name in there}
+        types = {reader.entries[name].dtype for name in link.sources}
         if len(types) > 1:
-            problems.append(f"{reader.where}: {', '.join(link.sources)} differ in type: {', '.join(sorted(types))}")
-    if len(shapes) != sum(len(link.sources) for link in table):
+            listed = ", ".join(sorted(map(str, types)))
+            problems.append(f"{reader.where}: {', '.join(link.sources)} differ in type: {listed}")
+        elif exact in (torch.bfloat16, torch.float16, torch.float32) and (types != {exact} or exact is torch.float32):
+            problems.append(
+                f"{reader.where}: {link.sources[0]} is of type {types.pop()}; multipliers can be taken out again with "
+                "every bit only of weights in 16 bits of the type that config.json names"
+            )
+    if len({n for link in table for n in link.sources}) != sum(len(link.sources) for link in table):
         raise RuntimeError("the family's table uses a tensor twice")
     if problems:
-        shown = problems[:20]
-        raise UserError(shown + [f"{reader.where}: {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(_shown(problems, reader.where))
 
 
-def _target_entries(reader: Reader, table: tuple[Link, ...]) -> dict[str, Entry]:
-    """What will be written: the table's shapes, the source's types."""
-    return {
-        name: Entry(shape, reader.entries[link.sources[0]].dtype)
-        for link in table
-        for name, shape in zip(link.targets, link.target_shapes, strict=True)
-    }
+def _shown(problems: list[str], where: Path) -> list[str]:
+    return problems[:20] + [f"{where}: {len(problems) - 20} more"] * (len(problems) > 20)
 
 
-def _writer(target: Path, to: Target, wanted: Mapping[str, Entry], shape: ModelShape, source: Path) -> Any:
+# ------------------------------------------------------------------------------------------------------------ formats
+
+
+def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkpoint) -> Any:
     if to == "hf":
         return HfWriter(target, wanted)
     try:
-        return TorchDistWriter(target, wanted, stacked=shape.hybrid_override_pattern is None)
+        return torch_dist_writer(target, to, wanted, found.shape)
     except UserError as error:
-        raise UserError(f"{source}: {problem}" for problem in error.problems) from None
+        raise UserError(f"{found.reader.where}: {problem}" for problem in error.problems) from None
 
 
-def _move(link: Link, reader: Reader, writer: Any, verify: bool) -> dict[str, str]:
-    """Convert one row of the table; returns the checksums of its source tensors."""
-    tensors = [reader.read(name) for name in link.sources]
-    for name, tensor in zip(link.targets, link.forward(tensors), strict=True):
-        writer.add(name, tensor)
-    return _checksums(link, tensors) if verify else dict.fromkeys(link.sources, "")
+def torch_dist_writer(target: Path, to: Format, wanted: Mapping[str, Entry], shape: ModelShape) -> TorchDistWriter:
+    """Where the tensors of a checkpoint of format `megatron` or `nemo` go."""
+    folder, prefix, common = (
+        (target / RELEASE, "", RELEASE_COMMON) if to == "megatron" else (target / nemo.WEIGHTS, nemo.PREFIX, {})
+    )
+    stacked = shape.hybrid_override_pattern is None
+    return TorchDistWriter(folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common)
 
 
-def _checksums(link: Link, tensors: list[Tensor]) -> dict[str, str]:
-    return {name: checksum(link.content(tensor)) for name, tensor in zip(link.sources, tensors, strict=True)}
+def _write_around(target: Path, to: Format, found: Checkpoint, final: Path) -> list[str]:
+    """The files beside the tensors; returns the names of those carried along."""
+    if to == "megatron":
+        (target / TRACKER).write_text(RELEASE)
+    if to == "nemo":
+        import yaml
+
+        spread = found.config.get("initializer_range")
+        config = nemo.model_config(found.shape, final / CARRIED, spread if isinstance(spread, float) else 0.02)
+        (target / nemo.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    return copy_side_files(found.side, target if to == "hf" else target / CARRIED)
 
 
-def _check_target(written: Reader, wanted: Mapping[str, Entry]) -> None:
-    wrong = sorted(name for name in {*written.entries, *wanted} if written.entries.get(name) != wanted.get(name))
-    if wrong:
-        raise WorldError(f"{written.where}: {', '.join(wrong)}: not as they should be after writing; convert again")
+def _written(target: Path, to: Format, archive: Path | None) -> Reader:
+    if to == "hf":
+        return HfReader(target)
+    if to == "megatron":
+        return TorchDistReader(target / RELEASE, in_folder(target / RELEASE))
+    files, inside = (in_tar(archive) if archive else in_folder(target)), f"{nemo.WEIGHTS}/"
+    weights = {n.removeprefix(inside): s for n, s in files.items() if n.startswith(inside)}
+    return TorchDistReader(target / nemo.WEIGHTS, weights, nemo.PREFIX)
 
 
-def _compare(
-    written: Reader, table: tuple[Link, ...], sums: Mapping[str, str], progress: Callable[[int], None]
-) -> None:
-    """Turn what was written back into source tensors. Raises WorldError naming those that are not the same bytes."""
-    wrong = []
-    for number, link in enumerate(table):
-        progress(number)
-        tensors = [written.read(name) for name in link.targets]
-        found = _checksums(link, link.back(tensors))
-        wrong += [name for name, digest in found.items() if digest != sums[name]]
-        wrong += [
-            name for name, t in zip(link.targets, tensors, strict=True) if link.rows and t[link.rows :].count_nonzero()
-        ]
-    if wrong:
-        raise WorldError(
-            f"{written.where}: {', '.join(wrong)}: read back, not the bytes that were converted; convert again"
-        )
+# -------------------------------------------------------------------------------------------------------------- record
 
 
-def _record(to: Target, reader: Reader, written: Reader, sums: Mapping[str, str], files: list[str]) -> dict[str, Any]:
-    verified = all(sums.values())
-    whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(sums.items())).encode())
+def digest_of(sums: Mapping[str, str]) -> str:
+    """One SHA-256 over the names and checksums of all tensors."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(sums.items())).encode()).hexdigest()
+
+
+def _record(found: Checkpoint, to: Format, written: Reader, job: Job, files: list[str], exact: bool) -> dict[str, Any]:
+    checked = ("bit-exact" if exact else "rounded") if job.verify else "not run"
+    folded = any(link.dtype is not None for link in job.table)
+    notes = [_FOLDED] if folded and to == "nemo" else [_UNFOLDED] if folded else []
     return {
-        "from": "hf" if to == "megatron" else "megatron",
+        "from": found.format,
         "to": to,
-        "tensors_read": len(sums),
-        "tensors_in_source": len(reader.entries),
+        "family": found.shape.family,
+        "tensors_read": sum(len(link.sources) for link in job.table),
+        "tensors_in_source": len(found.reader.entries),
         "tensors_written": len(written.entries),
         "bytes_written": sum(e.nbytes for e in written.entries.values()),
         "types": sorted({str(e.dtype).removeprefix("torch.") for e in written.entries.values()}),
         "files": files,
-        "round_trip": "bit-exact" if verified else "not run",
-        "source_sha256": whole.hexdigest() if verified else None,
+        "round_trip": checked,
+        "source_sha256": digest_of(job.source_sums) if job.verify else None,
+        "not_finite": sorted(job.not_finite) if job.verify else None,
+        "notes": notes,
+        "seconds": {name: round(value, 3) for name, value in job.seconds.items()},
         "versions": {"torch": torch.__version__, "safetensors": version("safetensors")},
     }
+
+
+_FOLDED = (
+    "Granite's multipliers are in the weights, which are in fp32 and take twice the room. Not for training: under Adam "
+    "a weight that is c times as large learns 1/c as fast, and the norm that gradients are clipped by changes."
+)
+_UNFOLDED = "Granite's multipliers were taken out of the weights, which were then rounded to config.json's type."

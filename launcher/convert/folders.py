@@ -1,4 +1,4 @@
-"""What surrounds the tensors of a checkpoint: its config, the files carried along, room on the disk, the new folder."""
+"""What surrounds a checkpoint's tensors: which format it is, its config, files carried along, room, the new folder."""
 
 from __future__ import annotations
 
@@ -6,67 +6,158 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from launcher.convert.links import Target
-from launcher.convert.torch_dist import TRACKER
+from torch import Tensor
+
+from launcher import store
+from launcher.convert import nemo
+from launcher.convert.entry import Entry
+from launcher.convert.files import Files, Span, in_folder, in_tar
+from launcher.convert.hf import INDEX, HfReader
+from launcher.convert.links import Format
+from launcher.convert.torch_dist import TRACKER, TorchDistReader, checkpoint_dir
 from launcher.errors import UserError, WorldError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
-from launcher.store import sync_tree
+from launcher.models.side_files import is_side_file
 
-#: Where a checkpoint of format `megatron` keeps config.json and the tokenizer.
+#: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
 CARRIED = "hf"
-#: Files of a Hugging Face folder that are neither weights nor code.
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
-def side_folder(folder: Path, to: Target) -> Path:
-    """The folder with config.json of a checkpoint that becomes `to`. Raises UserError where it is none of the kind."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if to == "megatron" and (folder / TRACKER).is_file():
-        raise UserError(f"{folder}: is in format megatron already; convert it to hf")
-    if to == "hf" and not (folder / TRACKER).is_file():
-        raise UserError(f"{folder}: not of format megatron; no {TRACKER} is there")
-    return folder if to == "megatron" else folder / CARRIED
+class Reader(Protocol):
+    """Named tensors in files."""
+
+    where: Path
+    entries: dict[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors of one type."""
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """The model that a folder's config.json describes. Raises UserError."""
-    path = folder / "config.json"
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to read: `config` is its config.json as read, `side` the files carried along, by name."""
+
+    format: Format
+    where: Path
+    config: dict[str, object]
+    shape: ModelShape
+    side: Files
+    reader: Reader
+
+
+def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint:
+    """Read what there is of a checkpoint but its tensors.
+
+    `config_folder`: a folder with config.json and tokenizer, for a checkpoint that has none. Raises UserError.
+    """
+    name, files = _look_at(path)
+    side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(in_folder(config_folder))
+    where = config_folder or (path if name == "hf" else path / CARRIED)
+    if "config.json" not in side and name == "nemo" and config_folder is None:
+        raise UserError(f"{path}: no {CARRIED}/config.json in it; name a folder that has the model's with --config")
+    config, shape = read_config(side, where)
+    if name == "nemo" and nemo.CONFIG in files:
+        span = files[nemo.CONFIG]
+        nemo.check_config(span.read().decode(errors="replace"), str(span), shape)
+    return Checkpoint(name, path, config, shape, side, _reader(name, path, files))
+
+
+def _look_at(path: Path) -> tuple[Format, Files]:
+    """The format of a checkpoint, and its files."""
+    if path.is_file():
+        return "nemo", in_tar(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    files = in_folder(path)
+    if TRACKER in files:
+        return "megatron", files
+    if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
+        return "nemo", files
+    if "config.json" in files or INDEX in files or any(name.endswith(".safetensors") for name in files):
+        return "hf", files
+    raise UserError(
+        f"{path}: no checkpoint: neither config.json (hf), {TRACKER} (megatron) nor {nemo.CONFIG} (nemo) is there"
+    )
+
+
+def _reader(name: Format, path: Path, files: Files) -> Reader:
+    if name == "hf":
+        return HfReader(path)
+    if name == "megatron":
+        folder = checkpoint_dir(path)
+        return TorchDistReader(folder, in_folder(folder))
+    inside = f"{nemo.WEIGHTS}/"
+    weights = {n.removeprefix(inside): s for n, s in files.items() if n.startswith(inside)}
+    where = path / nemo.WEIGHTS if weights else path
+    weights = weights or {n: s for n, s in files.items() if "/" not in n}
+    _check_backend(where, weights)
+    return TorchDistReader(where, weights, nemo.PREFIX)
+
+
+def _check_backend(where: Path, files: Files) -> None:
+    """Refuse what is no torch_dist: NeMo's older zarr, and single files, which are pickles."""
+    if "metadata.json" not in files:
+        pickle = next((n for n in files if n.endswith(".ckpt")), None)
+        kind = f"{pickle} is a pickle, which is never loaded" if pickle else "no metadata.json"
+        raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; put the model's config.json there") from None
+        backend = json.loads(files["metadata.json"].read())["sharded_backend"]
+    except (ValueError, KeyError, TypeError):
+        backend = "unknown"
+    if backend != "torch_dist":
+        raise UserError(
+            f"{files['metadata.json']}: format {backend}; only torch_dist is read "
+            "(NeMo has scripts/checkpoint_converters/convert_zarr_to_torch_dist.py)"
+        )
+
+
+def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape]:
+    """config.json and the model that it describes; `where` is its folder in messages. Raises UserError."""
+    path = where / "config.json"
+    if "config.json" not in side:
+        raise UserError(f"{path}: No such file or directory; put the model's config.json there")
+    try:
+        config = json.loads(side["config.json"].read())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); get the file again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a config.json of a model; get the file again")
     try:
-        return shape_of(config)
+        return config, shape_of(config)
     except UserError as error:
         raise UserError(f"{path}: {problem}" for problem in error.problems) from None
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy config, generation config and tokenizer; returns their names."""
+def _side(files: Files, folder: str = "") -> Files:
+    prefix = f"{folder}/" if folder else ""
+    names = {n.removeprefix(prefix): s for n, s in files.items() if n.startswith(prefix)}
+    return {n: s for n, s in names.items() if is_side_file(n) and "/" not in n}
+
+
+def copy_side_files(side: Files, target: Path) -> list[str]:
+    """Write config, generation config and tokenizer; returns their names."""
     target.mkdir(exist_ok=True)
-    names = sorted({path.name for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()})
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    for name, span in side.items():
+        _copy(span, target / name)
+    return sorted(side)
+
+
+def _copy(span: Span, target: Path) -> None:
+    with span.path.open("rb") as source, target.open("wb") as file:
+        source.seek(span.start)
+        left = span.size
+        while left and (data := source.read(min(left, 1 << 20))):
+            file.write(data)
+            left -= len(data)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -83,26 +174,32 @@ def check_room(folder: Path, needed: int) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder `target` that is there whole or not at all: filled as `TARGET.partial`, synced, renamed.
 
-    Raises UserError where the target has content or cannot be written.
+    What a killed process left as `TARGET.partial` is removed; one that lives is not disturbed. Raises UserError where
+    the target has content or cannot be written.
     """
     target = Path(os.path.abspath(target))
     if not target.name:
         raise UserError(f"{target}: is there already; name a new folder")
-    partial = target.with_name(f"{target.name}.partial")
+    partial, claim = (target.with_name(f"{target.name}.{end}") for end in ("partial", "claim"))
+    owner = store.this_process()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{target}: is there already; name a new folder")
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"{partial}: another conversion is writing it, or was cut off; remove the folder if none is running"
-        ) from None
+        holder = store.claim(claim, owner)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}; name another folder") from None
+    if holder is not None:
+        raise UserError(
+            f"{partial}: another conversion is writing it (process {holder.pid} on {holder.host}); "
+            f"wait for it, or remove {claim} if it is gone"
+        )
     try:
-        yield partial
-        sync_tree(partial)
-        os.replace(partial, target)
-    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        partial.mkdir()
+        yield partial
+        store.sync_tree(partial)
+        archive = partial / target.name
+        os.replace(archive if archive.is_file() and target.suffix == ".nemo" else partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        store.release(claim, owner)

@@ -7,7 +7,8 @@ The format: eight bytes with the header's length, the header as JSON, the tensor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.convert.entry import Entry, raw_bytes
+from launcher.convert.files import read_into, write_all
+from launcher.convert.lanes import LANES
 from launcher.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -31,36 +34,47 @@ class HfReader:
 
     def __init__(self, folder: Path):
         self.where = folder
-        self._files: dict[str, Any] = {}
-        index = _read_index(folder) if (folder / INDEX).is_file() else {}
-        for name in dict.fromkeys(index.values()) if index else [_single(folder)]:
-            self._files[name] = _open(folder / name)
-        self._places = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
-        absent = [
+        index = read_index(folder)
+        files = dict.fromkeys(index.values()) if index else [_single(folder)]
+        headers = {name: _read_header(folder / name) for name in files}
+        self._places = {key: (name, start) for name, h in headers.items() for key, (start, _) in h.items()}
+        problems = [
             f"{folder / name}: {key} is not there, though {INDEX} says so"
             for key, name in index.items()
-            if self._places.get(key) != name
+            if key not in headers[name]
         ]
-        self.entries, strange = self._read_entries()
-        if absent or strange:
-            raise UserError(absent + strange)
-
-    def _read_entries(self) -> tuple[dict[str, Entry], list[str]]:
-        entries, problems = {}, []
-        for key, name in self._places.items():
-            piece = self._files[name].get_slice(key)
-            if piece.get_dtype() in _DTYPES:
-                entries[key] = Entry(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-            else:
-                problems.append(
-                    f"{self.where / name}: {key} is of type {piece.get_dtype()}; "
-                    f"only {', '.join(_DTYPES)} are covered: use the checkpoint that is not quantised"
-                )
-        return entries, problems
+        problems += [
+            f"{folder / name}: {key} is there, though {INDEX} does not say so"
+            for name, header in headers.items()
+            for key in header
+            if index and index.get(key) != name
+        ]
+        problems += [
+            f"{folder / name}: {key} is of type {entry}; "
+            f"only {', '.join(_DTYPES)} are covered: use the checkpoint that is not quantised"
+            for name, header in headers.items()
+            for key, (_, entry) in header.items()
+            if isinstance(entry, str)
+        ]
+        if problems:
+            raise UserError(problems)
+        self.entries: dict[str, Entry] = {k: e for h in headers.values() for k, (_, e) in h.items()}  # type: ignore[misc]
 
     def read(self, name: str) -> Tensor:
-        """One tensor; its bytes stay in the page cache until they are touched."""
-        return self._files[self._places[name]].get_tensor(name)
+        """One tensor."""
+        return self.read_together((name,))[0]
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Tensors of one type, one behind the other in memory: what joins them then has nothing to do."""
+        sizes = [math.prod(self.entries[name].shape) for name in names]
+        parts = torch.empty(sum(sizes), dtype=self.entries[names[0]].dtype).split(sizes)
+        for name, part in zip(names, parts, strict=True):
+            file, start = self._places[name]
+            with (self.where / file).open("rb", buffering=0) as opened:
+                there = read_into(opened, raw_bytes(part), start)
+            if there < part.nbytes:
+                raise UserError(f"{self.where / file}: {name} is cut short; get the file again")
+        return [part.view(self.entries[name].shape) for name, part in zip(names, parts, strict=True)]
 
 
 def _single(folder: Path) -> str:
@@ -76,13 +90,16 @@ def _single(folder: Path) -> str:
     raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there; a Hugging Face checkpoint is wanted")
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name to file name, from the folder's index; empty where there is none. Raises UserError."""
     path = folder / INDEX
     try:
         places = json.loads(path.read_text())["weight_map"]
         wrong = [name for name in places.values() if Path(name).name != name]
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: no index of safetensors files; get the checkpoint again") from None
+        raise UserError(f"{path}: not an index of safetensors files; get the checkpoint again") from None
     if wrong:
         raise UserError(f"{path}: names files outside the folder, such as {wrong[0]}")
     gone = sorted({name for name in places.values() if not (folder / name).is_file()})
@@ -91,15 +108,30 @@ def _read_index(folder: Path) -> dict[str, str]:
     return places
 
 
-def _open(path: Path) -> Any:
+def _read_header(path: Path) -> dict[str, tuple[int, Entry | str]]:
+    """Tensor name to its place in the file and what it is, or the name of a type that is not covered."""
     try:
-        return safe_open(path, framework="pt").__enter__()  # its close only drops the map, as its end does
+        with safe_open(path, framework="pt"):  # checks the header and the file's size
+            pass
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); get the file again") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        key: (
+            8 + size + value["data_offsets"][0],
+            Entry(tuple(value["shape"]), _DTYPES[value["dtype"]]) if value["dtype"] in _DTYPES else value["dtype"],
+        )
+        for key, value in header.items()
+    }
 
 
 class HfWriter:
     """Writes safetensors: the layout is fixed by `entries`, then each tensor goes to its place, in any order."""
+
+    lanes = LANES
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES):
         self._open: dict[Path, BinaryIO] = {}
@@ -133,21 +165,24 @@ class HfWriter:
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = path.open("wb")
+        file = path.open("wb", buffering=0)
         file.write(len(text).to_bytes(8, "little") + text)
         self._open[path] = file
         self._places |= {key: (file, 8 + len(text) + header[key]["data_offsets"][0]) for key in order}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place; each once."""
+    def add(self, name: str, tensor: Tensor, lane: int = 0) -> None:
+        """Put one tensor in its place; each once, from any thread."""
         file, offset = self._places.pop(name)
-        file.seek(offset)
-        file.write(raw_bytes(tensor))
+        write_all(file.fileno(), raw_bytes(tensor), offset)
+
+    def stop(self) -> None:
+        """Close the files as they are."""
+        for file in self._open.values():
+            file.close()
 
     def close(self) -> None:
         """Finish the files. Raises RuntimeError where a tensor was never given."""
-        for file in self._open.values():
-            file.close()
+        self.stop()
         if self._places:
             raise RuntimeError(f"never written: {', '.join(self._places)}")
 

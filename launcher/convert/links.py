@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from launcher.convert.entry import Shape
+from launcher.convert.folding import fold, unfold
 from launcher.models.families import tensor_map
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import TensorMap
 
-Target = Literal["hf", "megatron"]
+Format = Literal["hf", "megatron", "nemo"]
 Transform = Callable[[Sequence[Tensor]], list[Tensor]]
+#: Tensor-parallel sizes of runs whose padded vocabulary a `nemo` file may have.
+_NEMO_TP = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Link:
     """Source tensors that become target tensors.
 
     `source_shapes` holds, for each source, the shapes that fit: a vocabulary comes with and without padding rows.
-    `rows`: the vocabulary's rows, for a tensor that has padding below them in one of the formats.
+    `rows`: the vocabulary's rows, for a tensor that has padding below them in one of the formats. `dtype`: the type
+    that targets get, where it is not the source's.
     """
 
     sources: tuple[str, ...]
@@ -33,15 +37,32 @@ class Link:
     forward: Transform
     back: Transform
     rows: int | None = None
+    dtype: torch.dtype | None = None
+    copies: bool = True
 
     def content(self, tensor: Tensor) -> Tensor:
         """The tensor without padding rows."""
         return tensor if self.rows is None else tensor[: self.rows]
 
 
-def links(shape: ModelShape, to: Target) -> tuple[Link, ...]:
-    """Every tensor of a model of `shape`, in the model's order."""
-    return tuple(_link(row, shape, to) for row in tensor_map(shape))
+@dataclass(frozen=True)
+class _Packing:
+    """How one format holds a row's tensors: names, the shapes that fit (the first is written), the way from and to
+    Hugging Face's tensors."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[Shape, ...], ...]
+    pack: Transform
+    unpack: Transform
+
+
+def links(shape: ModelShape, source: Format, target: Format, folded: torch.dtype | None = None) -> tuple[Link, ...]:
+    """Every tensor of a model of `shape`, in the model's order.
+
+    `folded`: Granite's multipliers are in the weights of the format `nemo`, in fp32; the type says what they are of
+    in the other format.
+    """
+    return tuple(_link(row, shape, source, target, folded) for row in tensor_map(shape))
 
 
 def slot(row: TensorMap, key: str) -> str:
@@ -49,20 +70,55 @@ def slot(row: TensorMap, key: str) -> str:
     return key if row.layer is None else f"decoder.layers.{row.layer}.{key}"
 
 
-def _link(row: TensorMap, shape: ModelShape, to: Target) -> Link:
-    def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return to_megatron(row, shape, tensors)
+def _link(row: TensorMap, shape: ModelShape, source: Format, target: Format, folded: torch.dtype | None) -> Link:
+    read, written = (_packing(row, shape, name, folded) for name in (source, target))
+    dtype = None if folded is None else torch.float32 if target == "nemo" else folded
+    return Link(
+        read.names,
+        read.shapes,
+        written.names,
+        tuple(fit[0] for fit in written.shapes),
+        lambda tensors: written.pack(read.unpack(tensors)),
+        lambda tensors: read.pack(written.unpack(tensors)),
+        shape.vocab_size if row.transform == "vocab" else None,
+        dtype,
+        row.transform != "copy",
+    )
 
-    def unpack(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return to_hf(row, shape, tensors)
 
-    rows = shape.vocab_size if row.transform == "vocab" else None
+def _packing(row: TensorMap, shape: ModelShape, name: Format, folded: torch.dtype | None) -> _Packing:
+    if name == "hf":
+        return _Packing(row.hf, tuple((s,) for s in row.hf_shapes), list, list)
+    if name == "nemo":
+        row = replace(row, megatron_shapes=row.hf_shapes) if row.transform == "vocab" else row
+    shapes = tuple(_fitting(row, shape, s, name) for s in row.megatron_shapes)
     slots = tuple(slot(row, key) for key in row.megatron)
-    if to == "megatron":
-        fitting = tuple((s,) for s in row.hf_shapes)
-        return Link(row.hf, fitting, slots, row.megatron_shapes, pack, unpack, rows)
-    fitting = tuple(((s, row.hf_shapes[0]) if rows else (s,)) for s in row.megatron_shapes)
-    return Link(slots, fitting, row.hf, row.hf_shapes, unpack, pack, rows)
+    if name == "megatron" or folded is None:
+        return _Packing(slots, shapes, lambda t: to_megatron(row, shape, t), lambda t: to_hf(row, shape, t))
+    return _Packing(
+        slots,
+        shapes,
+        lambda tensors: to_megatron(row, shape, fold(row, shape, tensors)),
+        lambda tensors: unfold(row, shape, to_hf(row, shape, tensors), folded),
+    )
+
+
+def _fitting(row: TensorMap, shape: ModelShape, size: Shape, name: Format) -> tuple[Shape, ...]:
+    if row.transform != "vocab":
+        return (size,)
+    if name == "megatron":
+        return size, row.hf_shapes[0]
+    unit = vocabulary_unit(shape.vocab_size)
+    padded = (-(-size[0] // (unit * tp)) * unit * tp for tp in _NEMO_TP)
+    return tuple(dict.fromkeys((rows, *size[1:]) for rows in (size[0], *padded)))
+
+
+def vocabulary_unit(vocab_size: int) -> int:
+    """`make_vocab_size_divisible_by` as NeMo's converters choose it: 128, halved until it divides the vocabulary."""
+    unit = 128
+    while vocab_size % unit:
+        unit //= 2
+    return unit
 
 
 def to_megatron(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -74,7 +130,7 @@ def to_megatron(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) ->
         groups = [t.view(shape.num_query_groups, -1, width) for t in tensors]
         return [torch.cat(groups, dim=1).view(row.megatron_shapes[0])]
     if row.transform == "gate_up":
-        return [torch.cat(list(tensors))]
+        return [_joined(tensors)]
     if row.transform == "split":
         return list(tensors[0].split([s[0] for s in row.megatron_shapes]))
     return list(tensors)
@@ -93,8 +149,22 @@ def to_hf(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[
     if row.transform == "gate_up":
         return list(tensors[0].split([s[0] for s in row.hf_shapes]))
     if row.transform == "split":
-        return [torch.cat(list(tensors))]
+        return [_joined(tensors)]
     return list(tensors)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One above the other; without a copy where they lie so in memory, as `HfReader.read_together` reads them."""
+    first = tensors[0]
+    home, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        if (tensor.untyped_storage().data_ptr(), tensor.storage_offset()) != (
+            home,
+            place,
+        ) or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        place += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:

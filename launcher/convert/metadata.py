@@ -6,6 +6,7 @@ that a forged file does is to describe tensors that are not there, which the rea
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,20 @@ class _Unpickler(pickle.Unpickler):
 def read_metadata(path: Path) -> Metadata:
     """What a `.metadata` file describes. Raises UserError, before anything is run, where it names anything else."""
     try:
-        with path.open("rb") as file:
-            found = _Unpickler(file).load()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is it a torch_dist checkpoint?") from None
+    return parse_metadata(content, str(path))
+
+
+def parse_metadata(content: bytes, where: str) -> Metadata:
+    """What the content of a `.metadata` file describes; `where` is its name in messages. Raises UserError."""
+    try:
+        found = _Unpickler(io.BytesIO(content)).load()
     except Exception as error:  # whatever broken bytes lead an unpickler to
-        raise UserError(f"{path}: refused: {error}; get the checkpoint from where it was written") from None
+        raise UserError(f"{where}: refused: {error}; get the checkpoint from where it was written") from None
     if not isinstance(found, Metadata) or not _described(found.state_dict_metadata, found.storage_data):
-        raise UserError(f"{path}: describes no checkpoint; get the checkpoint from where it was written")
+        raise UserError(f"{where}: describes no checkpoint; get the checkpoint from where it was written")
     return found
 
 

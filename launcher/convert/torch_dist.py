@@ -14,7 +14,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -30,18 +31,45 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils.serialization import config
 
 from launcher.convert.entry import Entry, Shape
-from launcher.convert.metadata import read_metadata
+from launcher.convert.files import Files, begin_writing
+from launcher.convert.lanes import LANES
+from launcher.convert.metadata import parse_metadata
 from launcher.errors import UserError
+from launcher.models.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 #: Megatron-LM takes no iteration 0; a checkpoint to start training from is a `release`.
 RELEASE = "release"
+#: What Megatron-LM reads beside the tensors.
+RELEASE_COMMON = {"iteration": 0, "checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 #: What a training run saves besides the model.
 _NOT_WEIGHTS = ("optimizer.", "chained_")
+
+
+#: Modules of each kind of layer that ask a checkpoint for a state, in one version of Transformer Engine or another.
+_STATEFUL = {
+    "M": ("mixer.in_proj", "mixer.out_proj"),
+    "*": ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+    "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
+
+
+def extra_states(shape: ModelShape) -> list[str]:
+    """Keys of the states that Transformer Engine's modules ask for; without them Megatron-LM and NeMo load nothing."""
+    last, n = ("final_layernorm" if shape.hybrid_override_pattern is None else "final_norm"), shape.num_layers
+    if shape.hybrid_override_pattern is None:
+        modules = (*_STATEFUL["*"], *_STATEFUL["-"])
+        inside = [f"decoder.layers.{module}._extra_state/shard_{i}_{n}" for module in modules for i in range(n)]
+    else:
+        kinds = enumerate(shape.hybrid_override_pattern)
+        inside = [f"decoder.layers.{i}.{m}._extra_state/shard_0_1" for i, kind in kinds for m in _STATEFUL[kind]]
+        inside.append("output_layer._extra_state/shard_0_1")  # a hybrid model asks for it, a GPT model does not
+    return [*inside, f"decoder.{last}._extra_state/shard_0_1"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +82,27 @@ class _Piece:
 
 
 class TorchDistReader:
-    """The tensors of a folder of format `megatron`: `entries` by name, `read` one at a time. Raises UserError."""
+    """The tensors of one torch_dist checkpoint: `entries` by name, `read` one at a time. Raises UserError.
 
-    def __init__(self, folder: Path):
-        self.where = checkpoint_dir(folder)
+    `files` are those of its folder, or of an archive. Keys are read without `prefix`, and those that lack it not at
+    all; nor are optimizer states and objects.
+    """
+
+    def __init__(self, where: Path, files: Files, prefix: str = ""):
+        self.where, self._files = where, files
         self.entries: dict[str, Entry] = {}
         self._keys: dict[str, tuple[str, int | None]] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        metadata = read_metadata(self.where / ".metadata")
+        if ".metadata" not in files:
+            raise UserError(f"{where}: no .metadata; no torch_dist checkpoint is there, or its writing was cut off")
+        metadata = parse_metadata(files[".metadata"].read(), str(files[".metadata"]))
         tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and not key.startswith(_NOT_WEIGHTS)
+            if isinstance(value, TensorStorageMetadata) and key.startswith(prefix) and not key.startswith(_NOT_WEIGHTS)
         }
         for key, value in tensors.items():
-            self._name(key, tuple(value.size), value.properties.dtype)
+            self._name(key, prefix, tuple(value.size), value.properties.dtype)
         for index, info in metadata.storage_data.items():
             if index.fqn in tensors:
                 self._pieces.setdefault(index.fqn, []).append(_piece(tensors[index.fqn], index, info))
@@ -76,14 +110,15 @@ class TorchDistReader:
         if problems:
             raise UserError(problems)
 
-    def _name(self, key: str, size: Shape, dtype: torch.dtype) -> None:
-        stacked = _STACKED.fullmatch(key)
+    def _name(self, key: str, prefix: str, size: Shape, dtype: torch.dtype) -> None:
+        name = key.removeprefix(prefix)
+        stacked = _STACKED.fullmatch(name)
         if not stacked:
-            self.entries[key], self._keys[key] = Entry(size, dtype), (key, None)
+            self.entries[name], self._keys[name] = Entry(size, dtype), (key, None)
             return
         for layer in range(size[0]):
-            name = f"decoder.layers.{layer}.{stacked[1]}"
-            self.entries[name], self._keys[name] = Entry(size[1:], dtype), (key, layer)
+            one = f"decoder.layers.{layer}.{stacked[1]}"
+            self.entries[one], self._keys[one] = Entry(size[1:], dtype), (key, layer)
 
     def _holes(self, tensors: Mapping[str, TensorStorageMetadata]) -> Iterator[str]:
         for key, value in tensors.items():
@@ -97,13 +132,13 @@ class TorchDistReader:
             name, end = piece.info.relative_path, piece.info.offset + piece.info.length
             ends[name] = max(end, ends.get(name, 0))
         for name, end in sorted(ends.items()):
-            path = self.where / name
+            span = self._files.get(name)
             if Path(name).name != name:
-                yield f"{self.where / '.metadata'}: names a file outside its folder, {name}"
-            elif not path.is_file():
-                yield f"{path}: not there, though .metadata names it; get the file again"
-            elif path.stat().st_size < end:
-                yield f"{path}: {path.stat().st_size} bytes, {end} by .metadata: cut short; get the file again"
+                yield f"{self._files['.metadata']}: names a file outside its folder, {name}"
+            elif span is None:
+                yield f"{self.where / name}: not there, though .metadata names it; get the file again"
+            elif span.size < end:
+                yield f"{span}: {span.size} bytes, {end} by .metadata: cut short; get the file again"
 
     def read(self, name: str) -> Tensor:
         """One tensor, put together from its pieces."""
@@ -120,18 +155,22 @@ class TorchDistReader:
             whole[into] = self._load(key, piece, entry.dtype)[of]
         return whole.view(entry.shape)
 
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors."""
+        return [self.read(name) for name in names]
+
     def _load(self, key: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
-        path = self.where / piece.info.relative_path
+        span = self._files[piece.info.relative_path]
         try:
-            with path.open("rb") as file:
-                view = _create_file_view(file, piece.info.offset, piece.info.length)
+            with span.path.open("rb") as file:
+                view = _create_file_view(file, span.start + piece.info.offset, piece.info.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
             if tuple(tensor.shape) == piece.sizes and tensor.dtype == dtype:
                 return tensor.detach()
             problem = "holds another tensor than .metadata says"
         except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
             problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        raise UserError(f"{path}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
+        raise UserError(f"{span}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
 
 
 def _piece(value: TensorStorageMetadata, index: MetadataIndex, info: _StorageInfo) -> _Piece:
@@ -169,17 +208,34 @@ def checkpoint_dir(folder: Path) -> Path:
 
 
 class TorchDistWriter:
-    """Writes a folder of format `megatron`, in the order in which tensors come; `stacked` for a homogeneous model."""
+    """Fills a folder with a torch_dist checkpoint, in the order in which tensors come.
 
-    def __init__(self, folder: Path, entries: Mapping[str, Entry], stacked: bool):
-        self._root, self._path, self._stacked = folder, folder / RELEASE, stacked
+    `stacked`: one tensor for all layers, as a homogeneous model's. Keys begin with `prefix`. `objects` are keys of
+    `extra_states`: each holds None, which Transformer Engine takes for nothing to restore.
+    """
+
+    lanes = LANES
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Mapping[str, Entry],
+        *,
+        stacked: bool,
+        prefix: str = "",
+        objects: Sequence[str] = (),
+        common: Mapping[str, Any] | None = None,
+    ):
+        self._path, self._stacked, self._prefix = folder, stacked, prefix
+        self._objects, self._common = tuple(objects), dict(common or {})
         self._left = dict(entries)
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._layers = 1 + max((int(m[1]) for name in entries if (m := _LAYER.fullmatch(name))), default=-1)
         self._check_types(entries)
-        self._path.mkdir()
-        self._file: BinaryIO = (self._path / "__0_0.distcp").open("wb")
+        self._whole: dict[str, tuple[Shape, torch.dtype]] = {}
+        self._written: list[tuple[str, Shape, Shape, _StorageInfo]] = []
+        folder.mkdir()
+        self._names = [f"__0_{lane}.distcp" for lane in range(self.lanes)]
+        self._files: list[BinaryIO] = [(folder / name).open("wb") for name in self._names]
 
     def _check_types(self, entries: Mapping[str, Entry]) -> None:
         types: dict[str, set[torch.dtype]] = {}
@@ -197,8 +253,8 @@ class TorchDistWriter:
         match = _LAYER.fullmatch(name)
         return (f"decoder.layers.{match[2]}", int(match[1])) if match and self._stacked else (name, None)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor; each once."""
+    def add(self, name: str, tensor: Tensor, lane: int = 0) -> None:
+        """Append one tensor to the file of a lane, which one thread at a time may do; each tensor once."""
         del self._left[name]
         key, layer = self._place(name)
         size = tuple(tensor.shape)
@@ -206,27 +262,49 @@ class TorchDistWriter:
             (size, (0,) * len(size)) if layer is None else ((self._layers, *size), (layer, *(0,) * len(size)))
         )
         piece = tensor if layer is None else tensor.unsqueeze(0)
-        if piece.untyped_storage().nbytes() != piece.nbytes or not piece.is_contiguous():
-            piece = piece.clone(memory_format=torch.contiguous_format)  # torch.save writes all of a view's storage
-        value = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(whole), [])
-        )
-        start = self._file.tell()
-        torch.save(piece, self._file)
-        index = MetadataIndex(key, torch.Size(offset), len(value.chunks))
-        value.chunks.append(ChunkStorageMetadata(torch.Size(offset), piece.shape))
-        self._storage[index] = _StorageInfo("__0_0.distcp", start, self._file.tell() - start)
+        self._whole[self._prefix + key] = whole, tensor.dtype
+        self._written.append((self._prefix + key, offset, tuple(piece.shape), self._append(piece, lane)))
+
+    def _append(self, value: Any, lane: int) -> _StorageInfo:
+        if isinstance(value, Tensor) and (
+            value.untyped_storage().nbytes() != value.nbytes or not value.is_contiguous()
+        ):
+            value = value.clone(memory_format=torch.contiguous_format)  # torch.save writes all of a view's storage
+        file = self._files[lane]
+        start = file.tell()
+        # Readers of torch.save's archives leave the checksums alone, and to compute them takes as long as the writing.
+        with config.patch("save.compute_crc32", False):
+            torch.save(value, file)
+        file.flush()
+        begin_writing(file.fileno(), start, file.tell() - start)
+        return _StorageInfo(self._names[lane], start, file.tell() - start)
+
+    def stop(self) -> None:
+        """Close the files as they are."""
+        for file in self._files:
+            file.close()
 
     def close(self) -> None:
         """Write what describes the tensors. Raises RuntimeError where one was never given."""
-        self._file.close()
         if self._left:
             raise RuntimeError(f"never written: {', '.join(self._left)}")
-        metadata = Metadata(self._tensors, {key: (key,) for key in self._tensors}, self._storage)
+        described: dict[str, Any] = {
+            key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
+            for key, (size, dtype) in sorted(self._whole.items())
+        }
+        names = {key: key for key in described}  # one object a key: what pickle writes depends on it
+        places = {}
+        for key, offset, size, info in sorted(self._written, key=lambda piece: piece[:2]):
+            chunks = described[key].chunks
+            places[MetadataIndex(names[key], torch.Size(offset), len(chunks))] = info
+            chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
+        for key in (self._prefix + name for name in self._objects):
+            described[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = self._append([None], 0)
+        self.stop()
+        metadata = Metadata(described, {key: (key,) for key in described}, places)
         (self._path / ".metadata").write_bytes(pickle.dumps(metadata))
         kinds: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kinds |= {"common_backend": "torch", "common_backend_version": 1}
         (self._path / "metadata.json").write_text(json.dumps(kinds))
-        common = {"iteration": 0, "checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}
-        torch.save(common, self._path / "common.pt")
-        (self._root / TRACKER).write_text(RELEASE)
+        torch.save(self._common, self._path / "common.pt")

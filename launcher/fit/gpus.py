@@ -33,7 +33,7 @@ GPUS = {
 def gpu_of(name: str) -> Gpu:
     """The GPU type of this name. Raises UserError with those there are."""
     if name not in GPUS:
-        raise UserError(f"--gpu {name}: not known{did_you_mean(name, GPUS)}; there is {', '.join(GPUS)}")
+        raise UserError(f"GPU {name}: not known{did_you_mean(name, GPUS)}; there is {', '.join(GPUS)}")
     return GPUS[name]
 
 

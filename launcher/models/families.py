@@ -20,12 +20,17 @@ FAMILIES: dict[str, ModuleType] = {
     "nemotron_h": nemotron_h,
 }
 
+#: Keys that say how many experts a model has.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """The shape that a config.json describes. Raises UserError, naming what is not covered."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"model type {family} is not covered; there is {', '.join(FAMILIES)}")
+        experts = next((n for key in _EXPERTS if isinstance(n := config.get(key), int) and n), 0)
+        also = f", nor are its {experts} experts" if experts else ""
+        raise UserError(f"model type {family} is not covered{also}; there is {', '.join(FAMILIES)}")
     shape: ModelShape = FAMILIES[family].shape_of(config)
     return shape
 

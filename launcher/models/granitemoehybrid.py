@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher.models.reading import Config, common, mamba_norm, rope
+from launcher.models.reading import Config, common, mamba_norm, mamba_steps, rope
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import NORM_BEFORE, TensorMap, attention, copy, mamba, norm, vocab
 
@@ -24,7 +24,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     c.must("mamba_proj_bias", False)
     c.must("mamba_conv_bias", True)
     c.refuse(bool(c.need("num_local_experts")), f"{c.get('num_local_experts')} experts: experts are not covered")
-    c.refuse((c.get("time_step_limit") or [0.0])[0] != 0.0, "time_step_limit above 0 is not covered")
+    mamba_steps(c)
     layers = c.get("layer_types") or c.get("layers_block_type") or []
     c.refuse(len(layers) != c.need("num_hidden_layers"), "layer_types is missing, or not one for each hidden layer")
     c.refuse(not set(layers) <= set(_KINDS), f"layer types {sorted(set(layers) - set(_KINDS))} are not covered")
@@ -34,6 +34,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     def build() -> ModelShape:
         pattern = "".join(_KINDS[kind] for kind in layers)
         values = {**common(c), **(rope(c) if positions == "rope" else {"position_embedding_type": "none"})}
+        c.refuse("rope_scaling" in values, "RoPE scaling is not there for hybrid models in megatron-core")
         multipliers: dict[str, Any] = {name: float(c.get(name, 1.0)) for name in names}
         size: Callable[[str], Any] = c.get
         if "M" in pattern:

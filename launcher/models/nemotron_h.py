@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.models.reading import Config, common, mamba_norm
+from launcher.models.reading import Config, common, mamba_norm, mamba_steps
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import NORM_BEFORE, TensorMap, attention, copy, mamba, norm, vocab
 
@@ -23,6 +23,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     for name in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"):
         c.must(name, False)
     c.must("use_conv_bias", True)
+    mamba_steps(c)
     pattern = c.get("hybrid_override_pattern")
     if pattern is None:
         layers = c.need("layers_block_type") or []

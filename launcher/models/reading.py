@@ -71,6 +71,11 @@ def common(c: Config) -> dict[str, Any]:
     }
 
 
+def mamba_steps(c: Config) -> None:
+    """Refuse a lower bound of dt: megatron-core has none."""
+    c.refuse((c.get("time_step_limit") or [0.0])[0] != 0.0, "time_step_limit above 0 is not covered")
+
+
 def mamba_norm(c: Config, name: str) -> None:
     """Refuse an epsilon that the norm inside a Mamba layer would not have in Megatron."""
     value = c.need(name)
@@ -92,6 +97,7 @@ def rope(c: Config) -> dict[str, Any]:
         return {"rotary_base": base}
     c.refuse(kind != "llama3", f"RoPE of type {kind} is not covered; only default and llama3 are")
     if kind == "llama3":
+        c.refuse("factor" not in values, "RoPE's factor is missing")
         for name, wanted in LLAMA3_FIXED.items():
             c.refuse(
                 values.get(name) != wanted, f"RoPE's {name} is {values.get(name)}; megatron-core has {wanted} built in"

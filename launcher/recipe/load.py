@@ -22,6 +22,8 @@ from launcher.units import parse_duration
 TOP_KEYS = ("name", "description", "base", "model", "seed", "secrets", "matrix", "resources", "stages")
 STAGE_KINDS = tuple(kind for kind in CONFIGS if kind != "convert")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: numpy takes no negative seed and none beyond 32 bits, and ranks add to it; the stages before would have run by then.
+_MAX_SEED = 2**31 - 1
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("-to-hf", "-to-megatron", "-to-nemo")
 
@@ -262,6 +264,10 @@ def _read_stages(reader: _Reader) -> dict[str, Stage]:
     return {name: stage for name, stage in found.items() if stage is not None}
 
 
+def _seed_problem(seed: int) -> str:
+    return f"must not be negative, got {seed}" if seed < 0 else f"must be at most {_MAX_SEED}, got {seed}"
+
+
 def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
     path = f"stages.{name}"
     if not _STAGE_NAME.fullmatch(name) or len(name) > 60:
@@ -278,8 +284,8 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
     seed = data.get("seed", reader.data.get("seed", 0))
     if "seed" in data and (not isinstance(seed, int) or isinstance(seed, bool)):
         reader.problem(join(path, "seed"), f"expected a whole number, got {seed!r}")
-    elif isinstance(seed, int) and seed < 0:  # numpy takes none, and the stages before would have run by then
-        reader.problem(join(path, "seed") if "seed" in data else "seed", f"must not be negative, got {seed}")
+    elif isinstance(seed, int) and not 0 <= seed <= _MAX_SEED:
+        reader.problem(join(path, "seed") if "seed" in data else "seed", _seed_problem(seed))
     resources = _read_resources(reader, path, data.get("resources"))
     config = {k: v for k, v in data.items() if k not in ("kind", "seed", "resources")}
     if kind == "train":

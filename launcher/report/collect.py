@@ -268,7 +268,7 @@ def _stages(stage: _Stage) -> list[Row]:
 
 def _costs(stage: _Stage) -> list[Row]:
     """One row: what this run's attempts at the stage have cost; zeros where another run made the artifact."""
-    cost, made = cost_of(stage.lives, stage.planned.resources), stage.receipt
+    cost, made = cost_of(stage.lives, stage.planned), stage.receipt
     core_seconds = made.seconds * cost.cores if made and stage.lives else 0
     row = {
         "attempts": cost.attempts,
@@ -288,8 +288,7 @@ def _costs(stage: _Stage) -> list[Row]:
 
 def _attempts(stage: _Stage) -> list[Row]:
     """One row an attempt, the oldest first."""
-    resources = stage.planned.resources
-    gpus = resources.nodes * resources.gpus_per_node
+    gpus = stage.planned.gpus
     return [
         {
             "attempt": life.attempt.name,

@@ -56,13 +56,16 @@ class Outcome:
         return any(life.get("ended") for life in self.lives)
 
 
-def plan_trial(profile: Profile, root: Path, partition: str | None, nodes: int) -> PlannedStage:
-    """The test as a stage placed on the cluster. Raises UserError for what the profile says can never run."""
+def plan_trial(profile: Profile, root: Path, partition: str | None, asked_nodes: int | None = None) -> PlannedStage:
+    """The test as a stage placed on the cluster. Raises UserError for what the profile says can never run.
+
+    `asked_nodes` None: two, or as many as one job may have.
+    """
     if profile.scheduler != "slurm":
         raise UserError(f"cluster {profile.name} has no Slurm: there is nothing to submit a test to")
     name = partition or profile.partition
     limits = profile.partitions[name] if name and name in profile.partitions else _limits_by_slurm(name)
-    nodes = min(nodes, limits.max_nodes or nodes)
+    nodes = asked_nodes or min(2, limits.max_nodes or 2)
     gpus = limits.gpus_per_node or 0
     cores = min(_CORES, limits.cpus_per_node or 1)
     resources = Resources(nodes=nodes, cpus_per_task=cores, gpus_per_node=gpus, partition=name, time="5:00")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import time
 
 from launcher.configs import ConvertConfig
-from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped, run_worker
-
-_PAIRS = {("hf", "megatron"), ("megatron", "hf")}
 
 
 def main(job: StageJob) -> None:
@@ -16,19 +16,26 @@ def main(job: StageJob) -> None:
     from launcher.convert.conversion import convert
 
     config: ConvertConfig = job.config(ConvertConfig)
-    if (config.source, config.target) not in _PAIRS:
-        raise UserError(f"convert: there is no conversion from {config.source} to {config.target}")
     target = job.output("checkpoint")
     shutil.rmtree(target)  # what an attempt that was cut off has left
     target.mkdir()
+    began, last = time.monotonic(), [0.0]
 
     def progress(done: int, total: int) -> None:
         if job.stop_requested:
             raise Stopped("stopped before the end; a later attempt starts this stage anew")
-        job.beat(done, total)
+        now = time.monotonic()
+        if now - last[0] > 1 or done == total:
+            last[0] = now
+            job.beat(done, total, bytes_per_s=round(done / max(now - began, 1e-9)))
 
-    job.record(verification=convert(job.input("checkpoint"), target, config.target, config.verify, progress))
+    final = job.root / job.spec.outputs["checkpoint"].path
+    found = convert(job.input("checkpoint"), target, config.target, config.verify, progress, final=final)
+    for name in found["not_finite"] or ():
+        print(f"warning: {name} holds nan or infinity, which is kept", file=sys.stderr)
+    job.record(verification=found)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # see launcher.convert.__main__
     run_worker(main)

@@ -12,11 +12,9 @@ from typing import Any
 
 from launcher.configs import PrepareConfig
 from launcher.errors import UserError
+from launcher.models.side_files import is_tokenizer_file
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.store import sha256_of, write_atomic
-
-#: What is taken along of a tokenizer that exists, where it is there.
-_TOKENIZER_FILES = ("*token*", "vocab.json", "merges.txt", "chat_template.*")
 
 
 def main(job: StageJob) -> None:
@@ -158,7 +156,7 @@ def _tokenizer(job: StageJob, config: PrepareConfig, texts: Iterable[Sequence[st
         save_tokenizer(tokenizer, folder)
         return tokenizer, tokenizer.token_to_id(END)
     source = _find_tokenizer(config.tokenizer.path)
-    for path in sorted(path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)):
+    for path in sorted(p for p in source.iterdir() if is_tokenizer_file(p.name) and p.is_file()):
         shutil.copyfile(path, folder / path.name)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,20 +131,29 @@ def read_line(line: str) -> dict[str, Any] | None:
 
 
 def _deliver(job: StageJob, config: TrainConfig, save: Path) -> None:
-    """Move the last checkpoint into the port, with what a conversion back to Hugging Face's format needs."""
+    """Put the last checkpoint into the port, with what a conversion back to Hugging Face's format needs."""
     from launcher.workers.megatron import hf_files
 
     target = job.output("checkpoint")
     name = f"iter_{config.train_iters:07d}"
     if not (save / name).is_dir():
         raise WorldError(f"{save / name}: named by {_TRACKER}, but it is not there")
-    os.replace(save / name, target / name)
+    # The original stays until the artifact is whole: an attempt that is cut off before that starts from it again.
+    shutil.copytree(save / name, target / name, copy_function=_link)
     (target / _TRACKER).write_text(str(config.train_iters))
     start = job.input("checkpoint") / "hf" if "checkpoint" in job.spec.inputs else None
     tokenizer = next(job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer"))
     hf_files.write(target / "hf", start, tokenizer, config.model.config, config.precision)
     tokens = config.train_iters * config.global_batch_size * config.seq_length
     job.record(entrypoint=config.entrypoint, tokens=tokens)
+
+
+def _link(source: str, target: str) -> None:
+    """One file under two names; two files where the file system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

@@ -99,14 +99,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files of model.safetensors.index.json, or of model.safetensors; some folders hold the weights twice."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        whole = folder / "model.safetensors"
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    try:
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{index}: not an index of safetensors files: {error}") from None
+    from launcher.convert.hf import SINGLE, read_index
+
+    if index := read_index(folder):
+        return sorted({folder / name for name in index.values()})
+    whole = folder / SINGLE
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def read_pairs(before: Path, after: Path) -> Iterator[tuple[str, Any, Any]]:

@@ -35,18 +35,28 @@ SECTIONS: dict[str, Callable[[Path], list[Row]]] = {
     "convert": checkpoints.measure_conversion,
     "diff": checkpoints.measure_diff,
 }
+#: Sections that are measured where they are named only: many minutes, and many gigabytes of disk.
+LONG: dict[str, Callable[[Path], list[Row]]] = {
+    "conversions": checkpoints.measure_conversions,
+    "conversion-24b": checkpoints.measure_big,
+}
 LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure the named sections, all by default; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help=f"of {', '.join(SECTIONS)}, which are the default, and {', '.join(LONG)}",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.sections if name not in SECTIONS]
+    unknown = [name for name in args.sections if name not in {**SECTIONS, **LONG}]
     if unknown:
-        parser.error(f"no section {', '.join(unknown)}; there is {', '.join(SECTIONS)}")
+        parser.error(f"no section {', '.join(unknown)}; there is {', '.join([*SECTIONS, *LONG])}")
     before = _busy()
     rows, failures = _measure(args.sections or list(SECTIONS))
     facts = conditions(before)
@@ -66,7 +76,7 @@ def _measure(names: Sequence[str]) -> tuple[list[Row], dict[str, str]]:
         scratch = Path(tempfile.mkdtemp(prefix=f"prism-bench-{name}-"))
         began = time.monotonic()
         try:
-            rows += SECTIONS[name](scratch)
+            rows += {**SECTIONS, **LONG}[name](scratch)
         except Exception as error:
             # One section that breaks must not take the others' figures with it.
             traceback.print_exc()

@@ -120,7 +120,7 @@ def _is_cached(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def run_watched(command: Sequence[str], variables: dict[str, str], cwd: Path) -> tuple[str, int]:
+def run_watched(command: Sequence[str], variables: dict[str, str], cwd: Path, timeout: int = 300) -> tuple[str, int]:
     """Run a child; returns what it printed and its peak of anonymous memory in bytes, looked at every 2 ms.
 
     Raises RuntimeError where it fails. Pages of files, which the kernel can drop at any time, are not counted.
@@ -131,7 +131,7 @@ def run_watched(command: Sequence[str], variables: dict[str, str], cwd: Path) ->
         watcher = threading.Thread(target=_watch, args=(child.pid, peak, over))
         watcher.start()
         try:
-            code = child.wait(timeout=300)
+            code = child.wait(timeout=timeout)
         finally:
             over.set()
             watcher.join()

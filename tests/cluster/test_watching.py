@@ -126,7 +126,7 @@ def test_a_run_is_watched_through_a_requeue_and_a_failure(
     assert "a: time-limit" in log and "a: finished" in log  # both lives
 
     lives = lives_of(on.root, record.stages[0], 0.0, running=False)
-    cost = cost_of(lives, record.stages[0].resources)
+    cost = cost_of(lives, record.stages[0])
     assert cost.classes == {"time-limit": 1, "finished": 1} and cost.gpus == 2 and cost.lost_seconds == 0
     waited = queue_seconds(lives, {s.job: s.time for s in read_submitted(on.root, "run")}, 0.0)
     assert waited is not None and waited > lives[1].started - lives[0].ended > 0

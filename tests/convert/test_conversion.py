@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from launcher.convert import conversion, torch_dist
 from launcher.convert.conversion import convert
 from launcher.convert.entry import Entry, checksum
+from launcher.convert.files import in_folder
 from launcher.convert.hf import INDEX, HfReader, HfWriter
 from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
 from launcher.errors import WorldError
@@ -47,8 +50,13 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    reader = TorchDistReader(folder)
+    reader = reader_of(folder)
     return {name: reader.read(name).clone() for name in reader.entries}
+
+
+def reader_of(folder: Path) -> TorchDistReader:
+    path = torch_dist.checkpoint_dir(folder)
+    return TorchDistReader(path, in_folder(path))
 
 
 # ------------------------------------------------------------------------------------------------------- round trips
@@ -72,13 +80,13 @@ def test_hf_to_megatron_and_back_gives_every_bit(
 
 
 def test_types_are_the_sources_tensor_by_tensor(to_megatron: Callable[..., Path]) -> None:
-    entries = TorchDistReader(to_megatron("nemotron-h-tiny", "bfloat16")).entries
+    entries = reader_of(to_megatron("nemotron-h-tiny", "bfloat16")).entries
     wide = {name.rpartition(".")[2] for name, entry in entries.items() if entry.dtype == torch.float32}
     assert wide == {"A_log", "D"}
 
 
 def test_padding_rows_are_zero_and_cut_again(to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints) -> None:
-    rows = TorchDistReader(to_megatron("llama")).read("embedding.word_embeddings.weight")
+    rows = reader_of(to_megatron("llama")).read("embedding.word_embeddings.weight")
     assert rows.shape[0] == 384
     assert not rows[300:].any()
     wanted = load_file(hf_checkpoint("llama") / "model.safetensors")["model.embed_tokens.weight"]
@@ -161,9 +169,12 @@ def test_the_trainer_loads_it_and_saves_the_same_bits(
 def test_layers_under_keys_of_their_own_are_read_too(
     tmp_path: Path, to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints
 ) -> None:
-    stacked = to_megatron("mistral")
+    stacked = to_megatron("Mistral-7B-v0.1")
     tensors, folder = read_all(stacked), new(tmp_path / "separate")
-    writer = TorchDistWriter(folder, {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=False)
+    (folder / torch_dist.TRACKER).write_text("release")
+    writer = TorchDistWriter(
+        folder / "release", {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=False
+    )
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()
@@ -171,7 +182,7 @@ def test_layers_under_keys_of_their_own_are_read_too(
     keys = pickle.loads((folder / "release" / ".metadata").read_bytes()).state_dict_metadata
     assert "decoder.layers.1.mlp.linear_fc2.weight" in keys
     convert(folder, new(tmp_path / "hf"), "hf")
-    wanted = load_file(hf_checkpoint("mistral") / "model.safetensors")
+    wanted = load_file(hf_checkpoint("Mistral-7B-v0.1") / "model.safetensors")
     assert same(load_file(tmp_path / "hf" / "model.safetensors"), wanted)
 
 
@@ -210,18 +221,18 @@ def test_a_large_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
 def test_a_wrong_bit_on_the_disk_is_found(
     to: Any, tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = hf_checkpoint("granite")
+    source = hf_checkpoint("granite-3.3-8b-base")
     if to == "hf":
         convert(source, new(tmp_path / "megatron"), "megatron")
         source = tmp_path / "megatron"
     writer = TorchDistWriter if to == "megatron" else HfWriter
     true_add = writer.add
 
-    def add(self: Any, name: str, tensor: Tensor) -> None:
+    def add(self: Any, name: str, tensor: Tensor, lane: int) -> None:
         if "layers.1" in name and "input_layernorm" in name or "1.self_attention.linear_qkv.layer_norm" in name:
             tensor = tensor.clone()
             tensor[5] = torch.nextafter(tensor[5], torch.tensor(9.0))
-        true_add(self, name, tensor)
+        true_add(self, name, tensor, lane)
 
     monkeypatch.setattr(writer, "add", add)
     with pytest.raises(WorldError, match=r"read back, not the bytes that were converted"):
@@ -229,46 +240,187 @@ def test_a_wrong_bit_on_the_disk_is_found(
     assert convert(source, new(tmp_path / "blind"), to, verify=False)["round_trip"] == "not run"
 
 
+def test_it_is_the_disk_that_is_read_back(
+    tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the reading back begins, the file is synced and is asked out of the cache."""
+    done: list[str] = []
+    true_sync, true_advise, true_read = os.fsync, os.posix_fadvise, TorchDistReader.read
+
+    def noted(what: str, file: int) -> None:
+        done.append(f"{what} {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+
+    monkeypatch.setattr(os, "fsync", lambda file: (noted("sync", file), true_sync(file)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *a: (noted(f"advise {a[-1]}", file), true_advise(file, *a)))
+    monkeypatch.setattr(TorchDistReader, "read", lambda self, name: (done.append("read"), true_read(self, name))[1])
+    convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
+    for file in ("__0_0.distcp", "__0_1.distcp"):
+        places = [done.index(f"sync {file}"), done.index(f"advise {os.POSIX_FADV_DONTNEED} {file}"), done.index("read")]
+        assert places == sorted(places)
+
+
 def test_padding_that_is_not_zero_is_found(
     tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_add = TorchDistWriter.add
 
-    def add(self: TorchDistWriter, name: str, tensor: Tensor) -> None:
-        true_add(self, name, tensor.index_fill(0, torch.tensor([383]), 1.0) if len(tensor) == 384 else tensor)
+    def add(self: TorchDistWriter, name: str, tensor: Tensor, lane: int) -> None:
+        true_add(self, name, tensor.index_fill(0, torch.tensor([383]), 1.0) if len(tensor) == 384 else tensor, lane)
 
     monkeypatch.setattr(TorchDistWriter, "add", add)
     with pytest.raises(WorldError, match=r"embedding\.word_embeddings\.weight"):
         convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
 
 
-def test_progress_counts_what_is_moved_and_verified(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+def test_progress_counts_bytes_moved_and_verified(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
     seen: list[tuple[int, int]] = []
+    size = sum(t.nbytes for t in load_file(hf_checkpoint("llama") / "model.safetensors").values())
     convert(hf_checkpoint("llama"), new(tmp_path / "a"), "megatron", progress=lambda *at: seen.append(at))
-    assert seen == [(i, len(seen)) for i in range(len(seen))]
-    moved: list[tuple[int, int]] = []
-    convert(hf_checkpoint("llama"), new(tmp_path / "b"), "megatron", False, lambda *at: moved.append(at))
-    assert len(seen) == 2 * len(moved)
+    assert (seen[0], seen[-1]) == ((0, 2 * size), (2 * size, 2 * size))
+    assert seen == sorted(seen)
+    assert len(seen) == 1 + 2 * 15
+    seen.clear()
+    convert(hf_checkpoint("llama"), new(tmp_path / "b"), "megatron", False, lambda *at: seen.append(at))
+    assert (seen[0], seen[-1], len(seen)) == ((0, size), (size, size), 1 + 15)
 
 
-def test_memory_holds_one_tensor_at_a_time(
+def test_memory_holds_two_of_the_largest_tensors(
     tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tensor that was read is kept: when the next is read, those of other rows are gone."""
+    """What was read and made and is not gone yet never takes more than twice the largest tensor."""
+    import threading
     import weakref
 
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
-    true_read = HfReader.read
+    alive: dict[int, weakref.ref[Tensor]] = {}
+    lock, peak, largest = threading.Lock(), 0, 384 * 48 * 4
 
-    def read(self: HfReader, name: str) -> Tensor:
-        nonlocal most
-        tensor = true_read(self, name)
-        alive.append(weakref.ref(tensor))
-        most = max(most, sum(ref() is not None for ref in alive))
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal peak
+        with lock:
+            alive[id(tensor)] = weakref.ref(tensor)
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for ref in list(alive.values())
+                if (t := ref()) is not None
+            }
+            peak = max(peak, sum(storages.values()))
         return tensor
 
-    monkeypatch.setattr(conversion.HfReader, "read", read)
+    true_read, true_back, true_links = HfReader.read_together, TorchDistReader.read, conversion.links
+    monkeypatch.setattr(HfReader, "read_together", lambda self, names: [count(t) for t in true_read(self, names)])
+    monkeypatch.setattr(TorchDistReader, "read", lambda self, name: count(true_back(self, name)))
+
+    def counting_links(*args: Any) -> Any:
+        return tuple(replace(k, forward=lambda t, f=k.forward: [count(x) for x in f(t)]) for k in true_links(*args))
+
+    monkeypatch.setattr(conversion, "links", counting_links)
     convert(hf_checkpoint("llama"), new(tmp_path / "target"), "megatron")
-    assert most <= 5  # q, k, v, and at most two of the row before while the first is read
-    assert len(alive) == len(load_file(hf_checkpoint("llama") / "model.safetensors"))
+    assert largest < peak <= 2 * largest
+
+
+# -------------------------------------------------------------------------------- checkpoints of a training, whole
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny"])
+def test_weights_come_out_of_a_training_checkpoint_with_its_optimizer(name: str, tmp_path: Path) -> None:
+    """Saved by megatron-core's own `dist_checkpointing.save`: model, distributed optimizer, schedule, one step on."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import checkpoint, hf_files
+    from launcher.workers.megatron.loop import _mend_order
+    from launcher.workers.megatron.model import build_model, initialize, sharding_metadata
+
+    shape = shape_of(CONFIGS[name])
+    model = build_model(shape, precision="bf16")
+    initialize(model, shape, 0.08, 3)
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
+    )
+    settings = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(settings, [wrapped])
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(0.01)
+    _mend_order(optimizer)
+    optimizer.step()
+    checkpoint.save_weights(new(tmp_path / "weights"), 5, model)
+    metadata = sharding_metadata()
+    weights = model.sharded_state_dict(metadata=metadata)
+    state = {
+        **weights,
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata),
+        "iteration": 7,
+        "checkpoint_version": 3.0,
+        "opt_param_scheduler": {"num_steps": 56},
+    }
+    whole = new(tmp_path / "training")
+    dist_checkpointing.save(state, str(new(whole / "iter_0000007")))
+    (whole / torch_dist.TRACKER).write_text("7")
+    keys = pickle.loads((whole / "iter_0000007" / ".metadata").read_bytes()).state_dict_metadata
+    assert any(key.startswith("optimizer.") for key in keys)
+    hf_files.write(whole / "hf", None, None, CONFIGS[name], "bf16")
+    assert same(read_all(whole), read_all(tmp_path / "weights"))
+    record = convert(whole, new(tmp_path / "hf"), "hf")
+    assert record["round_trip"] == "bit-exact"
+    assert record["tensors_read"] == len(read_all(tmp_path / "weights"))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("stacked", [True, False])
+def test_both_layouts_of_megatron_core_are_read(stacked: bool, tmp_path: Path) -> None:
+    """One tensor for all layers, as a GPT model is saved by default, and one for each layer."""
+    from megatron.core import dist_checkpointing
+
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import hf_files
+    from launcher.workers.megatron.model import build_model, initialize, sharding_metadata
+
+    shape = shape_of(CONFIGS["Mistral-Small-24B-Base-2501"])
+    model = build_model(shape)
+    initialize(model, shape, 0.08, 4)
+    folder = new(tmp_path / "core")
+    state = model.sharded_state_dict(metadata={**sharding_metadata(), "non_homogeneous_layers": not stacked})
+    dist_checkpointing.save(state, str(new(folder / "iter_0000001")))
+    (folder / torch_dist.TRACKER).write_text("1")
+    keys = pickle.loads((folder / "iter_0000001" / ".metadata").read_bytes()).state_dict_metadata
+    assert ("decoder.layers.mlp.linear_fc2.weight" in keys) is stacked
+    assert ("decoder.layers.1.mlp.linear_fc2.weight" in keys) is not stacked
+    hf_files.write(folder / "hf", None, None, CONFIGS["Mistral-Small-24B-Base-2501"], "fp32")
+    convert(folder, new(tmp_path / "hf"), "hf")
+    live = {k: v for k, v in model.state_dict().items() if v is not None and "_extra_state" not in k}
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(found["model.layers.1.mlp.down_proj.weight"], live["decoder.layers.1.mlp.linear_fc2.weight"])
+    assert torch.equal(found["model.norm.weight"], live["decoder.final_layernorm.weight"])
+    assert len(found) == 2 * 9 + 3
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "granite-4.0-h-micro-base", "nemotron-h-tiny"])
+def test_megatron_core_loads_ours_with_strict_checks(
+    name: str, tmp_path: Path, to_megatron: Callable[..., Path]
+) -> None:
+    """All that the model asks for is there, states that Transformer Engine wants too; what is not there is missed."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron.model import build_model, sharding_metadata
+
+    source = torch_dist.checkpoint_dir(to_megatron(name))
+    shape = shape_of(CONFIGS[name])
+    model = build_model(shape)
+    asked = model.sharded_state_dict(metadata=sharding_metadata())
+    objects = {value.unique_key for value in asked.values() if isinstance(value, ShardedObject)}
+    assert objects
+    assert objects <= set(torch_dist.extra_states(shape))
+    loaded = dist_checkpointing.load(dict(asked), str(source), strict="raise_unexpected")
+    model.load_state_dict({key: loaded[key] for key in asked}, strict=True)
+    described = pickle.loads((source / ".metadata").read_bytes())
+    last = next(key for key in described.state_dict_metadata if key.startswith("decoder.final_"))
+    del described.state_dict_metadata[last]
+    (source / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(Exception, match="final_"):
+        dist_checkpointing.load(dict(asked), str(source), strict="raise_unexpected")

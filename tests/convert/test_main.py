@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from launcher import spec
-from launcher.convert.__main__ import main
-from launcher.errors import UserError
+from launcher.convert.__main__ import main, progress_text, show_progress
 from launcher.progress import StageJob, Stopped
 from launcher.workers import convert as worker
 
@@ -80,7 +79,17 @@ def test_the_worker_fills_its_port_and_records_the_verification(
     record = json.loads((job.workdir / "record.json").read_text())
     assert record["verification"]["round_trip"] == "bit-exact"
     beat = json.loads((job.attempt_dir / "heartbeat.main.0.json").read_text())
-    assert beat["step"] == beat["total"] - 1 > 10
+    assert beat["step"] == beat["total"] > 100_000
+    assert beat["figures"]["bytes_per_s"] > 0
+
+
+def test_the_worker_makes_a_nemo_checkpoint_that_knows_its_place(
+    tmp_path: Path, hf_checkpoint: Callable[..., Path]
+) -> None:
+    job = make_job(tmp_path, hf_checkpoint("llama"), target="nemo")
+    worker.main(job)
+    place = tmp_path / "artifacts" / "convert" / ("c" * 20) / "checkpoint" / "hf"
+    assert f"type: {place}\n" in (job.output("checkpoint") / "model_config.yaml").read_text()
 
 
 def test_the_worker_stops_when_asked(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> None:
@@ -90,8 +99,56 @@ def test_the_worker_stops_when_asked(tmp_path: Path, hf_checkpoint: Callable[...
         worker.main(job)
 
 
-def test_the_worker_refuses_a_pair_of_formats_that_it_does_not_know(
+# --------------------------------------------------------------------------------------------------- `prism-launch`
+
+
+def prism(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "launcher.cli", *words], capture_output=True, text=True, timeout=120)
+
+
+def test_flags_that_a_job_does_not_take_are_refused_all_at_once(
     tmp_path: Path, hf_checkpoint: Callable[..., Path]
 ) -> None:
-    with pytest.raises(UserError, match="from hf to nemo"):
-        worker.main(make_job(tmp_path, hf_checkpoint("llama"), target="nemo"))
+    source = str(hf_checkpoint("llama"))
+    words = ["convert", source, str(tmp_path / "x.nemo"), "--to", "nemo", "--cluster", "example-pyxis", "--parity"]
+    done = prism(*words, "--root", str(tmp_path))
+    assert done.returncode == 2
+    assert "--parity: not with --cluster; convert here" in done.stderr
+    assert "x.nemo: archives are not written with --cluster; name a folder" in done.stderr
+    local = prism("convert", source, str(tmp_path / "x"), "--to", "hf", "--cluster", "local", "--root", str(tmp_path))
+    assert local.stderr.startswith("prism-launch: cluster local has no Slurm")
+    same = prism(
+        "convert", source, str(tmp_path / "x"), "--to", "hf", "--cluster", "example-pyxis", "--root", str(tmp_path)
+    )
+    assert same.stderr.endswith(f"{source}: is of format hf; nothing converts that to hf\n")
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_merge_reaches_the_program_with_all_its_flags(tmp_path: Path, hf_checkpoint: Callable[..., Path]) -> None:
+    source = str(hf_checkpoint("llama"))
+    done = prism("merge", source, source, "--weights=-0.5,1.5", "-o", str(tmp_path / "out"), "--no-verify", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["weights"], record["read_back"]) == ([-0.5, 1.5], "not run")
+
+
+# --------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_says_bytes_rate_and_time_left() -> None:
+    assert progress_text(2_000_000_000, 8_000_000_000, 4.0) == "2.00 of 8.00 GB, 500 MB/s, 12 s left     "
+    assert progress_text(0, 8_000_000_000, 0.0).rstrip() == "0.00 of 8.00 GB, 0 MB/s, starting"
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 1.0, 11.0, 12.0, 30.0])
+    monkeypatch.setattr("launcher.convert.__main__.time.monotonic", lambda: next(times))
+    show = show_progress()
+    for done in (1, 2, 3, 4):
+        show(done * 10**9, 4 * 10**9)
+    assert [line.rstrip() for line in capsys.readouterr().err.splitlines()] == [
+        "2.00 of 4.00 GB, 182 MB/s, 11 s left",
+        "4.00 of 4.00 GB, 133 MB/s, 0 s left",
+    ]

@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher import store
 from launcher.convert import folders
 from launcher.convert.__main__ import main, run
+from launcher.convert.folders import open_checkpoint
 from launcher.convert.hf import INDEX
 from launcher.convert.metadata import read_metadata
 from launcher.errors import UserError, WorldError
@@ -99,7 +104,7 @@ HF_REFUSALS: dict[str, tuple[Change, str]] = {
     "text file": (write("model.safetensors", "version https://git-lfs"), "model.safetensors: not a whole safetensors"),
     "missing shard": (missing_shard, "model-00002.safetensors: not there, though"),
     "index outside": (index_outside, f"{INDEX}: names files outside the folder"),
-    "index is no JSON": (write(INDEX, "<html>"), f"{INDEX}: no index of safetensors files"),
+    "index is no JSON": (write(INDEX, "<html>"), f"{INDEX}: not an index of safetensors files"),
     "lying index": (lying_index, "nobody.weight is not there, though"),
     "missing tensor": (tensors(lambda t: t.pop(NORM)), f"{NORM} [48] is missing"),
     "unknown tensor": (tensors(lambda t: t.update(more=torch.ones(3))), "more [3] float32 is no tensor of this model"),
@@ -135,6 +140,33 @@ def test_all_problems_are_named_at_once(hf: Path) -> None:
     with pytest.raises(UserError) as error:
         run(hf, hf.parent / "target", "megatron")
     assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_kept_and_warned_of(
+    value: float, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors(lambda t: t[NORM].__setitem__(7, value))(hf)
+    assert main([str(hf), str(hf.parent / "target"), "--to", "megatron"]) == 0
+    assert capsys.readouterr().err == f"prism-launch: warning: {NORM} holds nan or infinity, which is kept\n"
+    record = json.loads((hf.parent / "target" / "conversion.json").read_text())
+    assert record["not_finite"] == [NORM]
+    assert record["round_trip"] == "bit-exact"
+
+
+def test_a_read_only_target_is_refused(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, whom no mode keeps out, the kernel's answer is put in its place."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.geteuid() == 0:
+
+        def read_only(*_: Any, **__: Any) -> None:
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(store.tempfile, "mkdtemp", read_only)
+    with pytest.raises(UserError, match=r"locked/target: cannot be written: (Read-only file system|Permission denied)"):
+        run(hf, locked / "target", "megatron")
+    assert not list(locked.iterdir())
 
 
 def test_a_pickle_beside_safetensors_is_left_alone(hf: Path) -> None:
@@ -189,7 +221,10 @@ def damage(folder: Path) -> None:
 NORM_KEY = "decoder.final_layernorm.weight"
 DATA = "release/__0_0.distcp"
 MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
-    "no tracker": (remove("latest_checkpointed_iteration.txt"), "not of format megatron; no latest_checkpointed"),
+    "no tracker": (
+        remove("latest_checkpointed_iteration.txt"),
+        "megatron: no checkpoint: neither config.json (hf), latest_checkpointed",
+    ),
     "empty tracker": (write("latest_checkpointed_iteration.txt", "x"), "neither an iteration nor `release`"),
     "no such iteration": (write("latest_checkpointed_iteration.txt", "7"), "iter_0000007: named by"),
     "no config": (remove("hf/config.json"), "hf/config.json: No such file"),
@@ -251,8 +286,8 @@ def test_a_pickle_with_anything_else_in_it_is_refused(body: bytes, tmp_path: Pat
 
 
 def test_a_checkpoint_that_has_the_format_already_is_refused(hf: Path, megatron_format: Path) -> None:
-    refused(hf, "hf", "not of format megatron")
-    refused(megatron_format, "megatron", "is in format megatron already")
+    refused(hf, "hf", "hf: is in format hf already")
+    refused(megatron_format, "megatron", "megatron: is in format megatron already")
 
 
 def test_a_target_with_content_is_refused_and_kept(hf: Path, tmp_path: Path) -> None:
@@ -274,15 +309,55 @@ def test_an_empty_target_is_filled(hf: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_conversion_into_the_same_target_is_refused(hf: Path, tmp_path: Path) -> None:
-    with folders.new_folder(tmp_path / "target") as partial:
-        with pytest.raises(UserError, match=r"target\.partial: another conversion is writing it"):
+    living = subprocess.Popen(["sleep", "60"])
+    try:
+        owner = store.this_process(living.pid)
+        assert store.claim(tmp_path / "target.claim", owner) is None
+        (tmp_path / "target.partial").mkdir()
+        with pytest.raises(
+            UserError, match=rf"target\.partial: another conversion is writing it \(process {living.pid}"
+        ):
             run(hf, tmp_path / "target", "megatron")
-        assert partial.is_dir()
+        assert (tmp_path / "target.partial").is_dir()
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_a_killed_conversion_never_passes_for_whole_and_the_next_starts_clean(hf: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the writing; what it left is not the target, and does not keep the next one out."""
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from launcher.convert import torch_dist\n"
+        "from launcher.convert.__main__ import run\n"
+        "true, count = torch_dist.TorchDistWriter.add, []\n"
+        "def add(self, *args):\n"
+        "    count.append(1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if len(count) == 9 else true(self, *args)\n"
+        "torch_dist.TorchDistWriter.add = add\n"
+        "run(Path(sys.argv[1]), Path(sys.argv[2]), 'megatron')\n"
+    )
+    target = tmp_path / "target"
+    done = subprocess.run([sys.executable, "-c", program, str(hf), str(target)], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not target.exists()
+    left = tmp_path / "target.partial" / "release"
+    assert list(left.glob("*.distcp"))
+    assert not (left / ".metadata").exists()
+    run(hf, target, "megatron")
+    assert sorted(p.name for p in tmp_path.glob("target*")) == ["target"]
+    with pytest.raises(
+        UserError, match="release: named by latest_checkpointed_iteration.txt, but no torch_dist checkpoint"
+    ):
+        open_checkpoint(shutil.copytree(target, tmp_path / "half", ignore=shutil.ignore_patterns(".metadata")))
 
 
 def test_an_unwritable_target_is_refused(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"file/target: cannot be written: Not a directory; name another folder"):
+    with pytest.raises(
+        UserError, match=r"file/target: cannot be written: (Not a directory|File exists); name another folder"
+    ):
         run(hf, tmp_path / "file" / "target", "megatron")
     with pytest.raises(UserError, match=r"cannot be written"):
         run(hf, Path("/proc/target"), "megatron")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import PARAMETERS, REAL, twin
 from tiny_checkpoints import CONFIGS
 
 from launcher.errors import UserError
@@ -44,6 +45,48 @@ def test_parameters_are_counted_as_transformers_counts_them(name: str) -> None:
     assert parameter_count(shape) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_the_table_of_a_real_model_is_what_transformers_declares(name: str) -> None:
+    """Names and shapes of all tensors, as transformers' own module has them and would name them in a file."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**REAL[name]))
+    declared = {key: tuple(t.shape) for key, t in revert_weight_conversion(model, model.state_dict()).items()}
+    if REAL[name]["tie_word_embeddings"]:
+        del declared["lm_head.weight"]  # a file holds tied weights once
+    shape = shape_of(REAL[name])
+    assert {key: s for row in tensor_map(shape) for key, s in zip(row.hf, row.hf_shapes, strict=True)} == declared
+    assert parameter_count(shape) == pytest.approx(PARAMETERS[name], rel=2e-4)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_twin_has_the_shape_class_of_the_real_model(name: str) -> None:
+    real, small = shape_of(REAL[name]), shape_of(twin(name))
+    for key in (
+        "family",
+        "share_embeddings_and_output_weights",
+        "position_embedding_type",
+        "rope_scaling",
+        "embedding_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+        "activation",
+        "rotary_base",
+    ):
+        assert getattr(small, key) == getattr(real, key), key
+    for truth in (
+        lambda s: s.window_size is None,
+        lambda s: s.num_query_groups < s.num_attention_heads,
+        lambda s: s.kv_channels * s.num_attention_heads == s.hidden_size or s.family == "nemotron_h",
+        lambda s: set(s.hybrid_override_pattern or ""),
+        lambda s: min(s.mamba_num_groups, 2),
+    ):
+        assert truth(small) == truth(real)
+
+
 @pytest.mark.parametrize("name", ["llama-tiny", "granite-tiny", "nemotron-h-tiny"])
 def test_a_recipes_model_is_the_one_that_transformers_writes_back(
     name: str, hf_checkpoint: Callable[..., Path]
@@ -73,24 +116,27 @@ def test_both_sides_of_a_row_hold_as_many_elements_but_for_padding(
 
 
 def test_modules_group_the_tensors_of_a_hybrid(hf_checkpoint: Callable[..., Path]) -> None:
-    rows = tensor_map(shape_of(_config(hf_checkpoint("granite4-hybrid"))))
+    rows = tensor_map(shape_of(_config(hf_checkpoint("granite-4.0-h-micro-base"))))
     by_module = {
         module: {row.layer for row in rows if row.module == module} for module in ("mamba", "attention", "mlp")
     }
-    assert by_module == {"mamba": {0, 4}, "attention": {2}, "mlp": {1, 3, 5}}
+    assert by_module == {"mamba": {0, 4, 6}, "attention": {2}, "mlp": {1, 3, 5, 7}}
 
 
 def test_granite_4_without_a_position_type_has_no_positions() -> None:
-    assert shape_of(CONFIGS["granite4-hybrid"]).position_embedding_type == "none"
-    assert shape_of(CONFIGS["granite4-dense"]).position_embedding_type == "rope"
+    assert shape_of(CONFIGS["granite-4.0-h-micro-base"]).position_embedding_type == "none"
+    assert shape_of(CONFIGS["granite-4.0-micro-base"]).position_embedding_type == "rope"
 
 
 def test_rope_reads_the_same_from_transformers_4_and_5() -> None:
-    new = CONFIGS["llama-rope3"]
-    scaling = {k: v for k, v in new["rope_parameters"].items() if k != "rope_theta"}
-    old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": 500000.0, "rope_scaling": scaling}
-    assert shape_of(old) == shape_of(new)
-    assert shape_of(new).rotary_base == 500000.0
+    old = CONFIGS["Llama-3.1-8B"]
+    rope = {**old["rope_scaling"], "rope_theta": old["rope_theta"]}
+    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta")} | {"rope_parameters": rope}
+    assert (shape_of(new).rotary_base, shape_of(new).rotary_base) == (500000.0, shape_of(old).rotary_base)
+    assert {**shape_of(old).rope_scaling, "rope_theta": 500000.0} == {**shape_of(new).rope_scaling}
+
+
+_LLAMA3 = CONFIGS["Llama-3.1-8B"]["rope_scaling"]
 
 
 def _changed(name: str, **changes: Any) -> dict[str, Any]:
@@ -100,28 +146,34 @@ def _changed(name: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral is not covered, nor are its 8 experts"),
         ({"model_type": "qwen3"}, "model type qwen3 is not covered; there is llama, mistral"),
         ({}, "model type None is not covered"),
         (_changed("llama", rope_parameters={"rope_type": "yarn", "factor": 4.0}), "RoPE of type yarn is not covered"),
         (_changed("llama", rope_scaling={"type": "linear", "factor": 2.0}), "RoPE of type linear is not covered"),
-        (_changed("llama-rope3", rope_parameters={**CONFIGS["llama-rope3"]["rope_parameters"], "high_freq_factor": 2}),
+        (_changed("Llama-3.1-8B", rope_scaling={**_LLAMA3, "high_freq_factor": 2}),
          "RoPE's high_freq_factor is 2; megatron-core has 4.0 built in"),
+        (_changed("Llama-3.1-8B", rope_scaling={k: v for k, v in _LLAMA3.items() if k != "factor"}),
+         "RoPE's factor is missing"),
+        (_changed("Mistral-7B-v0.1", rope_scaling=_LLAMA3, max_position_embeddings=...), "max_position_embeddings is"),
+        (_changed("granite-4.0-micro-base", rope_scaling=_LLAMA3), "RoPE scaling is not there for hybrid models"),
         (_changed("llama", rope_parameters={"partial_rotary_factor": 0.5}), "RoPE over a part of each head"),
         (_changed("llama", hidden_size=...), "hidden_size is missing"),
         (_changed("llama", hidden_size="wide"), "values of an unexpected type"),
         (_changed("llama", attention_bias=True), "attention_bias is True; only False is covered"),
         (_changed("llama", hidden_act="gelu"), "hidden_act is gelu"),
-        (_changed("mistral", sliding_window=...), "sliding_window is missing"),
-        (_changed("granite4-hybrid", num_local_experts=8), "8 experts: experts are not covered"),
-        (_changed("granite4-hybrid", num_local_experts=...), "num_local_experts is missing"),
-        (_changed("granite4-hybrid", layer_types=...), "layer_types is missing"),
-        (_changed("granite4-hybrid", mamba_d_state=...), "mamba_d_state is missing"),
+        (_changed("Mistral-7B-v0.1", sliding_window=...), "sliding_window is missing"),
+        (_changed("granite-4.0-h-micro-base", num_local_experts=8), "8 experts: experts are not covered"),
+        (_changed("granite-4.0-h-micro-base", num_local_experts=...), "num_local_experts is missing"),
+        (_changed("granite-4.0-h-micro-base", layer_types=...), "layer_types is missing"),
+        (_changed("granite-4.0-h-micro-base", mamba_d_state=...), "mamba_d_state is missing"),
         (_changed("nemotron-h-tiny", hybrid_override_pattern="M-E*M-"), "layers of kind E are not covered"),
+        (_changed("nemotron-h-tiny", time_step_limit=[0.01, 1.0]), "time_step_limit above 0 is not covered"),
         (_changed("nemotron-h-tiny", mlp_hidden_act="silu"), "mlp_hidden_act is silu"),
         (_changed("nemotron-h-tiny", head_dim=...), "head_dim is missing"),
         (_changed("nemotron-h-tiny", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06; megatron-core has 1e-05"),
-        (_changed("granite4-hybrid", rms_norm_eps=1e-6), "rms_norm_eps is 1e-06; megatron-core has 1e-05 built in"),
-        (_changed("granite4-hybrid", time_step_limit=[0.001, 1.0]), "time_step_limit above 0 is not covered"),
+        (_changed("granite-4.0-h-micro-base", rms_norm_eps=1e-6), "rms_norm_eps is 1e-06; megatron-core has 1e-05"),
+        (_changed("granite-4.0-h-micro-base", time_step_limit=[0.001, 1.0]), "time_step_limit above 0 is not covered"),
     ],
 )  # fmt: skip
 def test_what_is_not_covered_is_refused_by_name(config: dict[str, Any], message: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from tiny_checkpoints import CONFIGS, word_tokenizer
 from torch import Tensor
 
+from launcher.convert.__main__ import run
 from launcher.convert.conversion import convert
+from launcher.errors import WorldError
 from launcher.models.families import shape_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -115,7 +118,7 @@ def test_transformers_gives_the_logits_of_what_megatron_core_saved(name: str, tm
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama-rope3", {"rope_scaling": None}),
+        ("Llama-3.1-8B", {"rope_scaling": None}),
         ("llama-tiny", {"rotary_base": 20000.0}),
         ("llama-tiny", {"norm_epsilon": 1e-3}),
         ("granite-tiny", {"embedding_multiplier": 11.0}),
@@ -163,3 +166,62 @@ def test_the_converted_folder_generates(tmp_path: Path, converted: Callable[[str
         )
         logits = megatron_logits(source, whole)
         assert torch.equal(logits.argmax(-1)[0, 4:-1], whole[0, 5:])
+
+
+# ------------------------------------------------------------------------------------------------------------ --parity
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Nemotron-H-8B-Base-8K"])
+def test_parity_is_measured_and_recorded(name: str, hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Run in this process, whose process groups are set aside."""
+    with without_process_groups():
+        there = run(hf_checkpoint(name, "bfloat16"), tmp_path / "megatron", "megatron", parity=True)
+        back = run(tmp_path / "megatron", tmp_path / "hf", "hf", parity=True)
+    assert there["parity"] == back["parity"] == json.loads((tmp_path / "hf" / "conversion.json").read_text())["parity"]
+    found = there["parity"]
+    assert 0 < found["largest_relative_difference"] <= TOLERANCE
+    assert found["top1_agreement"] == 1.0
+    assert found["prompts"] == 4
+    hybrid = name.startswith("Nemotron")
+    assert ("taken off" in found.get("dt_clamp", "")) is hybrid
+    assert ("largest_relative_difference_with_dt_clamp" in found) is hybrid
+
+
+def test_parity_that_fails_leaves_nothing(
+    hf_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that swaps the queries with the keys of a group passes the round trip; the logits tell."""
+    from launcher.convert import links
+
+    true = links.to_megatron, links.to_hf
+
+    def turned(row: Any, shape: Any, tensors: Any) -> Any:
+        made = true[0](row, shape, tensors)
+        return [made[0].flip(0)] if row.transform == "qkv" else made
+
+    def back(row: Any, shape: Any, tensors: Any) -> Any:
+        return true[1](row, shape, [tensors[0].flip(0)] if row.transform == "qkv" else tensors)
+
+    monkeypatch.setattr(links, "to_megatron", turned)
+    monkeypatch.setattr(links, "to_hf", back)
+    with (
+        without_process_groups(),
+        pytest.raises(WorldError, match=r"parity: logits of .* differ by \d\.\d+ of the larg"),
+    ):
+        run(hf_checkpoint("Llama-3.1-8B"), tmp_path / "megatron", "megatron", parity=True)
+    assert not list(tmp_path.glob("megatron*"))
+    assert run(hf_checkpoint("Llama-3.1-8B"), tmp_path / "blind", "megatron")["round_trip"] == "bit-exact"
+
+
+@contextlib.contextmanager
+def without_process_groups() -> Iterator[None]:
+    """Let `--parity` make its own, and give the module's fixture others to end."""
+    from launcher.workers.megatron import parallel
+
+    torch.distributed.destroy_process_group()
+    parallel.parallel_state.destroy_model_parallel()
+    try:
+        yield
+    finally:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel.parallel_state.initialize_model_parallel()

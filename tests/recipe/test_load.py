@@ -50,6 +50,17 @@ def test_a_recipe_as_values(tmp_path: Path) -> None:
     assert recipe.where("stages.base.model.config.hidden_size").endswith("llama-tiny.yaml:9")
 
 
+def test_a_seed_that_numpy_does_not_take_is_refused(tmp_path: Path) -> None:
+    assert load(tmp_path, TEXT, f"seed={2**31 - 1}")[0].seed == 2**31 - 1
+    for place, seed, message in (
+        ("seed", 2**31, "seed: must be at most 2147483647, got 2147483648"),
+        ("base.seed", 10**30, "stages.base.seed: must be at most"),
+        ("seed", -1, "seed: must not be negative, got -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, TEXT, f"{place}={seed}")
+
+
 def test_seed_reaches_every_stage_but_one_that_has_its_own(tmp_path: Path) -> None:
     text = TEXT.replace("    train_iters: 5", "    train_iters: 5\n    seed: 40")
     (recipe,) = load(tmp_path, text, "seed=7")

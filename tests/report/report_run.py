@@ -17,6 +17,7 @@ from launcher.recipe.load import load_recipes
 from launcher.run_record import PlannedStage, RunRecord, write_run
 from launcher.spec import Limits, Runtime, StageSpec
 from tests.left_attempts import leave_attempt
+from tests.supervisor.counting import asking
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
 ALL = ("prepare", "base", "midtrain", "base-to-hf", "midtrain-to-hf", "rl-from-base", "rl-from-midtrain", "evaluate")
@@ -41,7 +42,7 @@ CHANGES = {
 def on_gpus(record: RunRecord) -> RunRecord:
     """The same run, every stage on two nodes with eight GPUs."""
     resources = Resources(nodes=2, gpus_per_node=8, ntasks_per_node=8)
-    return replace(record, stages=tuple(replace(s, resources=resources) for s in record.stages))
+    return replace(record, stages=tuple(asking(s, resources) for s in record.stages))
 
 
 def plan_run(run: str = "demo", overrides: Iterable[str] = ()) -> RunRecord:

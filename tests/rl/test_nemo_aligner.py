@@ -70,7 +70,7 @@ def test_in_a_heterogeneous_job_the_actor_is_the_first_part() -> None:
         ({"num_iterations": 2}, "num_iterations"),
         ({"importance_cap": 2.0}, "importance_cap"),
         ({"parallelism": {"context_parallel_size": 2}}, "parallelism.context_parallel_size"),
-        ({"parallelism": {"recompute_activations": True}}, "parallelism.recompute_activations"),
+        ({"parallelism": {"recompute": "full"}}, "parallelism.recompute"),
     ],
 )
 def test_what_it_does_not_do_is_refused(changes: dict[str, Any], key: str) -> None:

@@ -39,7 +39,7 @@ ROOT = Path("/shared/root")
 
 
 def test_it_is_rendered_as_a_stage_is() -> None:
-    stage = trial.plan_trial(PROFILE, ROOT, None, 2)
+    stage = trial.plan_trial(PROFILE, ROOT, None)
     text = sbatch_text(stage, PROFILE, ROOT, "launcher.site")
     lines = text.splitlines()
     asked = (
@@ -64,7 +64,7 @@ def test_every_image_is_tried_once_and_mounts_are_looked_at() -> None:
     profile = replace(
         PROFILE, images=images, runtime=Runtime(container="pyxis"), mounts=("/data:/in:ro", "/tmp", "/a:/b:rw")
     )
-    stage = trial.plan_trial(profile, ROOT, None, 2)
+    stage = trial.plan_trial(profile, ROOT, None)
     shown = {step.name: step.image for step in stage.spec.steps}
     assert shown == {
         "nodes": "/i/a.sqsh",
@@ -76,20 +76,26 @@ def test_every_image_is_tried_once_and_mounts_are_looked_at() -> None:
     assert stage.spec.config["paths"][2:] == ["/in", "+/tmp", "+/b"]
     assert "/shared/root" in stage.spec.steps[0].mounts
     with pytest.raises(UserError, match="images: name at least one"):
-        trial.plan_trial(replace(profile, images={}), ROOT, None, 2)
+        trial.plan_trial(replace(profile, images={}), ROOT, None)
 
 
 def test_one_node_where_the_partition_has_one() -> None:
-    stage = trial.plan_trial(PROFILE, ROOT, "one", 2)
+    stage = trial.plan_trial(PROFILE, ROOT, "one")
     assert stage.resources.nodes == 1 and stage.resources.gpus_per_node == 0 and stage.resources.cpus_per_task == 2
+
+
+def test_more_nodes_than_a_job_may_have_are_refused_not_cut() -> None:
+    assert trial.plan_trial(PROFILE, ROOT, "one", 1).resources.nodes == 1
+    with pytest.raises(UserError, match="nodes: asks for 9 nodes, but partition one of cluster mine has 1"):
+        trial.plan_trial(PROFILE, ROOT, "one", 9)
 
 
 def test_what_the_profile_does_not_say_is_asked_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     queues = (Queue("a", 4, gpus=2, cpus=32), Queue("b", 1, is_default=True, max_nodes=1, gpus=8, cpus=4))
     monkeypatch.setattr(trial, "show_queues", lambda: queues)
     bare = Profile(name="bare", scheduler="slurm")
-    default = trial.plan_trial(bare, ROOT, None, 2).resources
-    named = trial.plan_trial(bare, ROOT, "a", 2).resources
+    default = trial.plan_trial(bare, ROOT, None).resources
+    named = trial.plan_trial(bare, ROOT, "a").resources
     assert (default.nodes, default.gpus_per_node, default.cpus_per_task) == (1, 8, 4)
     assert (named.nodes, named.gpus_per_node, named.partition) == (2, 2, "a")
 
@@ -107,7 +113,7 @@ def test_what_can_never_run_is_refused(
 ) -> None:
     monkeypatch.setattr(trial, "show_queues", tuple)
     with pytest.raises(UserError, match=message):
-        trial.plan_trial(profile, ROOT, partition, 2)
+        trial.plan_trial(profile, ROOT, partition)
 
 
 # ----------------------------------------------------------------------------------------------------------- following
@@ -119,7 +125,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trial.Trial:
     monkeypatch.setattr(slurm, "submit", lambda script: "7")
     monkeypatch.setattr(trial, "_PAUSE_S", 0.0)
     monkeypatch.setattr(trial, "_GONE_S", 0.0)
-    return trial.submit_trial(trial.plan_trial(PROFILE, tmp_path, None, 2), PROFILE, tmp_path)
+    return trial.submit_trial(trial.plan_trial(PROFILE, tmp_path, None), PROFILE, tmp_path)
 
 
 def test_it_is_found_again_by_its_job(submitted: trial.Trial, tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_a_refusal_queues_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trial, "refusal", lambda script: "Invalid account")
     monkeypatch.setattr(slurm, "submit", lambda script: pytest.fail("submitted"))
     with pytest.raises(UserError, match="Slurm refuses the test: Invalid account"):
-        trial.submit_trial(trial.plan_trial(PROFILE, tmp_path, None, 2), PROFILE, tmp_path)
+        trial.submit_trial(trial.plan_trial(PROFILE, tmp_path, None), PROFILE, tmp_path)
 
 
 class Queueing:

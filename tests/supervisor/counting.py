@@ -26,6 +26,12 @@ def counting_step(name: str = "count", ntasks: int = 1, **options: Any) -> Step:
     return Step(name=name, argv=("{python}", str(WORKER), "{stage_json}", *words), ntasks=ntasks)
 
 
+def asking(stage: PlannedStage, resources: Resources, *servers: Step) -> PlannedStage:
+    """The stage on other resources, its main program on all of their nodes; `servers` beside it."""
+    steps = (replace(stage.spec.steps[0], nodes=resources.nodes), *servers)
+    return replace(stage, spec=replace(stage.spec, steps=steps), resources=resources)
+
+
 def counting_stage(*steps: Step, stage: str = "count", fingerprint: str = "f" * 20, **changes: Any) -> StageSpec:
     """A train stage whose steps are given, with short limits."""
     artifact = f"artifacts/train/{fingerprint}"

@@ -15,17 +15,8 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
+from launcher.models.side_files import is_tokenizer_file
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -101,9 +92,9 @@ def write(target: Path, source: Path | None, tokenizer: Path | None, config: Map
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
     if tokenizer is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file() and not (target / name).exists():
-                shutil.copyfile(tokenizer / name, target / name)
+        for path in tokenizer.iterdir():
+            if is_tokenizer_file(path.name) and path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
     ids = special_ids(target)
     known = _read(target / "config.json") or {**config}
     known = {**ids, **{k: v for k, v in known.items() if k != "torch_dtype"}, "dtype": _DTYPES[precision]}

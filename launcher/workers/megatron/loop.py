@@ -135,7 +135,8 @@ class Step:
 def run(job: StageJob, trainer: Trainer) -> float:
     """Train to the last step, from the newest checkpoint if there is one; returns the last loss.
 
-    Raises Stopped after saving when asked to stop, and Diverged when a loss or gradient is not finite.
+    Raises Stopped after saving when asked to stop, and Diverged when a loss or gradient is not finite, or a loss far
+    above the usual.
     """
     config, folder = trainer.config, job.workdir / "progress" / "checkpoints"
     saver = checkpoint.Saver(
@@ -308,7 +309,7 @@ def _log(config: TrainConfig, iteration: int, step: Step, seconds: float) -> Non
 
 
 def diverged(job: StageJob, trainer: Trainer, iteration: int, step: Step) -> Diverged:
-    """Keep the samples of a step that was not finite; returns what to raise."""
+    """Keep the samples of a step that went wrong; returns what to raise."""
     first = (iteration - 1) * trainer.config.global_batch_size
     samples = [trainer.blend.origin(i) for i in range(first, first + trainer.config.global_batch_size)]
     if job.rank == 0:

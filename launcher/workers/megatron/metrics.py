@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import resource
 import time
@@ -102,7 +103,11 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
     boards: list[Any] = []
     if job.rank == 0:
         job.truncate_metrics("iteration", done)
-        boards = [TensorBoard(job, done), *([WeightsAndBiases(job, config)] if config.wandb_project else [])]
+        if importlib.util.find_spec("tensorboard"):
+            boards.append(TensorBoard(job, done))
+        else:
+            print("tensorboard is not installed here: none of its files are written", flush=True)
+        boards += [WeightsAndBiases(job, config)] if config.wandb_project else []
     per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length)
     return Metrics(job, per_token, peak_tflops(), boards)
 

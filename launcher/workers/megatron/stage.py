@@ -50,6 +50,8 @@ def train(job: StageJob) -> None:
         parameters = _count_parameters(module, shape)
         if job.rank == 0:
             job.record(**_facts(config, blend, parameters))
+            for source in blend.mix():
+                print("blend: {source}, weight {weight:.3g}: {tokens:,} tokens, {epochs:.2f} epochs".format(**source))
         loss = loop.run(job, trainer)
         checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
         if job.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,35 @@ def test_a_killed_run_goes_on_as_if_unbroken(root: Path, reference: Reference, n
 
     assert ts.run(stage, attempt=3) == [0], ts.log(stage, 3)
     same_run(stage, reference(name))
+
+
+def survive(root: Path, kills: int, seed: int) -> None:
+    """Kill a run at random moments, then let it end; what survives is the unbroken run."""
+    changes: dict[str, Any] = {"model": ts.model("llama-tiny"), "train_iters": 40, "global_batch_size": 4}
+    unbroken = ts.make_stage(root, f"unbroken-{seed}", save_interval=100, **changes)
+    assert ts.run(unbroken) == [0], ts.log(unbroken)
+    stage = ts.make_stage(root, f"hunted-{seed}", save_interval=2, **changes)
+    choose, ended = random.Random(seed), []
+    for attempt in range(kills):
+        ended += ts.run(stage, ts.kill_after(choose.uniform(0.05, 2.0)), attempt=attempt)
+        if ended[-1] == 0:
+            # Faster than its killers: begin anew, so that there is something to kill.
+            same_run(stage, unbroken)
+            shutil.rmtree(stage.workdir)
+    assert ts.run(stage, attempt=kills) == [0], ts.log(stage, kills)
+    same_run(stage, unbroken)
+    assert ended.count(-9) >= kills // 2, ended
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments_it_is_the_unbroken_run(root: Path, seed: int) -> None:
+    survive(root, kills=4, seed=seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10, 16))
+def test_killed_at_many_random_moments_it_is_the_unbroken_run(root: Path, seed: int) -> None:
+    survive(root, kills=10, seed=seed)
 
 
 def test_a_bf16_run_goes_on_as_if_unbroken(root: Path, reference: Reference) -> None:

@@ -87,7 +87,11 @@ def refused(stage: ts.TrainStage) -> str:
     assert ts.run(stage) == [2], ts.log(stage)
     ending = stage.ending()
     assert ending["class"] == "user-error"
-    said = [line for line in ts.log(stage).splitlines() if not line.startswith(("cpu_mode:", "Building a Blended"))]
+    said = [
+        line
+        for line in ts.log(stage).splitlines()
+        if not line.startswith(("cpu_mode:", "Building a Blended", "blend:"))
+    ]
     assert said == ending["message"].splitlines()
     assert not stage.checkpoint.exists() or not any(stage.checkpoint.iterdir())
     return ending["message"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from launcher.configs import Resources, TrainConfig
 from launcher.convert.conversion import convert
 from launcher.errors import UserError
 from launcher.models.families import shape_of
-from launcher.spec import decode
+from launcher.spec import SpecError, decode
 from launcher.stages import train as train_stage
 from launcher.workers.megatron_arguments import Paths, script_arguments
 from launcher.workers.train_script import read_line
@@ -26,12 +28,18 @@ from launcher.workers.train_script import read_line
 SCRIPT = Path(__file__).with_name("pretrain_small.py")
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start(stage: ts.TrainStage, attempt: int = 0, **variables: str) -> subprocess.Popen[str]:
     folder = stage.attempt(attempt)
     folder.mkdir(parents=True)
     env = {
         **os.environ, "PRISM_ROOT": str(stage.root), "PRISM_ATTEMPT_DIR": str(folder), "PRISM_STEP": "train",
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617",
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
         "PYTHONPATH": str(ts.REPOSITORY), **variables,
     }  # fmt: skip
     command = [sys.executable, "-m", "launcher.workers.train_script", str(stage.path)]
@@ -71,6 +79,9 @@ def test_a_script_trains_between_our_artifacts_and_goes_on_after_a_stop(root: Pa
         "others"
     )[0]
     assert stage.losses()[0] == pytest.approx(base.losses()[-1], rel=0.2), "it starts from the weights of base"
+    shutil.rmtree(stage.checkpoint)  # as after an attempt that was cut off before its artifact was whole
+    code, out = finish(start(stage, 2))
+    assert code == 0 and stage.ending(2)["class"] == "finished", out
     (tmp_path / "hf").mkdir()
     convert(stage.checkpoint, tmp_path / "hf", "hf")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
@@ -122,6 +133,12 @@ def test_hybrids_get_their_pattern_and_granites_multipliers_are_refused() -> Non
     assert got[got.index("--hybrid-override-pattern") + 1] == "M-M*M-" and "--squared-relu" in got
     with pytest.raises(UserError, match="no arguments for granite's multipliers"):
         words("granite-tiny")
+
+
+def test_what_only_our_loop_does_is_refused() -> None:
+    with pytest.raises(SpecError) as caught:
+        config("llama-tiny", validation=["p/b"], keep_every=10, wandb_project="x")
+    assert [key for key, _ in caught.value.problems] == ["validation", "keep_every", "wandb_project"]
 
 
 def test_a_line_of_the_log() -> None:

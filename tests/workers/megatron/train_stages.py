@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -170,7 +171,7 @@ def run(stage: TrainStage, fault: Fault | None = None, attempt: int = 0) -> list
         hosts={step.name: "127.0.0.1"},
         ports={step.name: port},
     )
-    commands = steps.local_commands(step, place)
+    commands = steps.local_commands(stage.spec, step, place, "")
     ranks = [_PROCESSES.Process(target=_worker, args=(argv, env, fault)) for argv, env in commands]
     for rank in ranks:
         rank.start()
@@ -274,6 +275,21 @@ def _signal_in_save(number: int) -> None:
         write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
+
+
+def kill_after(seconds: float) -> Fault:
+    """The rank is killed so long after it began, whatever it is doing, its writer beside it."""
+    return partial(_kill_after, seconds)
+
+
+def _kill_after(seconds: float) -> None:
+    from launcher.workers.megatron import checkpoint
+
+    alive = property(lambda saver: saver.pending is not None and not saver.pending.thread.is_alive())
+    checkpoint.Saver.is_written = alive  # type: ignore[assignment]
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
 
 
 def slow_writer(seconds: float) -> Fault:

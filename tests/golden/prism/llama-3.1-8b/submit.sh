@@ -1,12 +1,13 @@
 #!/bin/bash
 # Made by prism-launch render: run prism-llama-3.1-8b for cluster example-pyxis.
 # Submits every stage after those it reads; when one fails for good, those behind it are cancelled.
-echo 'submit.sh: rendered to be read; this cannot be run as it is:' >&2
-echo 'stage prepare: not built yet: sources of kind dataset (dclm-edu, chat, nemotron-math, mot-math, megamath-web-pro, mot-code, opencodereasoning-2, refinecode, starcoder2, openthoughts3-science, mot-science) and published problem sets (rl-balanced, aime24, aime25, math500, livecodebench, codeforces, gpqa-diamond)' >&2
-echo 'stage midtrain-to-nemo: not built yet: conversion from and to nemo' >&2
-echo 'stage rl: not built yet: the reward server, prompts with the key `text`, and the worker that reports NeMo-Aligner'"'"'s progress and takes over its checkpoint' >&2
-echo 'stage rl-to-hf: not built yet: conversion from and to nemo' >&2
-echo 'stage evaluate-math: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)' >&2
-echo 'stage evaluate-code: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)' >&2
-echo 'stage evaluate-science: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)' >&2
+# shellcheck disable=SC2016
+{
+    echo 'submit.sh: rendered to be read; this cannot be run as it is:'
+    echo 'stage prepare: not built yet: sources of kind dataset (dclm-edu, chat, nemotron-math, mot-math, megamath-web-pro, mot-code, opencodereasoning-2, refinecode, starcoder2, openthoughts3-science, mot-science) and published problem sets (rl-balanced, aime24, aime25, math500, livecodebench, codeforces, gpqa-diamond)'
+    echo 'stage rl: not built yet: the reward server, prompts with the key `text`, and the worker that reports NeMo-Aligner'"'"'s progress and takes over its checkpoint'
+    echo 'stage evaluate-math: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)'
+    echo 'stage evaluate-code: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)'
+    echo 'stage evaluate-science: not built yet: several samples a problem (samples) and sampling from the likeliest words alone (top_p)'
+} >&2
 exit 2
