@@ -309,12 +309,16 @@ def test_submit_sends_a_chain_job_after_job(login: Login, tmp_path: Path) -> Non
     done = login.submit(tmp_path / "out" / "submit.sh", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     path = tmp_path / "root" / "runs" / "golden" / "jobs.jsonl"
-    lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["stage"] == "midtrain"]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in written if line["stage"] == "midtrain"]
     jobs = [line["job"] for line in lines]
     assert len(jobs) == 3 and {line["chain"] for line in lines} == {jobs[0]} and all(line["user"] for line in lines)
     assert f"midtrain: jobs {jobs[0]} to {jobs[2]}" in done.stdout
     after = [next((w for w in call if w.startswith("--dependency")), "") for call in login.calls]
-    inputs = "--dependency=afterok:101"
+    made = {line["stage"]: line["job"] for line in written}
+    inputs = "--dependency=afterok:" + ":".join(made[d] for d in record.stage("midtrain").depends)
+    reader = next(s.spec.stage for s in record.stages if "midtrain" in s.depends)
+    assert any(a.endswith(f":{jobs[2]}") for a in after), f"{reader} waits for the last job"
     of_chain = [a for a, call in zip(after, login.calls, strict=True) if Path(call[-1]).stem == "midtrain"]
     assert of_chain == [inputs, f"{inputs},afterany:{jobs[0]}", f"{inputs},afterany:{jobs[1]}"]
 

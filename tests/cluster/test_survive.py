@@ -280,7 +280,7 @@ def lose(on: Surviving, record: RunRecord, what: str, which: int, whole: bool = 
     """Lose a node, or its slurmd alone, of a stage on two nodes; the run goes on elsewhere and ends well."""
     job = on.submit(record)["a"]
     on.await_step(record, 5)
-    node = slurm.host_names(on.node_of(job))[which]
+    node = slurm.hostnames(on.node_of(job))[which]
     fault = time.time()
     if whole:
         on.cluster.kill_node(node)
