@@ -135,7 +135,19 @@ def _stage_of_interest(root: Path, record: RunRecord) -> PlannedStage:
         found = [s for s in states if s.state == wanted and s.attempt]
         if found:
             return record.stage(max(found, key=lambda s: s.started or 0).stage)
+    begun = [stage for stage in record.stages if _has_batch_log(root, stage)]
+    if begun:  # its supervisor never was: why stands there
+        return begun[0]
     raise UserError(f"run {record.run}: no stage has been started yet")
+
+
+def _has_batch_log(root: Path, stage: PlannedStage) -> bool:
+    from launcher.logs import NoLogYet
+
+    try:
+        return _without_attempt(root, stage).exists()
+    except NoLogYet:
+        return False
 
 
 def _look(root: Path, stage: PlannedStage, args: argparse.Namespace, goes_on: bool) -> Look:
