@@ -40,10 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else "" if _in_a_folder() else "the current folder is gone: "
         mend = "; free some room, then run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"prism-launch: {where}{error.strerror or error}{mend}", file=sys.stderr)
         return 1
+
+
+def _in_a_folder() -> bool:
+    """Whether the shell's folder still exists."""
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def run_command(args: argparse.Namespace) -> int | None:

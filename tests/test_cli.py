@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher import cli
-from launcher.run_record import RunRecord
+from launcher import cli, slurm
+from launcher.cluster import load_profile
+from launcher.commands import runs, shared
+from launcher.errors import UserError
+from launcher.run_record import RunRecord, read_run, write_run
+from launcher.submit import JOBS
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +125,19 @@ def test_an_unwritable_root_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "cannot be written" in done.stderr and "--root" in done.stderr
 
 
+def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    code = "import os, sys; os.rmdir(os.getcwd()); from launcher import cli; sys.exit(cli.main(['status']))"
+    env = {key: value for key, value in os.environ.items() if key != "PRISM_ROOT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(CHECKOUT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1,
+        "prism-launch: the current folder is gone: No such file or directory\n",
+    )
+
+
 def test_output_into_a_closed_pipe_is_no_failure() -> None:
     command = f"{sys.executable} -m launcher.cli schema | head -1"
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
@@ -181,6 +199,44 @@ def test_a_profile_of_the_users_own_is_found_from_anywhere(tmp_path: Path) -> No
     done = prism("plan", "demo", "--cluster", "./mine.yaml", "--root", root, "--json", cwd=tmp_path)
     (plan,) = json.loads(done.stdout)
     assert plan["cluster"] == str(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "COMPLETED", None])
+def test_a_run_whose_jobs_go_on_in_another_slurm_is_not_started_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str | None
+) -> None:
+    """None: that controller is silent."""
+
+    def call(*argv: str, timeout: float = 10.0) -> slurm.Answer:
+        assert os.environ["SLURM_CONF"] == "/site/slurm.conf"
+        if state is None:
+            return slurm.Answer(1, "", "Unable to contact slurm controller")
+        return slurm.Answer(0, f"5|{state}|n1|N/A|N/A|None\n", "")
+
+    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setenv("SLURM_CONF", "/shell/slurm.conf")
+    profile = tmp_path / "site.yaml"
+    profile.write_text("scheduler: slurm\nslurm_conf: /site/slurm.conf\n")
+    args = cli.build_parser().parse_args(["run", "demo"])
+    record = shared.records_of(args, load_profile("local"))[0]
+    write_run(tmp_path, replace(record, cluster=str(profile)))
+    told = {"stage": "base", "fingerprint": record.stage("base").spec.fingerprint, "job": "5", "time": 1.0}
+    (tmp_path / "runs" / "demo" / JOBS).write_text(json.dumps(told) + "\n")
+    runs._refuse_elsewhere(tmp_path, [record], load_profile(str(profile)))  # the same Slurm: joined
+    if state in ("RUNNING", "PENDING"):
+        with pytest.raises(UserError, match="run demo: its jobs 5 go on on cluster .*site.yaml"):
+            cli.run_command(cli.build_parser().parse_args(["run", "demo", "--root", str(tmp_path)]))
+        assert read_run(tmp_path, "demo").cluster == str(profile)
+    else:
+        runs._refuse_elsewhere(tmp_path, [record], load_profile("local"))
+    assert os.environ["SLURM_CONF"] == "/shell/slurm.conf"
+
+
+def test_a_damaged_record_is_no_obstacle(tmp_path: Path) -> None:
+    record = shared.records_of(cli.build_parser().parse_args(["run", "demo"]), load_profile("local"))[0]
+    write_run(tmp_path, record)
+    (tmp_path / "runs" / "demo" / "run.json").write_text("{")
+    runs._refuse_elsewhere(tmp_path, [record], load_profile("local"))
 
 
 def test_status_of_a_submitted_run_does_without_slurm(tmp_path: Path) -> None:

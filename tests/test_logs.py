@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from launcher.errors import UserError
 from launcher.logs import Look, NoLogYet, component_logs, find_log, follow, main_log, tail
 from launcher.run_record import RunRecord, write_run
 from launcher.spec import StageSpec
+from launcher.submit import JOBS
 from tests.left_attempts import leave_attempt
 from tests.supervisor.counting import counting_run, counting_stage, counting_step
 
@@ -185,3 +187,19 @@ def test_mistakes_are_one_line_and_exit_2(
 def test_following_a_stage_that_is_over_prints_it_and_ends(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["logs", "a", "-f", "--root", str(root)]) == 0
     assert capsys.readouterr().out == "run a local.2 0\n"
+
+
+def test_without_a_stage_a_job_whose_supervisor_never_began_shows_its_batch_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = counting_run(("a", (), {}), ("b", ("a",), {}))
+    write_run(tmp_path, record)
+    told = {"stage": "a", "fingerprint": record.stage("a").spec.fingerprint, "job": "7", "time": 1.0}
+    (tmp_path / "runs" / "run" / JOBS).write_text(json.dumps(told) + "\n")
+    assert cli.main(["logs", "run", "--root", str(tmp_path)]) == 2
+    assert "no stage has been started yet" in capsys.readouterr().err
+    folder = store.stage_dir(tmp_path, "run", "a")
+    folder.mkdir(parents=True)
+    (folder / "7_0_log.out").write_text("/opt/py: No such file or directory\n")
+    assert cli.main(["logs", "run", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "/opt/py: No such file or directory\n"

@@ -29,7 +29,7 @@ from launcher.commands.shared import (
     watching_hint,
 )
 from launcher.errors import UserError, WorldError
-from launcher.run_record import RunRecord, refuse_unbuilt
+from launcher.run_record import RunRecord, list_runs, read_run, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_unbuilt(records)
     _refuse_absent_secrets(records)
     root = store.open_root(root_of(args), profile.share_group)
+    _refuse_elsewhere(root, records, profile)
     if profile.scheduler == "slurm":
         from launcher.limits import refuse_impossible
 
@@ -71,6 +72,39 @@ def _refuse_absent_secrets(records: Sequence[RunRecord]) -> None:
     absent = sorted(name for name in named if not os.environ.get(name))
     if absent:
         raise UserError(f"secrets: {', '.join(absent)} not set in this shell; export it, then run again")
+
+
+def _refuse_elsewhere(root: Path, records: Sequence[RunRecord], profile: Profile) -> None:
+    """Refuse runs whose jobs go on in another Slurm: the new record would forget where they are."""
+    problems = []
+    for name in sorted({record.run for record in records} & set(list_runs(root))):
+        cluster, jobs = _active_elsewhere(root, name, profile)
+        if jobs:
+            problems.append(
+                f"run {name}: its jobs {', '.join(jobs)} go on on cluster {cluster}; stop them first "
+                f"(`prism-launch cancel {name}`), join them with --cluster {cluster}, or give another --name"
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def _active_elsewhere(root: Path, name: str, profile: Profile) -> tuple[str, list[str]]:
+    """A run's cluster, and its jobs there that wait or run, if that has another Slurm than the profile.
+
+    No jobs where the record, the cluster or its controller is gone: then the claims on artifacts guard alone.
+    """
+    shell = os.environ.get("SLURM_CONF")
+    try:
+        before = read_run(root, name)
+        other = load_profile(before.cluster)
+        if (other.scheduler, other.slurm_conf) == (profile.scheduler, profile.slurm_conf):
+            return before.cluster, []
+        return before.cluster, sorted({job.id for job in jobs_of(root, before).values() if job.is_active})
+    except (UserError, WorldError):
+        return "", []
+    finally:  # it asked as the other cluster
+        os.environ.pop("SLURM_CONF", None)
+        os.environ.update({"SLURM_CONF": shell} if shell is not None else {})
 
 
 def _run_on_slurm(root: Path, records: Sequence[RunRecord], profile: Profile, args: argparse.Namespace) -> int:

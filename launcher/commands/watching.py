@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,7 +135,19 @@ def _stage_of_interest(root: Path, record: RunRecord) -> PlannedStage:
         found = [s for s in states if s.state == wanted and s.attempt]
         if found:
             return record.stage(max(found, key=lambda s: s.started or 0).stage)
+    begun = [stage for stage in record.stages if _has_batch_log(root, stage)]
+    if begun:  # its supervisor never was: why stands there
+        return begun[0]
     raise UserError(f"run {record.run}: no stage has been started yet")
+
+
+def _has_batch_log(root: Path, stage: PlannedStage) -> bool:
+    from launcher.logs import NoLogYet
+
+    try:
+        return _without_attempt(root, stage).exists()
+    except NoLogYet:
+        return False
 
 
 def _look(root: Path, stage: PlannedStage, args: argparse.Namespace, goes_on: bool) -> Look:
@@ -231,36 +243,45 @@ def _uses(root: Path) -> Uses:
 
     names = [p.name for p in (root / "runs").glob("*") if p.is_dir()]
     submitted = {name: {s.job for s in read_submitted(root, name)} for name in names}
-    owners = cleaning.owners(root)
-    jobs = set().union(*submitted.values()) | {o.job for o in owners if o.job}
+    claimed = {owner.job for owner in cleaning.owners(root) if owner.job}
+    return cleaning.uses(root, submitted, _active_jobs(_jobs_by_slurm(root, submitted, claimed)))
+
+
+def _jobs_by_slurm(root: Path, submitted: Mapping[str, Set[str]], claimed: Set[str]) -> Mapping[str, Set[str]]:
+    """The jobs to ask each `slurm.conf` for, the shell's own (or the site's, empty) first.
+
+    A claim names no cluster: jobs of which no run tells are asked of all.
+    """
+    shell = os.environ.get("SLURM_CONF", "")
+    found: dict[str, set[str]] = {shell: set()}
+    for run, jobs in submitted.items():
+        if jobs:
+            found.setdefault(_slurm_conf(root, run) or shell, set()).update(jobs)
+    stray = claimed - set().union(*found.values())
+    return {conf: jobs | stray for conf, jobs in found.items()}
+
+
+def _slurm_conf(root: Path, run: str) -> str | None:
+    """The `slurm_conf` of the cluster that a run was submitted to; None where it has none or that is forgotten."""
     try:
-        active: set[str] | None = _active_jobs(jobs, _slurm_confs(root, [n for n, ids in submitted.items() if ids]))
-    except WorldError as error:
-        print(f"prism-launch: {error}; runs that have jobs are left alone", file=sys.stderr)
-        active = None
-    return cleaning.uses(root, submitted, active)
+        return load_profile(read_run(root, run).cluster).slurm_conf
+    except UserError:
+        return None
 
 
-def _slurm_confs(root: Path, names: Sequence[str]) -> set[str | None]:
-    """The `slurm.conf` of every cluster that these runs were submitted to; None: the shell's own."""
-    confs: set[str | None] = set() if names else {None}
-    for name in names:
-        try:
-            confs.add(load_profile(read_run(root, name).cluster).slurm_conf)
-        except UserError:  # the record, or the profile, is gone or damaged
-            confs.add(None)
-    return confs
-
-
-def _active_jobs(jobs: Set[str], confs: Set[str | None]) -> set[str]:
-    """The jobs that any of these Slurms says to wait or run."""
+def _active_jobs(asked: Mapping[str, Set[str]]) -> set[str]:
+    """Jobs that wait or run, by the Slurm of each; all of one that does not answer, so that nothing of theirs goes."""
     from launcher import slurm
 
-    shell, active = os.environ.get("SLURM_CONF"), set()
-    for conf in sorted(confs, key=lambda conf: conf or ""):  # the shell's own first
-        if conf or shell:
-            os.environ["SLURM_CONF"] = conf or shell or ""
-        active |= {job.id for job in slurm.job_states(jobs).values() if job.is_active}
+    active: set[str] = set()
+    for conf, jobs in asked.items():
+        if conf:
+            os.environ["SLURM_CONF"] = conf
+        try:
+            active |= {job.id for job in slurm.job_states(jobs).values() if job.is_active}
+        except WorldError as error:
+            print(f"prism-launch: {error}; runs that have jobs there are left alone", file=sys.stderr)
+            active |= jobs
     return active
 
 
