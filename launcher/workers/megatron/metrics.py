@@ -153,6 +153,7 @@ class WeightsAndBiases:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:  # a service out of reach is no reason not to train
             print(f"Weights & Biases: {error}; kept here instead, for `wandb sync`", flush=True)
+            wandb.teardown()  # else the run counts as in use
             self.run = wandb.init(mode="offline", **options)
 
     def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
