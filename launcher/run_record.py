@@ -95,14 +95,20 @@ class RunRecord:
 
 def refuse_unbuilt(records: Iterable[RunRecord]) -> None:
     """Raises UserError with every stage that is planned and rendered but cannot be run, each with the reasons."""
-    problems = [
+    problems = obstacles_of(records)
+    if problems:
+        raise UserError(problems)
+
+
+def obstacles_of(records: Iterable[RunRecord]) -> list[str]:
+    """Why stages cannot be run, a line each."""
+    found = [
         f"stages.{stage.part_of or stage.spec.stage}: {why}"
         for record in records
         for stage in record.stages
         for why in stage.obstacles
     ]
-    if problems:
-        raise UserError(dict.fromkeys(problems))
+    return list(dict.fromkeys(found))
 
 
 def write_run(root: Path, record: RunRecord) -> None:

@@ -323,3 +323,14 @@ def test_backends_are_listed_with_reasons() -> None:
     hybrid = [r for r in rows if (r["backend"], r["family"]) == ("nemo-aligner", "nemotron_h")]
     assert hybrid and all(r["state"] == "no" for r in hybrid) and any("Mamba" in r["reason"] for r in hybrid)
     assert all("nemotron-h-8b" in r["models"] for r in hybrid)
+
+
+def test_run_says_at_once_what_is_absent_and_what_is_not_built(tmp_path: Path) -> None:
+    done = prism("run", "prism/llama-3.1-8b", "--cluster", "example-pyxis", "--root", str(tmp_path / "root"))
+    assert done.returncode == 2 and not (tmp_path / "root").exists()
+    assert "no such checkpoint" in done.stderr and "stages.rl: not built yet: the reward server" in done.stderr
+
+
+def test_an_empty_cluster_is_refused() -> None:
+    done = prism("plan", "demo", "--cluster", "")
+    assert done.returncode == 2 and "--cluster: is empty" in done.stderr
