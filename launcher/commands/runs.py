@@ -29,7 +29,7 @@ from launcher.commands.shared import (
     watching_hint,
 )
 from launcher.errors import UserError, WorldError
-from launcher.run_record import RunRecord, list_runs, read_run, refuse_unbuilt
+from launcher.run_record import RunRecord, list_runs, read_run, obstacles_of, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
         for record in records_of(args, profile):
             print(dry_run(record, profile, root_of(args)))
         return 0
-    records = records_of(args, profile)
-    refuse_unbuilt(records)
+    records = _runnable(args, profile)
     _refuse_absent_secrets(records)
     root = store.open_root(root_of(args), profile.share_group)
     _refuse_elsewhere(root, records, profile)
@@ -65,6 +64,20 @@ def run(args: argparse.Namespace) -> int:
             return code
         worst = max(worst, code)
     return worst
+
+
+def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
+    """The recipe's runs. Raises UserError with what is wrong and what cannot be run alike: nobody fetches data in vain."""
+    try:
+        records = records_of(args, profile)
+    except UserError as error:
+        unbuilt = []
+        with contextlib.suppress(UserError):
+            planned = records_of(args, profile, elsewhere=True)
+            unbuilt = [line for line in obstacles_of(planned) if "not built" in line]
+        raise UserError([*error.problems, *unbuilt]) from None
+    refuse_unbuilt(records)
+    return records
 
 
 def _refuse_absent_secrets(records: Sequence[RunRecord]) -> None:

@@ -38,6 +38,8 @@ def root_of(args: argparse.Namespace) -> Path:
 
 
 def profile_of(args: argparse.Namespace) -> Profile:
+    if args.cluster == "":  # `--cluster "$CLUSTER"` with CLUSTER unset must not run here
+        raise UserError("--cluster: is empty; name a cluster, or leave it out for this machine")
     return speak_to(load_profile(args.cluster or "local"))
 
 
