@@ -29,7 +29,7 @@ from launcher.commands.shared import (
     watching_hint,
 )
 from launcher.errors import UserError, WorldError
-from launcher.run_record import RunRecord, list_runs, read_run, obstacles_of, refuse_unbuilt
+from launcher.run_record import RunRecord, list_runs, obstacles_of, read_run, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
-    """The recipe's runs. Raises UserError with what is wrong and what cannot be run alike: nobody fetches data in vain."""
+    """The recipe's runs. Raises UserError with what is wrong and what cannot be run alike, so that nothing is in vain."""
     try:
         records = records_of(args, profile)
     except UserError as error:
