@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
-    """The recipe's runs. Raises UserError with what is wrong and what cannot be run alike, so that nothing is in vain."""
+    """The recipe's runs. Raises UserError with all that is wrong and all that cannot be run yet."""
     try:
         records = records_of(args, profile)
     except UserError as error:
