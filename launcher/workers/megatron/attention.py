@@ -19,8 +19,11 @@ def context_positions(seq_length: int, size: int, rank: int) -> Tensor:
     """The positions of a sequence that a context-parallel rank holds: its chunk from either end, so that causal
     attention is the same work for all. Megatron's order: `megatron.core.utils.get_batch_on_this_cp_rank`.
     """
-    chunks = torch.arange(seq_length).view(2 * size, -1)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else chunks.flatten()
+    positions = torch.arange(seq_length)
+    if size == 1:
+        return positions
+    chunks = positions.view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
 class TorchAttention(MegatronModule):
