@@ -110,7 +110,7 @@ def test_what_would_happen_again_is_stopped_named_and_shown_with_its_last_lines(
 ) -> None:
     """The machine's memory (Linux kills, in a control group), Python's and the GPU's; NaN; a sudden death."""
     faults: dict[str, tuple[dict[str, Any], str, str, str]] = {
-        "killed": ({"fail": "oom", "cgroup": small_memory}, "out-of-memory", "rank 0: killed because", "taking memory"),
+        "killed": ({"fail": "oom", "cgroup": small_memory}, "out-of-memory", ": killed because", "taking memory"),
         "python": ({"fail": "memory"}, "out-of-memory", "out of memory of the machine n", "MemoryError"),
         "gpu": ({"fail": "gpu-memory"}, "out-of-memory", "out of GPU memory: CUDA", "OutOfMemoryError"),
         "nan": ({"fail": "diverge"}, "diverged", "step 3: loss is nan", "step 3: loss is nan"),

@@ -23,7 +23,10 @@ __all__ = ["on"]
 def asking(on: OnSlurm, **resources: Any) -> RunRecord:
     """A run of one stage `a` that asks for this."""
     record = on.plan(("a", (), {}))
-    return replace(record, stages=(replace(record.stages[0], resources=Resources(**{"mem": "200M", **resources})),))
+    asked = Resources(**{"mem": "200M", **resources})
+    (stage,) = record.stages
+    steps = tuple(replace(step, nodes=asked.nodes, ntasks=asked.nodes) for step in stage.spec.steps)
+    return replace(record, stages=(replace(stage, spec=replace(stage.spec, steps=steps), resources=asked),))
 
 
 def refused(on: OnSlurm, record: RunRecord) -> list[str]:
