@@ -149,7 +149,8 @@ def _bare(trainer: Any, batches: list[list[Any]]) -> tuple[list[float], float]:
     """The losses of a step a batch, and CPU seconds."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    config, positions, losses = trainer.config, trainer.positions, []
+    config, losses = trainer.config, []
+    positions = trainer.positions.expand(config.micro_batch_size, -1)
 
     def forward(iterator: Any, model: Any) -> Any:
         tokens, labels = next(iterator)
