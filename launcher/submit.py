@@ -316,7 +316,9 @@ def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
         slurm.cancel(s.job for s in active)
     except WorldError as error:
         raise WorldError(f"{error}{_whose(active)}") from None
-    return list(dict.fromkeys(s.stage for s in active))
+    # A job may still be completing when what it made is whole.
+    made = {s.spec.stage for s in record.stages if store.read_receipt(root, s.spec.artifact) is not None}
+    return list(dict.fromkeys(s.stage for s in active if s.stage not in made))
 
 
 def _whose(active: Iterable[Submitted]) -> str:
