@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,14 @@ def bare_image(engine: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cpu_image(docker: bool) -> Iterator[str]:
+def small_torch() -> None:
+    """Skips where the packages would make an image of several GB: it takes minutes to build."""
+    if "+cpu" not in version("torch"):
+        pytest.skip(f"torch {version('torch')} is not the small build for CPUs")
+
+
+@pytest.fixture(scope="session")
+def cpu_image(small_torch: None, docker: bool) -> Iterator[str]:
     """The `cpu` image, of this interpreter's packages."""
     build("--docker", CPU)
     yield CPU
