@@ -20,6 +20,7 @@ from launcher.configs import Resources
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
+from launcher.site.ask import parse_gres
 from launcher.spec import Step, did_you_mean
 from launcher.submit import stage_jobs
 from launcher.units import format_duration, parse_duration
@@ -147,10 +148,10 @@ def parse_nodes(text: str) -> dict[str, tuple[Node, ...]]:
 def _gpus(gres: str) -> dict[str, int]:
     """`gpu:8`, `gpu:a100:4(S:0-1),gpu:v100:2,shard:8`: GPUs by type, and all of them under ""."""
     found = {"": 0}
-    for kind, count in re.findall(r"(?:^|,)gpu(?::([A-Za-z][^:,(]*))?:(\d+)", gres):
-        found[""] += int(count)
+    for kind, count in parse_gres(gres):
+        found[""] += count
         if kind:
-            found[kind] = found.get(kind, 0) + int(count)
+            found[kind] = found.get(kind, 0) + count
     return found
 
 

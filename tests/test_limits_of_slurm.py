@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher import slurm
+from launcher import limits, slurm
 from launcher.cluster import load_profile, place_record
 from launcher.configs import Component, Resources
 from launcher.errors import UserError
@@ -209,3 +209,8 @@ def test_nodes_of_components_count(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "stages.a.resources.nodes: asks for 9 nodes, but partition gpu allows 8 a job",
         "stages.b.resources.components.server.nodes: asks for 9 nodes, but partition gpu allows 8 a job",
     )
+
+
+def test_a_type_of_gpu_may_start_with_a_digit() -> None:
+    found = limits._gpus("gpu:3090:2(S:0-1),gpu:a100:4,shard:8")
+    assert found == {"": 6, "3090": 2, "a100": 4}
