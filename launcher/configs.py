@@ -263,6 +263,20 @@ class TrainConfig:
     adam_eps: float = option(1e-10, "AdamW epsilon.")
     clip_grad: float = option(1.0, "Largest gradient norm.")
     precision: Literal["bf16", "fp32"] = option("bf16", "Precision of compute.")
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(
+        None, "FP8 in linear layers by Transformer Engine, on GPUs that have it; hybrid: e5m2 for gradients."
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option(
+        "tensorwise", "How FP8 is scaled, by Transformer Engine's names."
+    )
+    document_masking: bool = option(False, "Tokens see those of their own document alone.")
+    packing: Literal["concatenate", "best-fit"] = option(
+        "concatenate", "How documents fill sequences: end to end; or whole, where they fit, with the least padding."
+    )
+    trainable: Literal["all", "attention"] = option("all", "Weights that are trained; the others stay as they are.")
+    deterministic_mode: bool = option(
+        False, "Kernels that give the same bits each time, slower on a GPU; a CPU always does.", identity=False
+    )
     micro_batch_size: int = option(1, "Sequences a rank takes at once.", identity=False)
     parallelism: Parallelism | Literal["auto"] = option(
         Parallelism(), "The parallel layout; auto: the first that `prism-launch fit` finds.", identity=False
@@ -298,6 +312,11 @@ class TrainConfig:
             (not self.data, "data", "names no source"),
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
             *_adam_checks(self),
+            (self.fp8_format is not None, "fp8_format", "is not built in this version"),
+            (self.document_masking, "document_masking", "is not built in this version"),
+            (self.packing != "concatenate", "packing", "best-fit is not built in this version"),
+            (self.trainable != "all", "trainable", "attention is not built in this version"),
+            (self.deterministic_mode, "deterministic_mode", "is not built in this version"),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             *(

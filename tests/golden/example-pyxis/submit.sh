@@ -102,7 +102,7 @@ fi
 
 submit prepare e92b3b12286cda78edf2
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain 6533bed8aba3f7c8d452 prepare small-052cb9-to-megatron
-submit midtrain-to-hf 5de827cecbf2cad2a907 midtrain
-submit evaluate c71ad2ee09b5386ae680 midtrain-to-hf prepare
-submit_array sweep sweep.held-out.0 be57f19be225a3843b46 sweep.held-out.1 c45b3c212131d4078384 sweep.easy.0 c45e80cf6a581905b015 sweep.easy.1 935f9b8189f3ede86a13 -- midtrain-to-hf prepare
+submit midtrain bf982591065240cf4d20 prepare small-052cb9-to-megatron
+submit midtrain-to-hf cbfe661354639d7ffbca midtrain
+submit evaluate f19a2160312491715dfa midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 99ed72c93e72277e62a3 sweep.held-out.1 2fb0867b6e05bae04d0c sweep.easy.0 3c39de28d5a5bba2396a sweep.easy.1 b430658098d3cdf0625d -- midtrain-to-hf prepare
