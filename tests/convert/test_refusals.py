@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import CONFIGS
 
 from launcher import store
 from launcher.convert import target as written
@@ -312,6 +313,46 @@ def test_a_malicious_metadata_is_refused_before_it_runs(megatron_format: Path, t
     assert not proof.exists()
     pickle.loads(path.read_bytes())
     assert proof.exists()  # so the file was no harmless one
+
+
+@pytest.mark.parametrize("place", ["common.pt", "a tensor's piece", "an object's piece"])
+def test_malicious_pickles_beside_the_metadata_never_run(
+    place: str, megatron_format: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, proof = megatron_format / "release", tmp_path / "ran"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if place == "common.pt":
+        torch.save({"args": Evil(proof)}, folder / "common.pt")
+    else:
+        wanted = NORM_KEY if "tensor" in place else "decoder.final_layernorm._extra_state/shard_0_1"
+        index = next(i for i in metadata.storage_data if i.fqn == wanted)
+        with (folder / "evil.distcp").open("wb") as file:
+            torch.save(Evil(proof), file)
+            info = type(metadata.storage_data[index])("evil.distcp", 0, file.tell())
+        metadata.storage_data[index] = info
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    code = main([str(megatron_format), str(tmp_path / "target"), "--to", "hf"])
+    if place == "a tensor's piece":
+        assert code == 2
+        assert "evil.distcp: the piece of decoder.final_layernorm.weight at byte 0 cannot be" in capsys.readouterr().err
+    else:
+        assert code == 0  # neither is read: there are no weights in it
+    assert not proof.exists()
+
+
+@pytest.mark.usefixtures("megatron")
+def test_arguments_of_another_program_are_no_way_in_for_the_trainer(megatron_format: Path, tmp_path: Path) -> None:
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import checkpoint
+    from launcher.workers.megatron.model import build_model
+
+    torch.save({"args": Evil(tmp_path / "ran")}, megatron_format / "release" / "common.pt")
+    model = build_model(shape_of(CONFIGS["llama"]))
+    with pytest.raises(
+        UserError, match=r"common\.pt: refused: it names posix\.mkdir; convert the checkpoint to hf and"
+    ):
+        checkpoint.load_weights(megatron_format, model)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
