@@ -61,8 +61,9 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
         raise UserError(f"--config: {config_folder}: no such folder")
     side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(directly_in(config_folder))
     where = config_folder or (path if name == "hf" else path / CARRIED)
-    if "config.json" not in side and name == "nemo" and config_folder is None:
-        raise UserError(f"{path}: no {CARRIED}/config.json in it; name a folder that has the model's with --config")
+    if "config.json" not in side and name != "hf" and config_folder is None:
+        mend = "put the model's there, or name a folder that has it with --config"
+        raise UserError(f"{path}: no {CARRIED}/config.json in it; {mend}")
     config, shape = read_config(side, where)
     if name == "nemo" and nemo.CONFIG in files:
         span = files[nemo.CONFIG]

@@ -259,7 +259,7 @@ def test_what_aligner_leaves_comes_back_with_the_config_that_is_named(
     run(source, tmp_path / "before", "nemo")
     after_rl(tmp_path / "after", tp, tmp_path / "before")
     with pytest.raises(
-        UserError, match=r"after: no hf/config\.json in it; name a folder that has the model's with --con"
+        UserError, match=r"after: no hf/config\.json in it; put the model's there, or name a folder that has it w"
     ):
         run(tmp_path / "after", tmp_path / "hf", "hf")
     record = run(tmp_path / "after", tmp_path / "hf", "hf", config=source)

@@ -280,7 +280,7 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "empty tracker": (write("latest_checkpointed_iteration.txt", "x"), "neither an iteration nor `release`"),
     "no such iteration": (write("latest_checkpointed_iteration.txt", "7"), "iter_0000007: named by"),
-    "no config": (remove("hf/config.json"), "hf/config.json: No such file"),
+    "no config": (remove("hf/config.json"), "megatron: no hf/config.json in it; put the model's there, or name a folder that has it with --config"),
     "another vocabulary": (config(vocab_size=512), "embedding.word_embeddings.weight is [384, 48], config.json makes"),
     "more layers": (config(num_hidden_layers=3), "decoder.layers.2.mlp.linear_fc1.weight [128, 48] is missing"),
     "fewer layers": (config(num_hidden_layers=1), "decoder.layers.1.mlp.linear_fc1.weight [128, 48] float32 is no"),
