@@ -171,7 +171,9 @@ class TorchDistReader:
             if tuple(tensor.shape) == piece.sizes and tensor.dtype == dtype:
                 return tensor.detach()
             problem = "holds another tensor than .metadata says"
-        except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError:  # torch's text advises to load it all the same
+            problem = "is no tensor alone, or is damaged"
+        except (RuntimeError, ValueError, EOFError, AttributeError, KeyError, TypeError) as error:
             problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise UserError(f"{span}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
 
@@ -179,7 +181,7 @@ class TorchDistReader:
 def _piece(value: TensorStorageMetadata, index: MetadataIndex, info: _StorageInfo) -> _Piece:
     """The piece of a tensor that `index` means; its size stands in the tensor's list of chunks."""
     offsets = tuple(index.offset or (0,) * len(value.size))
-    sizes = next((tuple(c.sizes) for c in value.chunks if tuple(c.offsets) == offsets), ())
+    sizes = next((tuple(c.sizes) for c in value.chunks if tuple(c.offsets) == offsets), (0,) * len(offsets))
     return _Piece(offsets, sizes, info)
 
 
@@ -199,10 +201,10 @@ def checkpoint_dir(folder: Path) -> Path:
     """The folder of the newest checkpoint, which the tracker file names. Raises UserError."""
     tracker = folder / TRACKER
     try:
-        text = tracker.read_text().strip()
+        text = tracker.read_text(errors="replace").strip()
     except OSError:
         raise UserError(f"{folder}: no {TRACKER}; a checkpoint of format megatron is wanted") from None
-    if text != RELEASE and not text.isdecimal():
+    if text != RELEASE and not re.fullmatch("[0-9]{1,18}", text):
         raise UserError(f"{tracker}: neither an iteration nor `{RELEASE}`")
     path = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not (path / ".metadata").is_file():

@@ -256,6 +256,14 @@ def move_file(metadata: Any) -> None:
         info.relative_path = "../../../etc/passwd"
 
 
+def backwards(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).offset = -7
+
+
+def lose_a_field(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).__dict__.pop("size")
+
+
 def lose_a_piece(metadata: Any) -> None:
     metadata.storage_data.pop(next(i for i in metadata.storage_data if i.fqn == "decoder.layers.mlp.linear_fc2.weight"))
 
@@ -280,7 +288,10 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "empty tracker": (write("latest_checkpointed_iteration.txt", "x"), "neither an iteration nor `release`"),
     "no such iteration": (write("latest_checkpointed_iteration.txt", "7"), "iter_0000007: named by"),
-    "no config": (remove("hf/config.json"), "megatron: no hf/config.json in it; put the model's there, or name a folder that has it with --config"),
+    "no config": (
+        remove("hf/config.json"),
+        "megatron: no hf/config.json in it; put the model's there, or name a folder that has it with --config",
+    ),
     "another vocabulary": (config(vocab_size=512), "embedding.word_embeddings.weight is [384, 48], config.json makes"),
     "more layers": (config(num_hidden_layers=3), "decoder.layers.2.mlp.linear_fc1.weight [128, 48] is missing"),
     "fewer layers": (config(num_hidden_layers=1), "decoder.layers.1.mlp.linear_fc1.weight [128, 48] float32 is no"),
@@ -294,6 +305,13 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
         ".metadata: describes no checkpoint",
     ),
     "a file outside": (described(move_file), ".metadata: names a file outside its folder"),
+    "a place before the file": (described(backwards), ".metadata: describes no checkpoint"),
+    "a field is lost": (described(lose_a_field), ".metadata: describes no checkpoint"),
+    "tracker of other bytes": (
+        lambda folder: (folder / "latest_checkpointed_iteration.txt").write_bytes(b"re\xffease") and None,
+        "neither an iteration nor `release`",
+    ),
+    "tracker without end": (write("latest_checkpointed_iteration.txt", "9" * 5000), "neither an iteration nor"),
     "a piece is lost": (described(lose_a_piece), "decoder.layers.mlp.linear_fc2.weight has 3072 of its 6144 elements"),
     "pieces swapped": (described(swap_pieces), "holds another tensor than .metadata says"),
 }
@@ -334,7 +352,8 @@ def test_malicious_pickles_beside_the_metadata_never_run(
     code = main([str(megatron_format), str(tmp_path / "target"), "--to", "hf"])
     if place == "a tensor's piece":
         assert code == 2
-        assert "evil.distcp: the piece of decoder.final_layernorm.weight at byte 0 cannot be" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "evil.distcp: the piece of decoder.final_layernorm.weight at byte 0 is no tensor alone, or is" in said
     else:
         assert code == 0  # neither is read: there are no weights in it
     assert not proof.exists()

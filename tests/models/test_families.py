@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,17 @@ def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(UserError) as refused:
         shape_of(_changed("llama", hidden_act="gelu", mlp_bias=True, vocab_size=...))
     assert len(refused.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", ["x", "5", -1, 0, 1.5, True, [], {}, {"a": 1}, [None], 1e99, 10**25, float("nan")])
+@pytest.mark.parametrize("name", REAL)
+def test_no_value_of_a_config_is_met_with_a_traceback_or_taken_for_a_size(name: str, value: Any) -> None:
+    config = twin(name)
+    for key in (*config, "rope_parameters", "rope_scaling", "head_dim", "time_step_limit"):
+        try:
+            shape = shape_of({**config, key: value})
+        except UserError as error:
+            assert "model type" in str(error)
+        else:
+            sizes = {field.name: getattr(shape, field.name) for field in fields(shape) if field.type == "int"}
+            assert all(type(size) is int and 0 <= size < 1 << 40 for size in sizes.values()), (key, sizes)
