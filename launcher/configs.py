@@ -348,6 +348,34 @@ class ConvertConfig:
     verify: bool = option(True, "Round trip, bit by bit.", identity=False)
 
 
+# ------------------------------------------------------------------------------------------------------------ merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """A linear combination of checkpoints of one model: port `checkpoint`. Config, tokenizer and types are the first's.
+
+    PRISM, section 8.1: 0.15 of the base and 0.85 of the mid-trained model, before the context is made long again.
+    """
+
+    checkpoints: tuple[str, ...] = option(..., "Checkpoints to add up, two or more.")
+    weights: tuple[float, ...] = option(..., "Their weights, in the same order; they should add up to 1.")
+    format: Literal["megatron", "hf"] = option(
+        "megatron", "Format to read and write; megatron where training follows, hf where RL by trl or evaluation does."
+    )
+    verify: bool = option(True, "Read back what was written and compare.", identity=False)
+
+    def __post_init__(self) -> None:
+        named, weights = self.checkpoints, self.weights
+        counts = f"{len(weights)} for {len(named)} checkpoints; one for each"
+        _refuse(
+            (len(named) < 2, "checkpoints", f"names {len(named)}; two or more are added up"),
+            (len(set(named)) < len(named), "checkpoints", "names one twice"),
+            (len(weights) != len(named), "weights", counts),
+            (not any(weights), "weights", "are all 0"),
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------- rl
 
 
@@ -473,6 +501,7 @@ CONFIGS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
     "rl": RLConfig,
     "evaluate": EvaluateConfig,
     "analyze": AnalyzeConfig,
