@@ -273,7 +273,10 @@ class TrainConfig:
     packing: Literal["concatenate", "best-fit"] = option(
         "concatenate", "How documents fill sequences: end to end; or whole, where they fit, with the least padding."
     )
-    trainable: Literal["all", "attention"] = option("all", "Weights that are trained; the others stay as they are.")
+    trainable: Literal["all", "attention"] = option(
+        "all",
+        "Weights that are trained; the others stay as they are. attention: its projections alone, without the norms.",
+    )
     deterministic_mode: bool = option(
         False, "Kernels that give the same bits each time, slower on a GPU; a CPU always does.", identity=False
     )
@@ -315,13 +318,17 @@ class TrainConfig:
             (self.fp8_format is not None, "fp8_format", "is not built in this version"),
             (self.document_masking, "document_masking", "is not built in this version"),
             (self.packing != "concatenate", "packing", "best-fit is not built in this version"),
-            (self.trainable != "all", "trainable", "attention is not built in this version"),
             (self.deterministic_mode, "deterministic_mode", "is not built in this version"),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             *(
                 (bool(self.entrypoint and getattr(self, n)), n, "is for our own loop; leave it out with entrypoint")
                 for n in ("validation", "keep_every", "wandb_project")
+            ),
+            (
+                bool(self.entrypoint) and self.trainable != "all",
+                "trainable",
+                "is for our own loop; leave it out with entrypoint",
             ),
             (self.keep_every is not None and self.keep_every < 1, "keep_every", "must be at least 1"),
             (self.loss_spike <= 1, "loss_spike", f"must be above 1, got {self.loss_spike}"),
