@@ -39,3 +39,9 @@ def test_the_key_and_its_place_are_named(change: str, capsys: pytest.CaptureFixt
     key = change.partition("=")[0].rpartition(".")[2]
     first = capsys.readouterr().err.splitlines()[0]
     assert f"--set {change}: " in first and f"{key}: " in first
+
+
+def test_a_script_of_the_users_own_trains_what_it_will(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["midtrain.entrypoint=pretrain_gpt.py", "midtrain.trainable=attention"]
+    assert cli.main(["check", "demo", *(word for change in sets for word in ("--set", change))]) == 2
+    assert "stages.midtrain.trainable: is for our own loop" in capsys.readouterr().err
