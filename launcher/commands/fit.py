@@ -54,6 +54,9 @@ def _task(args: argparse.Namespace) -> Task:
         raise UserError(f"--mfu: a share of the peak rate, such as 0.4; got {args.mfu:g}")
     iters = round(args.tokens / (args.seq_length * args.global_batch_size))
     shape = _shape(args.model)
+    if args.seq_length > shape.max_position_embeddings:
+        limit = shape.max_position_embeddings
+        raise UserError(f"--seq-length: {args.seq_length} is beyond the {limit} positions of {args.model}")
     past = () if args.mfu else past_runs(store.receipts(root_of(args), "train"))
     return Task(
         shape=shape,

@@ -115,9 +115,10 @@ def layout_problems(task: Task, layout: Layout) -> list[str]:
     if task.gpus % (tp * pp * cp):
         found.append(f"tensor x pipeline x context parallel size {tp * pp * cp} does not divide {task.gpus} GPUs")
     elif task.global_batch_size % (layout.dp * layout.micro_batch_size):
+        at_once = layout.dp * layout.micro_batch_size
         found.append(
             f"global_batch_size: {task.global_batch_size} is no multiple of {layout.dp} data-parallel replicas x "
-            f"micro_batch_size {layout.micro_batch_size}"
+            f"micro_batch_size {layout.micro_batch_size}; {-(-task.global_batch_size // at_once) * at_once} is"
         )
     return found
 

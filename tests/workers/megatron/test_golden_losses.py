@@ -1,0 +1,58 @@
+"""The loss of every step of small models at a fixed seed, against a file that is kept: what they learn has not changed.
+
+Accept changed ones with `make golden` (`PYTHONPATH=tests python tests/workers/megatron/test_golden_losses.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import train_stages as ts
+from real_models import twin
+
+GOLDEN = ts.REPOSITORY / "tests" / "golden" / "losses.json"
+#: Sums in another order make 1e-6 of it in these steps; the least change of the optimizer's settings that was tried, a
+#: weight decay of norms, makes ten times the tolerance.
+TOLERANCE = 1e-4
+MODELS = ("Llama-3.1-8B", "granite-4.0-h-micro-base", "Nemotron-H-8B-Base-8K")
+#: So that each setting has its share in the losses: an eps and a clipping that bite, a decay that 20 steps show.
+SETTINGS: dict[str, Any] = {
+    "train_iters": 20, "seq_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "seed": 7,
+    "lr": 1e-2, "min_lr_ratio": 0.2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.25, "weight_decay": 0.5,
+    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-3, "clip_grad": 0.5,
+    "data": {"prepare/one": 0.7, "prepare/two": 0.3},
+}  # fmt: skip
+
+
+def losses(root: Path, name: str, fault: ts.Fault | None = None, **changes: Any) -> list[float]:
+    """The losses of the twin of a model of the paper, trained by one process."""
+    config = {**twin(name), "vocab_size": 512}
+    model = {"name": name, "family": config["model_type"], "config": config}
+    stage = ts.make_stage(root, f"golden-{name}", model=model, **{**SETTINGS, **changes})
+    assert ts.run(stage, fault) == [0], ts.log(stage)
+    return stage.losses()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_that_are_kept(root: Path, name: str) -> None:
+    kept = json.loads(GOLDEN.read_text())[name]
+    assert kept[-1] < kept[0] - 0.3, "it learns"
+    assert losses(root, name) == pytest.approx(kept, rel=TOLERANCE)
+
+
+def write_losses() -> None:
+    """Accept the losses as they are now."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        ts.write_tokens(ts.tokens_dir(root), {"one": 6000, "two": 3000})
+        ts.write_tokenizer(ts.tokenizer_dir(root))
+        kept = {name: [round(loss, 7) for loss in losses(root, name)] for name in MODELS}
+    GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_losses()
