@@ -50,10 +50,11 @@ def warnings_of(outlook: Outlook) -> list[str]:
         name, estimate, lives = stage.spec.stage, outlook.found[stage.spec.stage], lives_of(outlook, stage)
         if name in outlook.done:
             continue
-        if estimate.fits is False:
+        if estimate.fits is False and outlook.profile.gpu:
+            room = f"{GPUS[outlook.profile.gpu].memory_gib:.0f} of {outlook.profile.gpu}"
             found.append(
-                f"{name}: needs about {estimate.memory_gib:.0f} GiB of a {outlook.profile.gpu}; see the layouts that "
-                "`prism-launch fit` lists"
+                f"{name}: needs about {estimate.memory_gib:.0f} GiB a GPU, and programs get {room}; "
+                "`prism-launch fit` lists the layouts that fit"
             )
         limits = stage.spec.limits
         if lives and limits.continuation == "chain" and lives > limits.chain_jobs:

@@ -82,13 +82,14 @@ def find_layouts(task: Task) -> list[Fit]:
     alone = [f for f in found if f.layout.cp == 1]
     if task.seq_length < _LONG and "cp" not in (task.fixed or {}) and any(f.fits for f in alone):
         found = alone
-    return sorted(found, key=_rank)
+    best = min((f.step_seconds for f in found), default=1.0)
+    return sorted(found, key=lambda f: _rank(f, best))
 
 
-def _rank(fit: Fit) -> tuple[bool, float, float, int, int, int]:
-    """Fitting first, then speed; layouts within 3 % of one another by free memory, then by plainness."""
+def _rank(fit: Fit, best: float) -> tuple[bool, float, float, int, int, int]:
+    """Fitting first, then speed against the best; layouts within 3 % of one another by free memory, then plainness."""
     layout = fit.layout
-    pace = round(math.log(fit.step_seconds) / math.log(1.03))
+    pace = round(math.log(fit.step_seconds / best) / math.log(1.03))
     return (not fit.fits, pace if fit.fits else fit.needed, fit.needed, layout.tp, layout.pp, layout.cp)
 
 

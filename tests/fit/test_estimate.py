@@ -13,8 +13,13 @@ from test_fit_layouts import GRANITE_H, LLAMA
 from test_speed import receipt, write
 
 from launcher.cli import main
+from launcher.configs import Resources, TrainConfig
+from launcher.errors import UserError
+from launcher.fit.auto import choose
 from launcher.fit.layers import architecture_of, flops_per_token
+from launcher.fit.speed import uncounted
 from launcher.models.families import parameter_count, shape_of
+from launcher.spec import decode
 from tests.test_cli import prism
 
 PARAMETERS = 8_030_261_248
@@ -51,7 +56,8 @@ def plan(
     folder: Path, *words: str, model: dict[str, Any] = LLAMA, tp: int = 2, nodes: int = 4, site: str = SITE
 ) -> dict[str, Any]:
     """`plan --json` of a recipe that mid-trains and goes on with RL."""
-    (folder / "text.txt").write_text("some text\n" * 50)
+    if not (folder / "text.txt").exists():  # its time is part of the fingerprint
+        (folder / "text.txt").write_text("some text\n" * 50)
     split = "true" if tp > 1 else "false"
     (folder / "r.yaml").write_text(RECIPE % (model["model_type"], json.dumps(model), tp, split, nodes))
     (folder / "site.yaml").write_text(site)
@@ -147,7 +153,11 @@ def test_a_layout_that_does_not_fit_is_warned_of(tmp_path: Path) -> None:
     told = plan(tmp_path, tp=1, nodes=1)
     assert estimate(told, "mid")["fits"] is False
     (warning,) = told["warnings"]
-    assert warning.startswith("mid: needs about ") and "GiB of a h100-80gb" in warning and "prism-launch fit" in warning
+    assert (
+        warning.startswith("mid: needs about ")
+        and "GiB a GPU, and programs get 79 of h100-80gb" in warning
+        and "prism-launch fit" in warning
+    )
     done = prism(
         "plan", str(tmp_path / "r.yaml"), "--cluster", str(tmp_path / "site.yaml"), "--root", str(tmp_path / "root")
     )
@@ -196,3 +206,16 @@ def test_hybrids_and_fp32_too(tmp_path: Path) -> None:
     wide = plan(tmp_path, "--set", "mid.precision=fp32", model=GRANITE_H, tp=1)
     assert estimate(wide, "mid")["artifact_bytes"] == 4 * count
     assert estimate(wide, "mid")["seconds"] is estimate(wide, "mid")["mfu_source"] is None
+
+
+def test_what_is_not_counted_is_said() -> None:
+    """Keys of which the configuration may still refuse some, so they are set past its checks."""
+    data = {"model": {"name": "m", "family": "llama", "config": LLAMA}, "data": {"a/b": 1.0}, "train_iters": 10}
+    config = decode(TrainConfig, data)
+    assert uncounted(config) == []
+    changes = {"fp8_format": "hybrid", "document_masking": True, "packing": "best-fit", "trainable": "attention"}
+    for name, value in {**changes, "entrypoint": "pretrain_gpt.py"}.items():
+        object.__setattr__(config, name, value)
+    assert [line.partition(":")[0] for line in uncounted(config)] == [*changes, "entrypoint"]
+    with pytest.raises(UserError, match="auto does not count the memory of FP8"):
+        choose(config, Resources(nodes=4, ntasks_per_node=8, gpus_per_node=8), "h100-80gb")

@@ -211,7 +211,7 @@ def test_the_command_learns_from_the_store_and_says_so(tmp_path: Path) -> None:
     for before, after in zip(assumed["layouts"], learnt["layouts"], strict=True):
         assert after["step_seconds"] == pytest.approx(2 * before["step_seconds"], rel=1e-3)
         assert after["mfu"] == pytest.approx(before["mfu"] / 2, abs=1e-3)
-    shown = prism(*wanted, PRISM_ROOT=str(tmp_path / "root"), COLUMNS="100").stdout
+    shown = prism(*wanted, PRISM_ROOT=str(tmp_path / "root"), COLUMNS="200").stdout
     assert "measured: 1 run of this model" in shown and "± 20 %" not in shown
     given = json.loads(prism(*wanted, "--root", str(tmp_path / "root"), "--mfu", "0.42", "--json").stdout)
     assert given["mfu_source"] == "given"

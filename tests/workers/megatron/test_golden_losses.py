@@ -22,16 +22,19 @@ MODELS = ("Llama-3.1-8B", "granite-4.0-h-micro-base", "Nemotron-H-8B-Base-8K")
 #: So that each setting has its share in the losses: an eps and a clipping that bite, a decay that 20 steps show.
 SETTINGS: dict[str, Any] = {
     "train_iters": 20, "seq_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "seed": 7,
-    "lr": 1e-2, "min_lr_ratio": 0.2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.25, "weight_decay": 0.5,
-    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-3, "clip_grad": 0.5,
+    "lr": 2e-2, "min_lr_ratio": 0.2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.25, "weight_decay": 0.5,
+    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-4, "clip_grad": 0.9,
     "data": {"prepare/one": 0.7, "prepare/two": 0.3},
 }  # fmt: skip
+
+#: Granite divides its logits by 8: too flat for so small a model to learn from in 20 steps.
+CHANGES = {"granite-4.0-h-micro-base": {"logits_scaling": 2.0}}
 
 
 def losses(root: Path, name: str, fault: ts.Fault | None = None, **changes: Any) -> list[float]:
     """The losses of the twin of a model of the paper, trained by one process."""
-    config = {**twin(name), "vocab_size": 512}
-    model = {"name": name, "family": config["model_type"], "config": config}
+    config = {**twin(name), "vocab_size": 512, **CHANGES.get(name, {})}
+    model = {"name": name, "family": config["model_type"], "config": config, "init_method_std": 0.05}
     stage = ts.make_stage(root, f"golden-{name}", model=model, **{**SETTINGS, **changes})
     assert ts.run(stage, fault) == [0], ts.log(stage)
     return stage.losses()
