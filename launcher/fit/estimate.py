@@ -69,13 +69,13 @@ def _weight_bytes(config: TrainConfig) -> int:
 
 
 def _of_checkpoint(stage: PlannedStage, made: Mapping[str, _Weights | None]) -> _Weights | None:
-    """The checkpoint that a stage makes of another: converted as it is; by TRL in fp32."""
+    """The checkpoint that a stage makes of another: as large where it is converted or merged; by TRL in fp32."""
     spec = stage.spec
-    read = spec.inputs.get("checkpoint")
-    if read is None or "checkpoint" not in spec.outputs:
-        return None
-    weights = made[read.fingerprint] if read.fingerprint in made else _on_disk(Path(read.path))
-    if weights is None or spec.kind == "convert":
+    ports = spec.inputs if spec.kind == "merge" else ("checkpoint",)
+    read = [spec.inputs[port] for port in ports if port in spec.inputs and "checkpoint" in spec.outputs]
+    known = (made[i.fingerprint] if i.fingerprint in made else _on_disk(Path(i.path)) for i in read)
+    weights = next((w for w in known if w is not None), None)
+    if weights is None or spec.kind in ("convert", "merge"):
         return weights
     if spec.config.get("backend") == "trl" and weights.parameters:
         return _Weights(4 * weights.parameters, weights.parameters)

@@ -38,6 +38,16 @@ stages:
     save_interval: 100
     parallelism: {tensor_model_parallel_size: %d, sequence_parallel: %s}
     resources: {nodes: %d, ntasks_per_node: 8, gpus_per_node: 8, time: "2:00:00"}
+  both:
+    kind: merge
+    checkpoints: [mid, mid-again]
+    weights: [0.5, 0.5]
+  mid-again:
+    kind: train
+    checkpoint: mid
+    data: {prepare/text: 1.0}
+    train_iters: 10
+    trainable: attention
   rl:
     kind: rl
     backend: trl
@@ -100,8 +110,9 @@ def test_it_is_what_fit_tells_of_this_layout(tmp_path: Path) -> None:
     assert found["memory_gib"] == pytest.approx(fitted["memory_gib"], abs=0.06)
 
 
-def test_conversions_write_what_they_read_and_trl_writes_fp32(tmp_path: Path) -> None:
+def test_conversions_and_merges_write_what_they_read_and_trl_writes_fp32(tmp_path: Path) -> None:
     told = plan(tmp_path)
+    assert estimate(told, "both")["artifact_bytes"] == 2 * PARAMETERS
     assert estimate(told, "mid-to-hf")["artifact_bytes"] == 2 * PARAMETERS
     assert estimate(told, "rl")["artifact_bytes"] == 4 * PARAMETERS
     for stage in ("prepare", "last"):

@@ -15,9 +15,10 @@ import train_stages as ts
 from real_models import twin
 
 GOLDEN = ts.REPOSITORY / "tests" / "golden" / "losses.json"
-#: Sums in another order make 1e-6 of it in these steps; the least change of the optimizer's settings that was tried, a
-#: weight decay of norms, makes ten times the tolerance.
-TOLERANCE = 1e-4
+#: Other micro-batches, and kernels for the least CPU, make 2e-7 of it in these steps. The least of the real changes
+#: that were tried, a weight decay of 0.49 for 0.5, makes 4e-5; an eps 10 % off, betas 1 % off, a warm-up that is a step
+#: longer or a decay of norms 2e-4 to 2e-2.
+TOLERANCE = 2e-5
 MODELS = ("Llama-3.1-8B", "granite-4.0-h-micro-base", "Nemotron-H-8B-Base-8K")
 #: So that each setting has its share in the losses: an eps and a clipping that bite, a decay that 20 steps show.
 SETTINGS: dict[str, Any] = {
