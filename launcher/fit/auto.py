@@ -54,6 +54,7 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
         global_batch_size=config.global_batch_size,
         train_iters=config.train_iters,
         precision=config.precision,
+        trainable=config.trainable,
         fixed={"micro_batch_size": config.micro_batch_size},
     )
     found = find_layouts(task)

@@ -115,6 +115,7 @@ def _of_training(
         train_iters=config.train_iters,
         past=runs_like(runs, gpu, shape, config.precision),
         precision=config.precision,
+        trainable=config.trainable,
     )
     return _with_gpus(known, task, config, config.parallelism)
 

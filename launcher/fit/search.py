@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from launcher.configs import Parallelism
 from launcher.fit.gpus import Gpu, default_mfu
@@ -45,6 +45,7 @@ class Task:
     mfu: float | None = None
     past: tuple[PastRun, ...] = ()
     precision: Precision = "bf16"
+    trainable: Literal["all", "attention"] = "all"
     fixed: Mapping[str, Any] | None = None
 
     @property
@@ -164,6 +165,6 @@ def base_mfu(task: Task, layout: Layout) -> float:
 def step_seconds(task: Task, architecture: Architecture, layout: Layout) -> float:
     """Seconds of a step: its FLOPs at the share of the peak to expect."""
     tokens = task.global_batch_size * task.seq_length
-    work = tokens * flops_per_token(architecture, task.seq_length)
+    work = tokens * flops_per_token(architecture, task.seq_length, task.trainable)
     share = base_mfu(task, layout) * layout_factor(layout)
     return work / (task.gpus * task.gpu.tflops * 1e12 * share)

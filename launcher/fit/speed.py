@@ -75,7 +75,7 @@ def uncounted(config: TrainConfig) -> list[str]:
         (config.fp8_format is not None, "fp8_format: FP8 is not counted, neither its memory nor its speed"),
         (config.document_masking, "document_masking: attention is counted over whole sequences"),
         (config.packing != "concatenate", "packing: padding is counted as tokens"),
-        (config.trainable != "all", "trainable: weights that stay as they are are counted as if they were trained"),
+        (config.trainable != "all", "trainable: the memory is counted as if all weights were trained"),
         (config.entrypoint is not None, "entrypoint: counted as our own loop; a script may do otherwise"),
     ]
     return [words for holds, words in told if holds]

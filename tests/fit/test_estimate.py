@@ -227,3 +227,13 @@ def test_what_is_not_counted_is_said() -> None:
     assert [line.partition(":")[0] for line in uncounted(config)] == [*changes, "entrypoint"]
     with pytest.raises(UserError, match="auto does not count the memory of FP8"):
         choose(config, Resources(nodes=4, ntasks_per_node=8, gpus_per_node=8), "h100-80gb")
+
+
+def test_where_attention_alone_is_trained_time_is_less_and_memory_is_said_to_be_too_much(tmp_path: Path) -> None:
+    whole, part = plan(tmp_path), plan(tmp_path, "--set", "mid.trainable=attention")
+    architecture = architecture_of(shape_of(LLAMA))
+    ratio = flops_per_token(architecture, 8192, "attention") / flops_per_token(architecture, 8192)
+    assert 0.6 < ratio < 0.9
+    assert estimate(part, "mid")["seconds"] == pytest.approx(ratio * estimate(whole, "mid")["seconds"], rel=1e-3)
+    assert estimate(part, "mid")["memory_gib"] == estimate(whole, "mid")["memory_gib"]
+    assert part["warnings"] == ["mid: trainable: the memory is counted as if all weights were trained"]
