@@ -14,7 +14,7 @@ from launcher.fit.estimate import Estimate, estimates
 from launcher.fit.gpus import GPUS
 from launcher.fit.speed import past_runs
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.units import format_bytes, format_count, format_duration, parse_duration
+from launcher.units import format_bytes, format_count, format_duration, parse_duration, significant
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def estimate_json(outlook: Outlook, stage: PlannedStage) -> dict[str, Any]:
     """The estimate of a stage; null where nothing is known."""
     estimate = outlook.found[stage.spec.stage]
     return {
-        "seconds": None if estimate.seconds is None else round(estimate.seconds),
-        "gpu_hours": None if estimate.gpu_hours is None else round(estimate.gpu_hours, 1),
+        "seconds": None if estimate.seconds is None else significant(estimate.seconds),
+        "gpu_hours": None if estimate.gpu_hours is None else significant(estimate.gpu_hours),
         "mfu_source": estimate.mfu_source,
         "lives": lives_of(outlook, stage),
         "memory_gib": None if estimate.memory_gib is None else round(estimate.memory_gib, 1),

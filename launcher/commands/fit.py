@@ -20,7 +20,7 @@ from launcher.fit.search import GIB, Fit, Task, base_mfu, find_layouts, layout_p
 from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
 from launcher.models.shape import ModelShape
-from launcher.units import format_count, format_duration
+from launcher.units import format_count, format_duration, significant
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
 _FIXED = {
@@ -134,8 +134,8 @@ def _layout_json(task: Task, f: Fit) -> dict[str, Any]:
         "parameters_per_rank": memory.parameters,
         "fits": f.fits,
         "mfu": round(_mfu(task, f), 3) if task.mfu_source else None,
-        "step_seconds": round(f.step_seconds, 3) if task.mfu_source else None,
-        "gpu_hours": round(f.gpu_hours, 1) if task.mfu_source else None,
+        "step_seconds": significant(f.step_seconds) if task.mfu_source else None,
+        "gpu_hours": significant(f.gpu_hours) if task.mfu_source else None,
     }
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from launcher.cli import main
 from launcher.fit.gpus import GPUS
 from launcher.fit.memory import Layout
 from launcher.fit.search import GIB, Task, find_layouts, layout_problems
-from launcher.models.families import shape_of
-from tests.test_cli import prism
+from launcher.models.families import parameter_count, shape_of
+from launcher.recipe.load import read_model
+from tests.test_cli import CHECKOUT, prism
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -141,6 +144,24 @@ def test_the_commands_exit_code_says_whether_anything_fits(
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     done = prism("fit", str(tmp_path / "config.json"), *words)
     assert done.returncode == code and message in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CHECKOUT / "recipes" / "models").glob("*.yaml"))])
+def test_every_shipped_model_has_layouts_and_its_parameters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That the parameters are transformers' own, one by one, is held in tests/models/test_published.py."""
+    shape = shape_of(read_model(name).config)
+    length = str(min(8192, shape.max_position_embeddings))
+    code = main(["fit", name, "--gpus", "64", "--seq-length", length, "--global-batch-size", "64", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0 and told["parameters"] == parameter_count(shape)
+    for f in told["layouts"]:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        assert math.prod(f[size] for size in sizes) * f["data_parallel_size"] == 64
+        assert f["fits"] is (f["memory_gib"] <= 0.95 * 79.2) and f["step_seconds"] > 0
+    ordered = [f["fits"] for f in told["layouts"]]
+    assert ordered == sorted(ordered, reverse=True)
+    assert main(["fit", name, "--gpus", "64", "--seq-length", str(shape.max_position_embeddings + 1)]) == 2
+    assert f"beyond the {shape.max_position_embeddings} positions of {name}" in capsys.readouterr().err
 
 
 def test_models_that_are_none_are_refused(tmp_path: Any) -> None:
