@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-container soak check bench golden clean
+.PHONY: demo test test-container soak check bench bench-gpu golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -43,10 +43,15 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
+# On a machine with an NVIDIA GPU: builds .venv-gpu and measures; docs/bench.md. MEGATRON_LM=PATH compares with a checkout.
+bench-gpu:
+	$(PYTHON) tests/bench/gpu_setup.py .venv-gpu
+	.venv-gpu/bin/python -W ignore -m tests.bench.gpu $(if $(MEGATRON_LM),--megatron-lm $(MEGATRON_LM)) $(BENCH)
+
 # Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
 	$(BIN)/python tests/test_docs.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-gpu build dist .mypy_cache .ruff_cache .pytest_cache
