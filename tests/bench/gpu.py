@@ -144,7 +144,7 @@ def measure_speed(bench: Bench, case: Case) -> list[Figure]:
         "train_iters": bench.steps,
         "precision": "bf16",
     }
-    tokens = (bench.steps + 1) * case.global_batch_size * case.seq_length + 1
+    tokens = max(100_000, (bench.steps + 1) * case.global_batch_size * case.seq_length)
     root = bench.root(case.name, shape.vocab_size, tokens)
     stage = make_stage(root, "ours", case.model, **changes)
     stage.run(bench.device)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ class Theirs:
 
 
 def script_words(device: str) -> list[str]:
-    """What makes the script's run like ours: no mask in memory, and no fusion that a library is absent for."""
-    words = ["--no-create-attention-mask-in-dataloader"]
+    """What makes the script's run like ours: no mask in memory, weights alone saved, no fusion without its library."""
+    words = ["--no-create-attention-mask-in-dataloader", "--no-save-optim", "--no-save-rng"]
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         words.append("--no-gradient-accumulation-fusion")
     if device == "gpu" and importlib.util.find_spec("transformer_engine") is None:

@@ -76,11 +76,17 @@ def test_agreement_is_exact_between_a_cpu_and_itself(tmp_path: Path) -> None:
     assert [f.value for f in figures] == [0.0, 0.0, 0] and not met(figures)
 
 
-def test_what_fails_is_named_and_the_rest_is_measured(tmp_path: Path) -> None:
-    case = Case("odd", {**model_named("llama-tiny"), "family": "granite"}, 64, 3, 0.5)
-    bench = rehearsal(tmp_path, cases=[case])
-    assert gpu.measure_all(bench, ["odd"]) == []
-    assert "odd" in bench.failures
+def test_a_checkpoint_is_timed_beside_training_and_in_its_stead(tmp_path: Path) -> None:
+    figures = {f.what: f.value for f in gpu.measure_stall(rehearsal(tmp_path))}
+    assert figures["bytes"] > 4 * 4 * 0.4e6, "weights, and master weights and two moments of each"
+    assert all(float(figures[what]) > 0 for what in ("start", "finish", "synchronous"))
+
+
+def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    unknown = {"name": "odd", "family": "llama", "config": {"model_type": "odd"}}
+    bench = rehearsal(tmp_path, cases=[Case(name, unknown, 64, 4, 0.5) for name in ("odd", "too")])
+    assert gpu.measure_all(bench, ["odd", "too"]) == []
+    assert "model type odd" in bench.failures["odd"] and bench.failures.keys() == {"odd", "too"}
 
 
 def test_keys_that_differ_are_a_miss() -> None:
