@@ -2,7 +2,10 @@
 
 The kernels of Mamba-2 are Triton alone, but mamba-ssm's `__init__` wants the extension of Mamba-1 too (up to 2.3.2) and
 other libraries. `install` lets megatron-core import the modules below it all the same. Without causal-conv1d, whose
-kernel is compiled, megatron-core convolves by torch and scans by Triton (`has_fused_kernel`). Never run: no GPU.
+kernel is compiled, megatron-core convolves by torch and scans by Triton (`has_fused_kernel`).
+
+Never run on a GPU. In Triton's interpreter on a CPU (3.9.0), the scan of mamba-ssm 2.3.2.post1, imported this way, gave
+the outputs and gradients of `mamba_reference` within 2e-6 of the largest, fp32.
 """
 
 from __future__ import annotations
