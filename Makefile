@@ -39,7 +39,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Five minutes, seven on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
+# Five minutes, eight on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
