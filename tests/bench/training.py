@@ -186,7 +186,7 @@ def _bare(trainer: Any, batches: list[list[Any]]) -> tuple[list[float], float]:
     positions = trainer.positions.expand(config.micro_batch_size, -1)
 
     def forward(iterator: Any, model: Any) -> Any:
-        tokens, labels = next(iterator)
+        tokens, labels, *_ = next(iterator)
         return model(tokens, positions, None, labels=labels), _mean
 
     step = get_forward_backward_func()
