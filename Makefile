@@ -48,10 +48,12 @@ bench-gpu:
 	$(PYTHON) tests/bench/gpu_setup.py .venv-gpu
 	.venv-gpu/bin/python -W ignore -m tests.bench.gpu $(if $(MEGATRON_LM),--megatron-lm $(MEGATRON_LM)) $(BENCH)
 
-# Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
+# Accepts changed scripts, references and losses: writes tests/golden/ and docs anew; look at the difference before you
+# commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
 	$(BIN)/python tests/test_docs.py
+	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 
 clean:
 	rm -rf .venv .venv-gpu build dist .mypy_cache .ruff_cache .pytest_cache

@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.fit.gpus import GPUS
+from launcher.fit.gpus import type_of_device
 
 LIBRARIES = (
     "torch", "triton", "megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d", "flash-attn", "apex",
@@ -25,9 +25,8 @@ def require_gpu() -> tuple[str | None, float]:
 
     if not torch.cuda.is_available():
         raise UserError(f"bench-gpu {NO_GPU}")
-    name, memory = torch.cuda.get_device_name().lower(), torch.cuda.get_device_properties(0).total_memory
-    known = [k for k in GPUS if k.partition("-")[0] in name]
-    return min(known, key=lambda k: abs(GPUS[k].memory_gib - memory / 2**30), default=None), memory
+    device = torch.cuda.get_device_properties(0)
+    return type_of_device(device.name), device.total_memory
 
 
 def describe() -> dict[str, Any]:
