@@ -144,8 +144,10 @@ def _storages(model: nn.Module, optimizer: Any) -> set[int]:
 
 
 def _own(buckets: list[Any], alive: set[int]) -> list[Any]:
-    """The tensors to write, copied where they are living ones: of those on a GPU megatron-core has staged copies, and
-    of the optimizer's it has gathered some; of weights on a CPU it has none.
+    """The tensors to write, copied where they are living ones.
+
+    megatron-core 0.16.1 has copies already of what was on a GPU, of views, as weights are of their buffer, and of the
+    optimizer's tensors, which it gathers; another version may not.
     """
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
