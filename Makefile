@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-container soak check bench golden clean
+.PHONY: demo test test-container soak check bench bench-gpu golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -39,9 +39,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Five minutes, seven on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
+# Five minutes, eight on busy cores; docs/bench.md says what is measured. One section: make bench BENCH="diff --json F".
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
+
+# On a machine with an NVIDIA GPU: builds .venv-gpu and measures; docs/bench.md. MEGATRON_LM=PATH compares with a checkout.
+bench-gpu:
+	$(PYTHON) tests/bench/gpu_setup.py .venv-gpu
+	.venv-gpu/bin/python -W ignore -m tests.bench.gpu $(if $(MEGATRON_LM),--megatron-lm $(MEGATRON_LM)) $(BENCH)
 
 # Accepts changed scripts, references and losses: writes tests/golden/ and docs anew; look at the difference before you
 # commit.
@@ -51,4 +56,4 @@ golden: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-gpu build dist .mypy_cache .ruff_cache .pytest_cache

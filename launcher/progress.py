@@ -64,6 +64,7 @@ class StageJob:
     _asked: list[float] = field(default_factory=list)
     _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
+    _beaten: list[float] = field(default_factory=list)
 
     # ---- paths
 
@@ -95,14 +96,17 @@ class StageJob:
         """True once the worker has been asked to save and stop."""
         return bool(self._asked)
 
-    def beat(self, step: int, total: int, **figures: float | int | str) -> None:
+    def beat(self, step: int, total: int, *, pause_s: float = 0.0, **figures: float | int | str) -> None:
         """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
 
         Does not return where the artifact is another attempt's by now. The first beat stays in all that follow: from it
-        come the pace, and what an attempt went on from.
+        come the pace, and what an attempt went on from. Nothing is written within `pause_s` of the beat before.
         """
         self._end_if_given_up()
         now = time.time()
+        if self._beaten and 0 <= now - self._beaten[0] < pause_s:
+            return
+        self._beaten[:] = [now]
         if not self._first:
             self._first.append({"step": step, "time": now})
         beat = {"time": now, "pid": os.getpid(), "step": step, "total": total, "figures": figures}

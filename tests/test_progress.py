@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import store
+from launcher import progress, store
 from launcher.errors import UserError, WorldError
-from launcher.progress import Diverged, Stopped, how_it_ended
+from launcher.progress import Diverged, StageJob, Stopped, how_it_ended
 from launcher.spec import stage_text
 from tests.supervisor.counting import CHECKOUT, counting_stage
 
@@ -65,3 +65,20 @@ def test_what_is_no_exception_leaves_an_exit_file_too(tmp_path: Path) -> None:
     said = store.read_json(tmp_path / "exit.main.0.json")
     assert done.returncode == 1 and (said["class"], said["message"]) == ("crashed", "CheckpointException: ranks: 0")
     assert "CheckpointException" in json.dumps(said["traceback"])
+
+
+def test_a_heartbeat_within_the_pause_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = StageJob(counting_stage(), tmp_path, tmp_path, "count")
+    clock = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: clock[0])
+
+    def beat(step: int, after: float, pause_s: float) -> int:
+        clock[0] += after
+        job.beat(step, 9, pause_s=pause_s)
+        return int(json.loads((tmp_path / "heartbeat.count.0.json").read_text())["step"])
+
+    assert beat(1, 0.0, 1.0) == 1, "the first is"
+    assert beat(2, 0.9, 1.0) == 1
+    assert beat(3, 0.2, 1.0) == 3
+    assert beat(4, 0.0, 0.0) == 4, "nor does one wait that must be seen"
+    assert beat(5, -60.0, 1.0) == 5, "nor for a clock that was set back"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import checkpoints, login, measure, supervision, tokenising, training
+from tests.bench import checkpoints, loading, login, measure, stall, supervision, tokenising, training
 from tests.bench.measure import Row
 
 SECTIONS: dict[str, Callable[[Path], list[Row]]] = {
@@ -32,6 +32,8 @@ SECTIONS: dict[str, Callable[[Path], list[Row]]] = {
     "supervisor": supervision.measure,
     "tokenise": tokenising.measure,
     "train": training.measure,
+    "load": loading.measure,
+    "stall": stall.measure,
     "convert": checkpoints.measure_conversion,
     "diff": checkpoints.measure_diff,
 }

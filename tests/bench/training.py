@@ -14,13 +14,23 @@ import dataclasses
 import io
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests.bench.measure import CHECKOUT, Row
 
-STEPS, ROUNDS = 10, 9
+STEPS, ROUNDS = 40, 5
+SMALL_STEPS, SMALL_ROUNDS = 5, 3
+#: 10 million parameters, with the other sizes of the demo's model.
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+}
 
 
 def measure(scratch: Path) -> list[Row]:
@@ -28,39 +38,40 @@ def measure(scratch: Path) -> list[Row]:
     import launcher.workers.megatron  # noqa: F401  must come before megatron.core
 
     # isort: split
-    from launcher.models.families import shape_of
-    from launcher.progress import StageJob
-    from launcher.spec import Input, StageSpec, decode
-    from launcher.workers.megatron.data import Blend, read_sources
     from launcher.workers.megatron.parallel import process_groups
 
-    config = _config()
     _write_tokens(scratch / "tokens" / "text", tokens=200_000)
-    spec = decode(StageSpec, json.loads((CHECKOUT / "tests" / "data" / "stage.json").read_text()))
-    spec = dataclasses.replace(spec, inputs={"prepare.tokens": Input("tokens", "tokens", "0" * 20)})
     (scratch / "attempt").mkdir()
-    job = StageJob(spec, scratch, scratch / "attempt", "train")
-    shape = shape_of(config.model.config)
     with process_groups():
-        sources = read_sources({"prepare": scratch / "tokens"}, config.seq_length, config.data)
-        samples = config.train_iters * config.global_batch_size
-        blend = Blend(sources, samples, config.seq_length, 0, shape.vocab_size, scratch / "index")
-        ours, bare = (_trainer(config, shape, blend) for _ in range(2))
-        batches = [
-            list(blend.micro_batches(i * config.global_batch_size, (i + 1) * config.global_batch_size, 8, 0, 1))
-            for i in range(STEPS)
-        ]
-        rounds = []
-        for _ in range(ROUNDS + 1):
-            whole, core, samples = _ours(job, ours)
-            theirs, plain = _bare(bare, batches)
-            _compare(job, theirs)
-            rounds.append((whole, core, samples, plain))
-    return _rows(rounds[1:], config)  # the first round warms up
+        return [*_measure_tiny(scratch), *_measure_small(scratch)]
 
 
-def _rows(rounds: list[tuple[float, float, float, float]], config: Any) -> list[Row]:
+def _measure_tiny(scratch: Path) -> list[Row]:
+    config = _config(STEPS)
+    job, ours = _job(scratch, "tiny"), _trainer(config, scratch)
+    bare = _trainer(config, scratch)
+    batches = [_batches(ours.blend, i, config) for i in range(STEPS)]
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        whole, core, samples = _ours(job, ours)
+        theirs, plain = _bare(bare, batches)
+        _compare(job, theirs)
+        rounds.append((whole, core, samples, plain))
     what = f"llama-tiny, {config.global_batch_size} x {config.seq_length} tokens a step, one thread, same losses"
+    return _rows(rounds[1:], what)  # the first round warms up
+
+
+def _measure_small(scratch: Path) -> list[Row]:
+    """A model whose step is not all overhead: 10 million parameters, 4 x 256 tokens in four micro-batches."""
+    config = _config(SMALL_STEPS, SMALL, seq_length=256, global_batch_size=4, micro_batch_size=1)
+    job, trainer = _job(scratch, "small"), _trainer(config, scratch)
+    rounds = [_ours(job, trainer) for _ in range(SMALL_ROUNDS + 1)][1:]
+    over = tuple((whole / core - 1) * 100 for whole, core, _ in rounds)
+    how = f"10 M parameters, 4 x 256 tokens, {sum(r[1] for r in rounds) / len(rounds) / SMALL_STEPS:.2f} s a step"
+    return [Row("our loop, a larger model: own work / megatron-core's", over, "%", how, 2.0)]
+
+
+def _rows(rounds: list[tuple[float, float, float, float]], what: str) -> list[Row]:
     beside = tuple((whole / core - 1) * 100 for whole, core, *_ in rounds)
     cost = tuple((whole - core) / STEPS * 1000 for whole, core, *_ in rounds)
     reading = tuple(samples / STEPS * 1000 for _, _, samples, _ in rounds)
@@ -116,13 +127,29 @@ class _Clock:
         return timed
 
 
-def _config() -> Any:
+def _config(steps: int, model: Mapping[str, Any] | None = None, **changes: Any) -> Any:
     from launcher.configs import TrainConfig
     from launcher.spec import decode
 
     data = json.loads((CHECKOUT / "tests" / "data" / "stage.json").read_text())["config"]
-    data |= {"checkpoint": None, "data": {"prepare/text": 1.0}, "train_iters": STEPS, "save_interval": 10**6}
-    return decode(TrainConfig, data)
+    data["model"]["config"] |= model or {}
+    data |= {"checkpoint": None, "data": {"prepare/text": 1.0}, "train_iters": steps, "save_interval": 10**6}
+    return decode(TrainConfig, data | changes)
+
+
+def _job(scratch: Path, name: str) -> Any:
+    from launcher.progress import StageJob
+    from launcher.spec import Input, StageSpec, decode
+
+    spec = decode(StageSpec, json.loads((CHECKOUT / "tests" / "data" / "stage.json").read_text()))
+    inputs = {"prepare.tokens": Input("tokens", "tokens", "0" * 20)}
+    spec = dataclasses.replace(spec, inputs=inputs, fingerprint=name.ljust(20, "0"))
+    return StageJob(spec, scratch, scratch / "attempt", "train")
+
+
+def _batches(blend: Any, step: int, config: Any) -> list[Any]:
+    first = step * config.global_batch_size
+    return list(blend.micro_batches(first, first + config.global_batch_size, config.micro_batch_size, 0, 1))
 
 
 def _write_tokens(prefix: Path, tokens: int) -> None:
@@ -136,10 +163,16 @@ def _write_tokens(prefix: Path, tokens: int) -> None:
     write_indexed(prefix, documents, numpy.dtype(numpy.uint16))
 
 
-def _trainer(config: Any, shape: Any, blend: Any) -> Any:
+def _trainer(config: Any, scratch: Path) -> Any:
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron.data import Blend, read_sources
     from launcher.workers.megatron.loop import build_trainer
     from launcher.workers.megatron.model import build_model, initialize
 
+    shape = shape_of(config.model.config)
+    sources = read_sources({"prepare": scratch / "tokens"}, config.seq_length, config.data)
+    samples = config.train_iters * config.global_batch_size
+    blend = Blend(sources, samples, config.seq_length, 0, shape.vocab_size, scratch / "index")
     module = build_model(shape, config.parallelism, config.precision)
     initialize(module, shape, config.model.init_method_std, 0)
     return build_trainer(config, module, blend)
@@ -153,7 +186,7 @@ def _bare(trainer: Any, batches: list[list[Any]]) -> tuple[list[float], float]:
     positions = trainer.positions.expand(config.micro_batch_size, -1)
 
     def forward(iterator: Any, model: Any) -> Any:
-        tokens, labels = next(iterator)
+        tokens, labels, *_ = next(iterator)
         return model(tokens, positions, None, labels=labels), _mean
 
     step = get_forward_backward_func()

@@ -78,7 +78,7 @@ class Saver:
         path = self.folder / f"iter_{iteration:07d}.partial"
         _make_fresh(path)
         request = dist_checkpointing.save(sharded, str(path), async_sharded_save=True, content_metadata=dict(SHARDING))
-        self.pending = _Pending(iteration, path, request)
+        self.pending = _Pending(iteration, path, request, _storages(self.model, self.optimizer))
         self.pending.start()
 
     @property
@@ -106,12 +106,12 @@ class Saver:
 class _Pending:
     """A checkpoint under way: megatron-core's request, and the thread that carries it out on a copy of the tensors."""
 
-    def __init__(self, iteration: int, path: Path, request: Any) -> None:
+    def __init__(self, iteration: int, path: Path, request: Any, alive: set[int]) -> None:
         self.iteration, self.path, self.request = iteration, path, request
         self.error: BaseException | None = None
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
-            arguments[1] = _own(request.preload_fn())
+            arguments[1] = _own(request.preload_fn(), alive)
         self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
 
     def start(self) -> None:
@@ -135,11 +135,27 @@ class _Pending:
             finalize()
 
 
-def _own(buckets: list[Any]) -> list[Any]:
-    """The tensors to write as copies: on a CPU what megatron-core has staged is the living weights themselves."""
+def _storages(model: nn.Module, optimizer: Any) -> set[int]:
+    """Where the weights and the optimizer's tensors lie in memory: what training goes on to change."""
+    alive: list[Any] = [*model.parameters(), *model.buffers()]
+    for part in optimizer.chained_optimizers:
+        alive += [p for group in part.optimizer.param_groups for p in group["params"]]
+        alive += [value for state in part.optimizer.state.values() for value in state.values()]
+    return {t.untyped_storage().data_ptr() for t in alive if isinstance(t, torch.Tensor)}
+
+
+def _own(buckets: list[Any], alive: set[int]) -> list[Any]:
+    """The tensors to write, copied where they are living ones.
+
+    megatron-core 0.16.1 has copies already of what was on a GPU, of views, as weights are of their buffer, and of the
+    optimizer's tensors, which it gathers; another version may not.
+    """
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in alive else tensor
+
     return [
-        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
-        for name, key, (data, tensors) in buckets
+        (name, key, (data, [(item, own(tensor)) for item, tensor in tensors])) for name, key, (data, tensors) in buckets
     ]
 
 

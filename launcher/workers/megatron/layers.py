@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import shutil
 from typing import Any, Literal
 
 import torch
@@ -25,8 +27,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from launcher.errors import UserError
 from launcher.models.shape import ModelShape
-from launcher.workers.megatron import cpu_mode
+from launcher.workers.megatron import cpu_mode, mamba_triton
 from launcher.workers.megatron.attention import TorchAttention
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -39,6 +42,23 @@ def kernels() -> Literal["transformer-engine", "torch", "reference"]:
     if cpu_mode.active():
         return "reference"
     return "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch"
+
+
+def fusions(shape: ModelShape) -> dict[str, bool]:
+    """What megatron-core fuses on a GPU, as Megatron-LM's own scripts have it by default; fields of TransformerConfig.
+
+    `torch.compile` wants a C compiler where the model runs; the gradient's accumulation wants Apex's extension.
+    """
+    if cpu_mode.active():
+        return {"gradient_accumulation_fusion": False}
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return {
+        "bias_activation_fusion": compiler and shape.gated_linear_unit and shape.activation == "silu",
+        "bias_dropout_fusion": compiler,
+        "apply_rope_fusion": kernels() == "transformer-engine",
+        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "use_mamba_mem_eff_path": mamba_triton.has_fused_kernel(),
+    }
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -76,6 +96,12 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
 def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
     sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
+    if not mamba_triton.has_scan():
+        raise UserError(
+            "Mamba-2 layers need mamba-ssm, which cannot be imported here: pip install --no-build-isolation mamba-ssm "
+            "causal-conv1d, or without a CUDA compiler, for its Triton kernels alone: MAMBA_FORCE_BUILD=TRUE "
+            "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm"
+        )
     if kernels() == "transformer-engine":
         from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 

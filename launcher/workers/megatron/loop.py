@@ -31,6 +31,8 @@ from launcher.workers.megatron.parallel import sum_over_ranks
 
 #: Steps whose median a spike is measured by, once there are a fifth of them.
 _SPIKE_STEPS = 100
+#: Seconds between heartbeats of steps that are shorter: replacing a file takes a millisecond, more on a shared disk.
+_BEAT_S = 1.0
 
 
 @dataclass
@@ -211,7 +213,7 @@ def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
             micro_batch_size=size,
             forward_only=True,
         )
-    mine = [float(x) for x in found]
+    mine = _numbers(found)
     total, count = sum_over_ranks([sum(mine), len(mine)])
     return total / count
 
@@ -257,7 +259,7 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bo
         _, grad_norm, _ = trainer.optimizer.step()
     trainer.scheduler.step(config.global_batch_size)
     # Losses are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
-    mine = [float(x) for x in losses]
+    mine = _numbers(losses)
     total, count, stops, parts = sum_over_ranks([sum(mine), len(mine), float(stop), float(written)])
     return Step(total / count, lr, float(grad_norm), stops > 0, parts == dist.get_world_size())
 
@@ -270,6 +272,11 @@ def _forward(positions: Tensor, clock: Clock, batches: Any, model: torch.nn.Modu
         tokens, labels = tokens[:, positions], labels[:, positions]
     losses = model(tokens, positions.expand(len(tokens), -1), None, labels=labels)
     return losses, _mean
+
+
+def _numbers(losses: list[Tensor]) -> list[float]:
+    """The losses of micro-batches, in one go: the host waits for a GPU at each number that it asks for."""
+    return torch.stack(losses).tolist() if losses else []
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,7 +298,8 @@ def report(
     """Heartbeat of every rank, metrics of rank 0."""
     per_step = config.global_batch_size * config.seq_length
     speed = per_step / seconds
-    job.beat(iteration, config.train_iters, loss=step.loss, tokens_per_s=speed)
+    pause = 0.0 if step.stop or iteration == config.train_iters else _BEAT_S
+    job.beat(iteration, config.train_iters, pause_s=pause, loss=step.loss, tokens_per_s=speed)
     measured = any(name.startswith("validation/") for name in further)
     if measured or iteration % config.log_interval == 0 or iteration == config.train_iters:
         figures = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "seconds": seconds, **further}

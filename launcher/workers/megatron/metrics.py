@@ -83,12 +83,10 @@ class Metrics:
             row["mfu"] = rate / self.peak
         row |= {"memory_gib": memory_gib(), **figures}
         self.job.metric(**row)
-        self._scalars(iteration, {f"train/{name}": row[name] for name in _SCALARS if name in row})
-        self._scalars(iteration, {name: value for name, value in row.items() if name.startswith("validation/")})
-
-    def _scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        scalars = {f"train/{name}": row[name] for name in _SCALARS if name in row}
+        scalars |= {name: value for name, value in row.items() if name.startswith("validation/")}
         for board in self.boards:
-            board(iteration, values)
+            board(iteration, scalars)
 
     def close(self) -> None:
         """Let the boards write what they hold."""
@@ -119,9 +117,11 @@ class TensorBoard:
         self.writer = SummaryWriter(str(job.workdir / "tensorboard"), purge_step=done + 1)
 
     def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
-        """The values of a step."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+        """The values of a step, as one record: `add_scalar` makes a record of each, with a checksum in Python."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.writer.file_writer.add_summary(Summary(value=scalars), iteration)
 
     def close(self) -> None:
         """Write out."""

@@ -27,7 +27,8 @@ def process_groups(
         # Two threads on two busy cores wait for each other; and sums differ with their number.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # A task that Slurm binds to one GPU sees that alone, as number 0.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     store = dist.HashStore() if world_size == 1 else None
     dist.init_process_group("gloo" if cpu_mode.active() else "nccl", store=store, rank=rank, world_size=world_size)
     try:

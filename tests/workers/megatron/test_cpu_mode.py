@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ def test_it_is_on_here_and_says_what_it_means() -> None:
     assert cpu_mode.install() is cpu_mode.active()  # a second time changes nothing
     for word in ("cpu_mode", "CUDA", "reference kernels"):
         assert word in cpu_mode.NOTICE
+
+
+def test_what_cuda_reads_at_its_start_is_set_before() -> None:
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    assert any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here, and cpu_mode is off")
