@@ -313,6 +313,23 @@ def _slow_writer(seconds: float) -> None:
     checkpoint.Saver.is_written = alive  # type: ignore[assignment]
 
 
+def exchange(bucket_size: int | None = None, overlap: bool = True) -> Fault:
+    """Data-parallel ranks exchange buckets of so many parameters, or all of them when all is computed."""
+    return partial(_exchange, bucket_size, overlap)
+
+
+def _exchange(bucket_size: int | None, overlap: bool) -> None:
+    from launcher.workers.megatron import optimizer
+
+    made = optimizer.DistributedDataParallelConfig
+    changes: dict[str, Any] = {} if overlap else {"overlap_grad_reduce": False, "overlap_param_gather": False}
+
+    def config(**given: Any) -> Any:
+        return made(**{**given, **changes}, bucket_size=bucket_size)
+
+    optimizer.DistributedDataParallelConfig = config  # type: ignore[assignment,misc]
+
+
 def poison_at(step: int) -> Fault:
     """A weight is NaN when step `step` begins."""
     return partial(_poison_at, step)
