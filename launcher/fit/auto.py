@@ -37,6 +37,8 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
     """The best layout that fits; data parallelism alone where there are no GPUs, and so nothing to fit into."""
     if not resources.gpus_per_node:
         return Parallelism()
+    if config.fp8_format is not None:
+        raise UserError("auto does not count FP8's memory and speed; write the sizes, or leave fp8_format out")
     if gpu is None:
         raise UserError("auto needs the type of the GPUs: set `gpu` in the cluster's profile, or write the sizes")
     ranks = resources.nodes * resources.ntasks_per_node

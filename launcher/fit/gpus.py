@@ -13,20 +13,25 @@ class Gpu:
     """A GPU type: memory that programs get, in GiB; dense bf16 peak in TFLOP/s; what share of it training reaches.
 
     `mfu` counts half of attention's square and no recomputation; a band of 20 % around what follows from it is honest.
+    `fp8_recipes` are the ways to scale FP8 that Transformer Engine has for it, by the names of `fp8_recipe`.
     """
 
     memory_gib: float
     tflops: float
     mfu: float
+    fp8_recipes: tuple[str, ...] = ()
 
+
+#: MXFP8 came with Blackwell.
+_HOPPER_FP8 = ("delayed", "tensorwise", "blockwise")
 
 #: Memory as drivers report it, peak rates from NVIDIA's data sheets, shares from public runs of 7B and 8B dense models
 #: in bf16 (docs/fit.md).
 GPUS = {
     "a100-40gb": Gpu(39.4, 312.0, 0.50),
     "a100-80gb": Gpu(79.2, 312.0, 0.50),
-    "h100-80gb": Gpu(79.2, 989.4, 0.42),
-    "h200-141gb": Gpu(139.8, 989.4, 0.42),
+    "h100-80gb": Gpu(79.2, 989.4, 0.42, _HOPPER_FP8),
+    "h200-141gb": Gpu(139.8, 989.4, 0.42, _HOPPER_FP8),
 }
 
 

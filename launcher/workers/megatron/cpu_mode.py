@@ -18,6 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -70,7 +71,14 @@ def install() -> bool:
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     _mode = CudaMeansCpu()
     _mode.__enter__()  # for the life of the process
+    rng.CheckpointFunction.backward = staticmethod(partial(_in_mode, rng.CheckpointFunction.backward))
     return True
+
+
+def _in_mode(backward: Callable[..., Any], *args: Any) -> Any:
+    """Run what backward computes again as forward ran it: autograd leaves function modes behind."""
+    with _mode or contextlib.nullcontext():
+        return backward(*args)
 
 
 class CudaMeansCpu(TorchFunctionMode):
