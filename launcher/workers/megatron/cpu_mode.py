@@ -42,6 +42,7 @@ _mode: CudaMeansCpu | None = None
 _KNOWN_WARNINGS = (
     "(Transformer Engine and )?Apex (is|are) not installed",
     "full scope is deprecated",
+    "[A-Za-z]+ is experimental and still under active development",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     "`torch.distributed.[a-z_]+` is deprecated",
 )

@@ -1,7 +1,7 @@
 """From a model's shape to megatron-core's module, and its random initial weights.
 
-One function for every family: llama, mistral, granite (GPTModel) and nemotron_h (the hybrid one). Process groups must be
-there (`parallel.process_groups`).
+One function for every family: llama, mistral, granite (GPTModel) and the hybrid ones. Process groups must be there
+(`parallel.process_groups`).
 """
 
 from __future__ import annotations

@@ -270,9 +270,9 @@ def _signal_in_save(number: int) -> None:
     os.setpgid(0, 0)
     write = FileSystemWriterAsync.write_preloaded_data
 
-    def signalled(*args: Any, **kwargs: Any) -> None:
+    def signalled(*args: Any, **kwargs: Any) -> Any:
         os.killpg(0, number)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
 
@@ -304,9 +304,9 @@ def _slow_writer(seconds: float) -> None:
 
     write = FileSystemWriterAsync.write_preloaded_data
 
-    def slowly(*args: Any, **kwargs: Any) -> None:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
     alive = property(lambda saver: saver.pending is not None and not saver.pending.thread.is_alive())
