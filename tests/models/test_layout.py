@@ -95,3 +95,10 @@ def test_every_problem_is_told_at_once() -> None:
 def test_a_cpu_has_no_fp8() -> None:
     assert problems("llama-tiny", 1, **FP8) == []
     assert problems("llama-tiny", 1, cpu=True, **FP8) == ["fp8_format: needs GPUs with FP8; on a CPU leave it out"]
+
+
+@pytest.mark.parametrize(("stages", "empty"), [(1, []), (2, []), (4, []), (13, [0, 2, 3, 5, 6, 8, 9, 11, 12])])
+def test_every_pipeline_stage_has_something_to_train(stages: int, empty: list[int]) -> None:
+    found = problems("nemotron-h-8b", stages, pp=stages, trainable="attention")
+    assert [p.partition(" has")[0] for p in found] == [f"trainable: pipeline stage {i} of {stages}" for i in empty]
+    assert problems("nemotron-h-8b", stages, pp=stages) == []

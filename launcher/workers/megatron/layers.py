@@ -128,9 +128,10 @@ def recompute_layers(stack: MambaStack) -> None:
 
 
 def _recomputed(layer: torch.nn.Module, forward: Any, hidden_states: torch.Tensor, **further: Any) -> Any:
-    if not (layer.training and torch.is_grad_enabled()):
+    trained = hidden_states.requires_grad or any(p.requires_grad for p in layer.parameters())
+    if not (trained and layer.training and torch.is_grad_enabled()):
         return forward(hidden_states=hidden_states, **further)
-    if not hidden_states.requires_grad:  # those of an embedding that is not trained: autograd would skip the layer
+    if not hidden_states.requires_grad:  # what is below is not trained: autograd would skip the layer
         hidden_states = hidden_states.detach().requires_grad_()
     return checkpoint(lambda hidden: forward(hidden_states=hidden, **further), False, hidden_states)
 
