@@ -104,7 +104,6 @@ def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str
     if _has_mamba(shape):
         inner = shape.mamba_num_heads * shape.mamba_head_dim
         sides["Mamba channels of a rank"] = inner // tp
-        # megatron-core asks this of the whole projection, the product of a rank's share.
         projected = 2 * inner + 2 * shape.mamba_num_groups * shape.mamba_state_dim + shape.mamba_num_heads
         sides["columns of a rank's Mamba projection"] = projected // tp
     problems = [
