@@ -40,8 +40,6 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
     """
     if not resources.gpus_per_node:
         return Parallelism()
-    if config.fp8_format is not None:
-        raise UserError("auto does not count FP8's memory and speed; write the sizes, or leave fp8_format out")
     if gpu is None:
         raise UserError("auto needs the type of the GPUs: set `gpu` in the cluster's profile, or write the sizes")
     if config.fp8_format is not None:
