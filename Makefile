@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-container soak check bench bench-gpu golden clean
+.PHONY: demo test test-container test-mcore-next soak check bench bench-gpu golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -33,6 +33,24 @@ soak: $(STAMP)
 test-container: $(STAMP)
 	$(BIN)/python -m pytest -rs tests/containers tests/cluster/test_containers_on_slurm.py
 
+# What touches megatron-core, on the newest of it, in an environment of its own. It asks for Python 3.12 or newer:
+#   make test-mcore-next PYTHON_NEXT=/path/to/python3.12
+PYTHON_NEXT ?= python3.12
+NEXT := .venv-mcore-next
+NEXT_TESTS ?= tests/parity tests/convert tests/workers/megatron
+
+$(NEXT)/installed: pyproject.toml
+	$(PYTHON_NEXT) -m venv $(NEXT)
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -e '.[local,dev]' triton
+	@$(NEXT)/bin/python -c 'import sys; sys.version_info < (3, 12) and print("Older than megatron-core allows: forced")'
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python 'megatron-core>=0.19,<0.20'
+	@touch $@
+
+test-mcore-next: $(NEXT)/installed
+	$(NEXT)/bin/pip list --disable-pip-version-check | grep megatron
+	$(NEXT)/bin/python -m pytest $(NEXT_TESTS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +74,4 @@ golden: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 
 clean:
-	rm -rf .venv .venv-gpu build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-gpu $(NEXT) build dist .mypy_cache .ruff_cache .pytest_cache

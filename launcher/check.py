@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.cluster import Profile, check_resources
 from launcher.configs import Component, Resources, RLConfig, TrainConfig
 from launcher.errors import UserError
+from launcher.fit.gpus import GPUS
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
@@ -20,7 +21,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     found = []
     cpu = profile.scheduler == "local" and not Path("/dev/nvidiactl").exists()
     for stage in recipe.stages.values():
-        for key, message in _stage_problems(recipe, stage, cpu):
+        for key, message in _stage_problems(recipe, stage, cpu, profile.gpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
@@ -31,11 +32,12 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     return list(dict.fromkeys(found))
 
 
-def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool) -> Iterator[tuple[str, str]]:
+def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool, gpu: str | None) -> Iterator[tuple[str, str]]:
     config = stage.config
     components: tuple[str, ...] = ()
     if isinstance(config, TrainConfig):
         yield from _train_problems(stage, config, cpu)
+        yield from _fp8_problems(config, gpu)
     if isinstance(config, RLConfig) and config.backend in backends():
         module = backends()[config.backend]
         components = module.COMPONENTS
@@ -89,3 +91,14 @@ def _train_problems(stage: Stage, config: TrainConfig, cpu: bool) -> Iterator[tu
     if config.seq_length > shape.max_position_embeddings:
         limit = shape.max_position_embeddings
         yield "seq_length", f"{config.seq_length} is beyond the {limit} positions of {config.model.name}"
+
+
+def _fp8_problems(config: TrainConfig, gpu: str | None) -> Iterator[tuple[str, str]]:
+    """What the cluster's GPUs cannot do; one of a type that `fit` does not know is asked when the stage starts."""
+    if config.fp8_format is None or gpu not in GPUS:
+        return
+    there = GPUS[gpu].fp8_recipes
+    if not there:
+        yield "fp8_format", f"{gpu} has no FP8; leave it out"
+    elif config.fp8_recipe not in there:
+        yield "fp8_recipe", f"{gpu} has no {config.fp8_recipe}; there is {', '.join(there)}"

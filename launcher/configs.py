@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from launcher.spec import Format, SpecError
 
@@ -226,9 +226,26 @@ class PrepareConfig:
 # ------------------------------------------------------------------------------------------------------------ train
 
 
+#: Variables that libraries read when they start, as Megatron-LM's --deterministic-mode wants them.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+#: Megatron's keys for what the trainer does not do.
+_INTERLEAVED = "interleaved pipelines are not there yet; leave it out: each rank has one stage"
+_EXPERTS = "models with experts are not there yet, so nothing is split over experts; leave it out"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
     """Megatron's parallel layout. Never part of a fingerprint."""
+
+    NOT_THERE: ClassVar[Mapping[str, str]] = {
+        "virtual_pipeline_model_parallel_size": _INTERLEAVED,
+        "num_layers_per_virtual_pipeline_stage": _INTERLEAVED,
+        "num_virtual_stages_per_pipeline_rank": _INTERLEAVED,
+        "expert_model_parallel_size": _EXPERTS,
+        "expert_tensor_parallel_size": _EXPERTS,
+        "tp_comm_overlap": "overlap inside tensor-parallel layers is not there yet; leave it out",
+    }
 
     tensor_model_parallel_size: int = option(1, "Tensor parallel size.", identity=False)
     pipeline_model_parallel_size: int = option(1, "Pipeline parallel size.", identity=False)
@@ -246,6 +263,8 @@ class Parallelism:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Next-token training with megatron-core: port `checkpoint` (format megatron). Defaults: PRISM, Table 16."""
+
+    NOT_THERE: ClassVar[Mapping[str, str]] = {**Parallelism.NOT_THERE, "num_experts": _EXPERTS}
 
     model: ModelConfig = option(..., "The model; default: the recipe's.")
     checkpoint: str | None = option(None, "Weights to start from; None: random initial weights.")
@@ -315,10 +334,9 @@ class TrainConfig:
             (not self.data, "data", "names no source"),
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
             *_adam_checks(self),
-            (self.fp8_format is not None, "fp8_format", "is not built in this version"),
+            (self.fp8_format is not None and self.precision != "bf16", "fp8_format", "needs precision bf16"),
             (self.document_masking, "document_masking", "is not built in this version"),
             (self.packing != "concatenate", "packing", "best-fit is not built in this version"),
-            (self.deterministic_mode, "deterministic_mode", "is not built in this version"),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             *(

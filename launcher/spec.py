@@ -299,7 +299,8 @@ def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, 
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
     hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
-    problems += [(_join(path, str(key)), f"unknown key{hint}") for key, hint in hints_given.items()]
+    not_there: Mapping[str, str] = getattr(cls, "NOT_THERE", {})  # known elsewhere, and why not here
+    problems += [(_join(path, str(key)), not_there.get(key, f"unknown key{hint}")) for key, hint in hints_given.items()]
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         # A misspelt key is one problem and not two.

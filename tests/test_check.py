@@ -116,3 +116,18 @@ def test_wrong_sizes_of_a_component_are_all_named_at_once() -> None:
     with pytest.raises(UserError) as error:
         problems("llama-3.1-8b", "rl.resources.components.reward-server={nodes: -1, cpus_per_task: 0}")
     assert len(error.value.problems) == 2 and all("reward-server" in p for p in error.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "recipe", "wanted"),
+    [
+        ("h100-80gb", "tensorwise", None),
+        ("h100-80gb", "mxfp8", "stages.midtrain.fp8_recipe: h100-80gb has no mxfp8; there is delayed, tensorwise"),
+        ("a100-80gb", "delayed", "stages.midtrain.fp8_format: a100-80gb has no FP8; leave it out"),
+        (None, "mxfp8", None),
+    ],
+)
+def test_fp8_that_the_clusters_gpus_do_not_have(gpu: str | None, recipe: str, wanted: str | None) -> None:
+    sets = ["midtrain.fp8_format=hybrid", f"midtrain.fp8_recipe={recipe}"]
+    found = problems("llama-3.1-8b", *sets, profile=replace(SITE, gpu=gpu))
+    assert len(found) == (wanted is not None) and all(wanted in line for line in found if wanted)

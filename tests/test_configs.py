@@ -15,6 +15,7 @@ CHANGES = [
     "midtrain.clip_grad=-1",
     "midtrain.adam_beta1=2",
     "midtrain.adam_eps=0",
+    "midtrain.fp8_format=hybrid",  # the demo trains in fp32
     "rl-from-base.num_iterations=0",
     "rl-from-base.warmup_steps=-1",
     "rl-from-base.adam_beta2=1",
@@ -39,6 +40,22 @@ def test_the_key_and_its_place_are_named(change: str, capsys: pytest.CaptureFixt
     key = change.partition("=")[0].rpartition(".")[2]
     first = capsys.readouterr().err.splitlines()[0]
     assert f"--set {change}: " in first and f"{key}: " in first
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("parallelism.virtual_pipeline_model_parallel_size=2", "interleaved pipelines are not there yet"),
+        ("num_layers_per_virtual_pipeline_stage=2", "interleaved pipelines are not there yet"),
+        ("parallelism.expert_model_parallel_size=2", "models with experts are not there yet"),
+        ("parallelism.tp_comm_overlap=true", "is not there yet; leave it out"),
+    ],
+)
+def test_keys_of_megatron_that_are_not_there_say_so(key: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "demo", "--set", f"midtrain.{key}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"stages.midtrain.{key.partition('=')[0]}: " in line
+    assert message in line and "unknown key" not in line
 
 
 def test_a_script_of_the_users_own_trains_what_it_will(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ class Gpu:
     """A GPU type: memory that programs get, in GiB; dense bf16 peak in TFLOP/s; what share of it training reaches.
 
     `mfu` counts half of attention's square and no recomputation; a band of 20 % around what follows from it is honest.
+    `fp8_recipes` are the ways to scale FP8 that Transformer Engine has for it, by the names of `fp8_recipe`.
     `devices` are the names that CUDA has for it.
     """
 
@@ -20,6 +21,11 @@ class Gpu:
     tflops: float
     mfu: float
     devices: tuple[str, ...]
+    fp8_recipes: tuple[str, ...] = ()
+
+
+#: MXFP8 came with Blackwell.
+_HOPPER_FP8 = ("delayed", "tensorwise", "blockwise")
 
 
 #: Memory as torch reports it. Peak rates from NVIDIA's data sheets: half of what stands there "with sparsity", and less
@@ -28,11 +34,11 @@ class Gpu:
 GPUS = {
     "a100-40gb": Gpu(39.4, 312.0, 0.50, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
     "a100-80gb": Gpu(79.2, 312.0, 0.50, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
-    "h100-80gb": Gpu(79.2, 989.4, 0.42, ("NVIDIA H100 80GB HBM3",)),
-    "h100-pcie-80gb": Gpu(79.1, 756.0, 0.42, ("NVIDIA H100 PCIe",)),
-    "h100-nvl-94gb": Gpu(93.0, 835.5, 0.42, ("NVIDIA H100 NVL",)),
-    "h200-141gb": Gpu(139.8, 989.4, 0.42, ("NVIDIA H200",)),
-    "h200-nvl-141gb": Gpu(139.8, 835.5, 0.42, ("NVIDIA H200 NVL",)),
+    "h100-80gb": Gpu(79.2, 989.4, 0.42, ("NVIDIA H100 80GB HBM3",), _HOPPER_FP8),
+    "h100-pcie-80gb": Gpu(79.1, 756.0, 0.42, ("NVIDIA H100 PCIe",), _HOPPER_FP8),
+    "h100-nvl-94gb": Gpu(93.0, 835.5, 0.42, ("NVIDIA H100 NVL",), _HOPPER_FP8),
+    "h200-141gb": Gpu(139.8, 989.4, 0.42, ("NVIDIA H200",), _HOPPER_FP8),
+    "h200-nvl-141gb": Gpu(139.8, 835.5, 0.42, ("NVIDIA H200 NVL",), _HOPPER_FP8),
 }
 
 

@@ -9,18 +9,16 @@ from launcher.models.shape import ModelShape
 def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu: bool = False) -> list[str]:
     """Everything that keeps `config` from training a model of `shape` on `world_size` processes.
 
-    Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what
-    megatron-core without a GPU cannot do: `cpu_mode` does not reach what runs inside a backward pass.
+    Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what cannot be
+    without a GPU.
     """
     layout = _chosen(config)
-    problems = [
+    return [
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
+        *(_fp8_problems(shape, config, cpu) if config.fp8_format else ()),
         *_trainable_problems(shape, config),
     ]
-    if cpu and layout.recompute != "none":
-        problems.append("parallelism.recompute: needs GPUs; on a CPU set none")
-    return problems
 
 
 def _chosen(config: TrainConfig) -> Parallelism:
@@ -37,7 +35,6 @@ def split_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> l
         *_tensor_problems(shape, layout, seq_length),
         *_pipeline_problems(shape, layout),
         *_context_problems(shape, layout, seq_length),
-        *_recompute_problems(shape, layout),
     ]
 
 
@@ -88,10 +85,35 @@ def _context_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -
     return problems
 
 
-def _recompute_problems(shape: ModelShape, layout: Parallelism) -> list[str]:
+def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str]:
+    """Both sides of every FP8 product are multiples of 16, of MXFP8's of 32: `get_fp8_align_size` of megatron-core."""
+    if cpu:
+        return ["fp8_format: needs GPUs with FP8; on a CPU leave it out"]
+    layout, unit = _chosen(config), 32 if config.fp8_recipe == "mxfp8" else 16
+    tp = layout.tensor_model_parallel_size
+    channels = shape.num_attention_heads * shape.kv_channels
+    sides = {
+        "hidden size": shape.hidden_size,
+        "attention channels of a rank": channels // tp,
+        "query, key and value channels of a rank": (channels + 2 * shape.num_query_groups * shape.kv_channels) // tp,
+        "MLP columns of a rank": shape.ffn_hidden_size // tp,
+        "tokens of a rank": config.micro_batch_size * config.seq_length // layout.context_parallel_size,
+    }
+    if layout.sequence_parallel:
+        sides["tokens of a rank"] //= tp
+    if _has_mamba(shape):
+        inner = shape.mamba_num_heads * shape.mamba_head_dim
+        sides["Mamba channels of a rank"] = inner // tp
+        projected = 2 * inner + 2 * shape.mamba_num_groups * shape.mamba_state_dim + shape.mamba_num_heads
+        sides["columns of a rank's Mamba projection"] = projected // tp
+    problems = [
+        f"fp8_format: {n} {what}, no multiple of {unit}, as {config.fp8_recipe} needs"
+        for what, n in sides.items()
+        if n % unit
+    ]
     if layout.recompute == "full" and shape.hybrid_override_pattern is not None:
-        return ["recompute: megatron-core computes no Mamba layer again, so full would be ignored; set none or mlp"]
-    return []
+        problems.append("fp8_format: a hybrid model's layers are not computed again whole in FP8; set recompute mlp")
+    return problems
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:

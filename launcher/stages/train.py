@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from launcher.configs import Resources, TrainConfig
+from launcher.configs import DETERMINISTIC, Resources, TrainConfig
 from launcher.spec import Format, Step
 from launcher.stages import Need, item_need, split_ref, worker_step
 
@@ -30,7 +30,7 @@ def needs(config: TrainConfig) -> tuple[Need, ...]:
 
 def steps(config: TrainConfig, resources: Resources) -> tuple[Step, ...]:
     """One process a rank: our loop, or the script that the recipe names."""
-    step = worker_step("train", resources)
+    step = replace(worker_step("train", resources), env=DETERMINISTIC if config.deterministic_mode else {})
     if config.entrypoint is None:
         return (step,)
     return (replace(step, argv=("{python}", "-m", "launcher.workers.train_script", "{stage_json}")),)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.configs import TrainConfig
+from launcher.configs import Parallelism, TrainConfig
 from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 
@@ -38,6 +38,11 @@ def script_arguments(config: TrainConfig, shape: ModelShape, seed: int, paths: P
         raise UserError(
             f"entrypoint: Megatron-LM's scripts have no arguments for {shape.family}'s multipliers "
             f"({', '.join(odd or ['attention_multiplier'])}); leave entrypoint out for this model"
+        )
+    if shape.hybrid_override_pattern and _chosen(config).recompute == "full":
+        raise UserError(
+            "parallelism.recompute: Megatron-LM's scripts ignored full for hybrid models up to megatron-core 0.16.1; "
+            "set mlp or none, or the arguments in entrypoint_args"
         )
     options = {**_model(shape), **_layout(config), **_training(config, seed), **_files(config, paths)}
     words: list[str] = []
@@ -91,9 +96,13 @@ def _model(shape: ModelShape) -> dict[str, object]:
     return options
 
 
+def _chosen(config: TrainConfig) -> Parallelism:
+    assert config.parallelism != "auto", "chosen before the stage was planned"
+    return config.parallelism
+
+
 def _layout(config: TrainConfig) -> dict[str, object]:
-    layout = config.parallelism
-    assert layout != "auto", "chosen before the stage was planned"
+    layout = _chosen(config)
     return {
         "tensor-model-parallel-size": layout.tensor_model_parallel_size,
         "pipeline-model-parallel-size": layout.pipeline_model_parallel_size,
@@ -105,6 +114,9 @@ def _layout(config: TrainConfig) -> dict[str, object]:
         "recompute-num-layers": 1 if layout.recompute == "full" else None,
         "use-distributed-optimizer": True,
         "bf16": config.precision == "bf16",
+        "fp8-format": config.fp8_format,
+        "fp8-recipe": config.fp8_recipe if config.fp8_format else None,
+        "deterministic-mode": config.deterministic_mode,
     }
 
 

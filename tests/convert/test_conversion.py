@@ -349,8 +349,8 @@ def test_weights_come_out_of_a_training_checkpoint_with_its_optimizer(name: str,
 
     from launcher.models.families import shape_of
     from launcher.workers.megatron import checkpoint, hf_files
-    from launcher.workers.megatron.loop import _mend_order
     from launcher.workers.megatron.model import build_model, initialize, sharding_metadata
+    from launcher.workers.megatron.optimizer import _mend_order
 
     shape = shape_of(CONFIGS[name])
     model = build_model(shape, precision="bf16")

@@ -63,9 +63,9 @@ def test_granite_4_h_has_one_mamba_group_and_no_tensor_parallelism() -> None:
     assert problems == ["tensor_model_parallel_size: 2 does not divide the model's 1 Mamba groups"]
 
 
-def test_hybrids_are_never_offered_full_recomputation() -> None:
-    assert "full" not in {f.layout.recompute for f in find_layouts(task(GRANITE_H))}
-    assert "full" in {f.layout.recompute for f in find_layouts(task())}
+def test_every_kind_of_recomputation_is_offered() -> None:
+    for one in (task(), task(GRANITE_H)):
+        assert {f.layout.recompute for f in find_layouts(one)} == {"none", "mlp", "full"}
 
 
 @pytest.mark.parametrize(

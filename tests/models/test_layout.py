@@ -13,6 +13,7 @@ from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.spec import decode
 
+FP8 = {"fp8_format": "hybrid"}
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 
 
@@ -69,7 +70,14 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
             ["context_parallel_size: 2 x 2 does not divide seq_length 126"],
         ),
         ("nemotron-h-tiny", 3, {"cp": 3, "seq_length": 126}, ["3 does not divide the 8 Mamba heads", "2 Mamba groups"]),
-        ("nemotron-h-tiny", 1, {"parallelism": {"recompute": "full"}}, ["recompute: megatron-core computes no Mamba"]),
+        ("llama-tiny", 2, {"tp": 2, **FP8, "model": {"intermediate_size": 72}}, ["36 MLP columns of a rank, no"]),
+        ("llama-tiny", 1, {**FP8, "seq_length": 24}, ["24 tokens of a rank, no multiple of 16, as tensorwise needs"]),
+        (
+            "nemotron-h-tiny",
+            1,
+            {**FP8, "fp8_recipe": "mxfp8", "parallelism": {"recompute": "full"}},
+            ["columns of a rank's Mamba projection, no multiple of 32, as mxfp8", "not computed again whole in FP8"],
+        ),
     ],
 )
 def test_what_cannot_work_is_named(name: str, world_size: int, changes: dict[str, Any], wanted: list[str]) -> None:
@@ -84,11 +92,9 @@ def test_every_problem_is_told_at_once() -> None:
     assert sum("does not divide the 7 processes" in line for line in found) == 1
 
 
-def test_a_cpu_has_no_recomputation() -> None:
-    for kind in ("mlp", "full"):
-        recompute = {"parallelism": {"recompute": kind}}
-        assert problems("llama-tiny", 1, **recompute) == []
-        assert "recompute: needs GPUs" in problems("llama-tiny", 1, cpu=True, **recompute)[0]
+def test_a_cpu_has_no_fp8() -> None:
+    assert problems("llama-tiny", 1, **FP8) == []
+    assert problems("llama-tiny", 1, cpu=True, **FP8) == ["fp8_format: needs GPUs with FP8; on a CPU leave it out"]
 
 
 @pytest.mark.parametrize(("stages", "empty"), [(1, []), (2, []), (4, []), (13, [0, 2, 3, 5, 6, 8, 9, 11, 12])])

@@ -35,6 +35,7 @@ from launcher.convert.metadata import read_metadata
 from launcher.errors import UserError, WorldError
 from launcher.store import sync_tree, write_atomic
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
+from launcher.workers.megatron.versions import ASYNC_SAVE
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # megatron-core hands results through a process of its own: a second or more to start, and a signal to the process group
@@ -77,7 +78,9 @@ class Saver:
         sharded = _progress_state(self.model, self.optimizer, self.scheduler, loading=False)
         path = self.folder / f"iter_{iteration:07d}.partial"
         _make_fresh(path)
-        request = dist_checkpointing.save(sharded, str(path), async_sharded_save=True, content_metadata=dict(SHARDING))
+        request = dist_checkpointing.save(
+            sharded, str(path), async_sharded_save=True, content_metadata=dict(SHARDING), **ASYNC_SAVE
+        )
         self.pending = _Pending(iteration, path, request, _storages(self.model, self.optimizer))
         self.pending.start()
 

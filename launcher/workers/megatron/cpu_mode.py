@@ -18,6 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -41,6 +42,7 @@ _mode: CudaMeansCpu | None = None
 _KNOWN_WARNINGS = (
     "(Transformer Engine and )?Apex (is|are) not installed",
     "full scope is deprecated",
+    "[A-Za-z]+ is experimental and still under active development",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     "`torch.distributed.[a-z_]+` is deprecated",
 )
@@ -70,7 +72,14 @@ def install() -> bool:
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     _mode = CudaMeansCpu()
     _mode.__enter__()  # for the life of the process
+    rng.CheckpointFunction.backward = staticmethod(partial(_in_mode, rng.CheckpointFunction.backward))
     return True
+
+
+def _in_mode(backward: Callable[..., Any], *args: Any) -> Any:
+    """Run what backward computes again as forward ran it: autograd leaves function modes behind."""
+    with _mode or contextlib.nullcontext():
+        return backward(*args)
 
 
 class CudaMeansCpu(TorchFunctionMode):

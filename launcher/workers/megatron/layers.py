@@ -6,10 +6,10 @@ here give the separate norms those names, so that a checkpoint moves between a G
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import shutil
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -31,6 +32,7 @@ from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import cpu_mode, mamba_triton
 from launcher.workers.megatron.attention import TorchAttention
+from launcher.workers.megatron.versions import fused_hybrid_stack
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -103,9 +105,7 @@ def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
             "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm"
         )
     if kernels() == "transformer-engine":
-        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-
-        stack = copy.deepcopy(mamba_stack_spec)
+        stack = fused_hybrid_stack()
         stack.submodules.mamba_layer.submodules.mixer.params |= sizes
         return stack
     mixer = ModuleSpec(
@@ -145,6 +145,21 @@ class HybridStack(MambaStack):
         """The stack, then the last norm."""
         hidden = super().forward(*args, **kwargs)
         return self.final_norm(hidden) if self.post_process else hidden
+
+
+def recompute_layers(stack: MambaStack) -> None:
+    """Let backward compute every layer of a hybrid stack again, from the hidden states that enter it."""
+    for layer in stack.layers:
+        layer.forward = partial(_recomputed, layer, layer.forward)
+
+
+def _recomputed(layer: torch.nn.Module, forward: Any, hidden_states: torch.Tensor, **further: Any) -> Any:
+    trained = hidden_states.requires_grad or any(p.requires_grad for p in layer.parameters())
+    if not (trained and layer.training and torch.is_grad_enabled()):
+        return forward(hidden_states=hidden_states, **further)
+    if not hidden_states.requires_grad:  # what is below is not trained: autograd would skip the layer
+        hidden_states = hidden_states.detach().requires_grad_()
+    return checkpoint(lambda hidden: forward(hidden_states=hidden, **further), False, hidden_states)
 
 
 def _attention(config: TransformerConfig) -> ModuleSpec:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -27,6 +26,7 @@ from launcher.workers.megatron import checkpoint
 from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
 from launcher.workers.megatron.metrics import Clock, Metrics, open_metrics
+from launcher.workers.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from launcher.workers.megatron.parallel import sum_over_ranks
 
 #: Steps whose median a spike is measured by, once there are a fifth of them.
@@ -56,68 +56,14 @@ def build_trainer(
     config: TrainConfig, module: torch.nn.Module, blend: Blend, held_out: Mapping[str, Blend] | None = None
 ) -> Trainer:
     """Wrap a model whose weights are set for training: data parallelism, optimizer, schedule."""
-    bf16 = config.precision == "bf16"
-    distributed = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    model = DistributedDataParallel(module.config, distributed, module)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.lr * config.min_lr_ratio,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad or math.inf,  # megatron-core skips the norm at 0, and the metrics want it
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=True,
-        ),
-        [model],
-    )
-    _mend_order(optimizer)
+    model = wrap(module)
+    optimizer = build_optimizer(config, model)
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.grad_scale_func = optimizer.scale_loss
     context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     positions = context_positions(config.seq_length, *context).to(torch.cuda.current_device())
     scheduler = build_scheduler(config, optimizer)
     return Trainer(config, model, optimizer, scheduler, blend, held_out or {}, positions, Clock())
-
-
-def _mend_order(optimizer: Any) -> None:
-    """Say where in its group each parameter is: fp32 ones first.
-
-    megatron-core 0.16.1 puts them first, but notes them in the order of its buffers, and so would save the state of
-    one parameter as another's in a bf16 model that has some in fp32.
-    """
-    for part in optimizer.chained_optimizers:
-        groups = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
-        for index, (fp32, float16) in enumerate(groups):
-            places = {parameter: (index, place) for place, parameter in enumerate([*fp32, *float16])}
-            part.model_param_group_index_map.update(places)
-
-
-def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Megatron's schedule, counted in samples: linear warm-up from 0, then decay. The first step has a rate of 0."""
-    samples = config.train_iters * config.global_batch_size
-    warmup = config.lr_warmup_fraction * samples
-    # Megatron has exponential decay as the last phase of warm-up, stable, decay: here all of what follows warm-up.
-    exponential = config.lr_decay_style == "exponential"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.lr * config.min_lr_ratio,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=samples,
-        lr_decay_style="WSD" if exponential else config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=samples,
-        wd_incr_style="constant",
-        wsd_decay_steps=samples - warmup if exponential else None,
-        lr_wsd_decay_style="exponential" if exponential else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -163,6 +109,8 @@ def run(job: StageJob, trainer: Trainer) -> float:
         due = not last and (step.stop or iteration % config.save_interval == 0)
         if step.written or due or last:
             with trainer.clock.part("checkpoint"):
+                if due or last:
+                    gather_weights(trainer.model)
                 _save(saver, iteration, due, wait=step.stop or last)
         if step.stop and not last:
             metrics.close()

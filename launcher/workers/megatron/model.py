@@ -1,7 +1,7 @@
 """From a model's shape to megatron-core's module, and its random initial weights.
 
-One function for every family: llama, mistral, granite (GPTModel) and nemotron_h (MambaModel). Process groups must be
-there (`parallel.process_groups`).
+One function for every family: llama, mistral, granite (GPTModel) and the hybrid ones. Process groups must be there
+(`parallel.process_groups`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import layers
 from launcher.workers.megatron.parallel import ALONE
+from launcher.workers.megatron.versions import hybrid_model
 
 Precision = Literal["bf16", "fp32"]
 
@@ -48,9 +48,9 @@ _ATTENTION_MATRICES = (".self_attention.linear_qkv.weight", ".self_attention.lin
 
 
 def transformer_config(
-    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Precision = "fp32"
+    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Precision = "fp32", **fields: Any
 ) -> TransformerConfig:
-    """The shape and layout in megatron-core's terms.
+    """The shape and layout in megatron-core's terms; `fields` are further ones of its TransformerConfig.
 
     Granite's residual multiplier r is taken up by the substitution y = x / r for the residual stream: norms get
     epsilon / r^2, and the embedding's output is scaled by 1 / r besides its own multiplier (`build_model`).
@@ -94,9 +94,15 @@ def transformer_config(
         **layers.fusions(shape),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **_RECOMPUTE[parallelism.recompute],
+        **(_RECOMPUTE[parallelism.recompute] if not _recomputes_itself(shape, parallelism) else {}),
         **(mamba if shape.hybrid_override_pattern else {}),
+        **fields,
     )
+
+
+def _recomputes_itself(shape: ModelShape, parallelism: Parallelism) -> bool:
+    """Whether `layers.recompute_layers` does what megatron-core's hybrid stack, in 0.16.1, passes over in silence."""
+    return parallelism.recompute == "full" and shape.hybrid_override_pattern is not None
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -109,15 +115,16 @@ def build_model(
     precision: Precision = "fp32",
     *,
     parallel_output: bool = True,
+    **fields: Any,
 ) -> MegatronModule:
     """This rank's part of the model, with weights yet to be set by `initialize` or a checkpoint.
 
     Its forward takes (input_ids, position_ids, attention_mask=None, labels=None), b s each, and gives losses b s, or
     logits b s vocabulary without labels; on pipeline stages before the last, hidden states. Logits of the rows that
     pad the vocabulary are -inf, so they are never predicted and never trained. `parallel_output` False gathers logits
-    over tensor-parallel ranks: for evaluation only.
+    over tensor-parallel ranks: for evaluation only. `fields` are further ones of megatron-core's TransformerConfig.
     """
-    config = transformer_config(shape, parallelism, precision)
+    config = transformer_config(shape, parallelism, precision, **fields)
     common: dict[str, Any] = {
         "vocab_size": shape.padded_vocab_size,
         "max_sequence_length": shape.max_position_embeddings,
@@ -133,7 +140,9 @@ def build_model(
         if shape.rope_scaling:
             raise UserError(f"config.json: rope scaling {shape.rope_scaling} is not there for hybrid models")
         spec = layers.hybrid_layers(config, shape)
-        model = MambaModel(config, spec, hybrid_override_pattern=shape.hybrid_override_pattern, **common)
+        model = hybrid_model(config, spec, shape.hybrid_override_pattern, **common)
+        if _recomputes_itself(shape, parallelism):
+            layers.recompute_layers(model.decoder)
     else:
         model = GPTModel(config, layers.gpt_layers(config), **common, **_rope_scaling(shape))
     _scale_ends(model, shape)

@@ -17,7 +17,7 @@ from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import METRICS, StageJob
-from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
+from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop, numerics
 from launcher.workers.megatron.data import Blend, read_sources
 from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
@@ -48,7 +48,8 @@ def train(job: StageJob) -> None:
         progress = job.workdir / "progress"
         blend = Blend(sources, samples, config.seq_length, job.spec.seed, shape.vocab_size, progress / "index")
         held_out = _held_out(config, folders, shape, progress / "index")
-        module = build_model(shape, config.parallelism, config.precision)
+        numerics.ready(config, shape)
+        module = build_model(shape, config.parallelism, config.precision, **numerics.numeric_fields(config))
         newest = checkpoint.newest(progress / "checkpoints")
         if newest is None:
             _set_weights(module, shape, config, start, job.spec.seed)
@@ -126,4 +127,6 @@ def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]
             "recompute": layout.recompute,
         },
         "kernels": kernels(),
+        "fp8": config.fp8_format and f"{config.fp8_format}, {config.fp8_recipe}",
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }

@@ -19,7 +19,7 @@ import train_stages as ts
 
 from launcher.configs import TrainConfig
 from launcher.spec import decode
-from launcher.workers.megatron.loop import build_scheduler
+from launcher.workers.megatron.optimizer import build_scheduler
 from launcher.workers.megatron.parallel import process_groups
 
 Reference = Callable[..., ts.TrainStage]

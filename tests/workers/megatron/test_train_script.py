@@ -135,6 +135,15 @@ def test_hybrids_get_their_pattern_and_granites_multipliers_are_refused() -> Non
         words("granite-tiny")
 
 
+def test_fp8_and_determinism_are_megatrons_words_and_full_recomputation_of_hybrids_is_refused() -> None:
+    got = words("llama-tiny", fp8_format="hybrid", fp8_recipe="blockwise", deterministic_mode=True)
+    at = got.index("--fp8-format")
+    assert got[at : at + 5] == ["--fp8-format", "hybrid", "--fp8-recipe", "blockwise", "--deterministic-mode"]
+    assert "--recompute-method" in words("llama-tiny", parallelism={"recompute": "full"})
+    with pytest.raises(UserError, match="ignored full for hybrid models"):
+        words("nemotron-h-tiny", parallelism={"recompute": "full"})
+
+
 def test_what_only_our_loop_does_is_refused() -> None:
     with pytest.raises(SpecError) as caught:
         config("llama-tiny", validation=["p/b"], keep_every=10, wandb_project="x")
@@ -150,3 +159,10 @@ def test_a_line_of_the_log() -> None:
 def test_the_stage_starts_the_script_worker() -> None:
     (step,) = train_stage.steps(config("llama-tiny"), Resources())
     assert "launcher.workers.train_script" in step.argv
+
+
+def test_libraries_find_deterministic_mode_in_the_environment_when_they_start() -> None:
+    (plain,) = train_stage.steps(config("llama-tiny"), Resources())
+    (step,) = train_stage.steps(config("llama-tiny", deterministic_mode=True), Resources())
+    assert plain.env == {} and step.env["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    assert step.env["NCCL_ALGO"] == "Ring" and step.env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -270,9 +270,9 @@ def _signal_in_save(number: int) -> None:
     os.setpgid(0, 0)
     write = FileSystemWriterAsync.write_preloaded_data
 
-    def signalled(*args: Any, **kwargs: Any) -> None:
+    def signalled(*args: Any, **kwargs: Any) -> Any:
         os.killpg(0, number)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
 
@@ -304,13 +304,30 @@ def _slow_writer(seconds: float) -> None:
 
     write = FileSystemWriterAsync.write_preloaded_data
 
-    def slowly(*args: Any, **kwargs: Any) -> None:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
     alive = property(lambda saver: saver.pending is not None and not saver.pending.thread.is_alive())
     checkpoint.Saver.is_written = alive  # type: ignore[assignment]
+
+
+def exchange(bucket_size: int | None = None, overlap: bool = True) -> Fault:
+    """Data-parallel ranks exchange buckets of so many parameters, or all of them when all is computed."""
+    return partial(_exchange, bucket_size, overlap)
+
+
+def _exchange(bucket_size: int | None, overlap: bool) -> None:
+    from launcher.workers.megatron import optimizer
+
+    made = optimizer.DistributedDataParallelConfig
+    changes: dict[str, Any] = {} if overlap else {"overlap_grad_reduce": False, "overlap_param_gather": False}
+
+    def config(**given: Any) -> Any:
+        return made(**{**given, **changes}, bucket_size=bucket_size)
+
+    optimizer.DistributedDataParallelConfig = config  # type: ignore[assignment,misc]
 
 
 def poison_at(step: int) -> Fault:
