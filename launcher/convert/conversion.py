@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from launcher.convert import nemo
+from launcher.convert import nemo, run_config
 from launcher.convert.entry import Entry
 from launcher.convert.files import in_folder, in_tar, leave_cache, pack
 from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
@@ -66,7 +66,7 @@ def convert(
     size = sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD
     check_room(target, size * (2 if archive else 1))
     writer = _writer(target, to, wanted, found)
-    files = _write_around(target, to, found, final)
+    files = _write_around(target, to, found, wanted, final)
     job = Job(table, found.reader, progress, verify)
     job.move(writer)
     if archive:
@@ -159,10 +159,11 @@ def torch_dist_writer(target: Path, to: Format, wanted: Mapping[str, Entry], sha
     return TorchDistWriter(folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common)
 
 
-def _write_around(target: Path, to: Format, found: Checkpoint, final: Path) -> list[str]:
+def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[str, Entry], final: Path) -> list[str]:
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
         (target / TRACKER).write_text(RELEASE)
+        run_config.write(target / RELEASE, found.shape, wanted, found.config)
     if to == "nemo":
         import yaml
 
