@@ -108,7 +108,7 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
         else:
             print("tensorboard is not installed here: none of its files are written", flush=True)
         boards += [WeightsAndBiases(job, config)] if config.wandb_project else []
-    per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length)
+    per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length, config.trainable)
     return Metrics(job, per_token, peak_tflops(), boards)
 
 
