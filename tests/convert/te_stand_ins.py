@@ -30,17 +30,37 @@ def install(*packages: str) -> None:
 
     sys.meta_path.insert(0, _Finder(("transformer_engine", *packages)))
     import megatron.core.extensions.transformer_engine as real
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
 
-    gpt_layer_specs.HAVE_TE, gpt_layer_specs.TESpecProvider = True, TESpecProvider
-    rope_utils.fused_apply_rotary_pos_emb = _named("transformer_engine.rope")  # a config asks whether it is there
-    for name, stand_in in _stand_ins().items():
+    _say_yes()
+    stand_ins = _stand_ins()
+    transformer_block.LayerNormImpl = stand_ins["TENorm"]
+    for name, stand_in in stand_ins.items():
         old = getattr(real, name)
         for module in [m for n, m in sys.modules.items() if n.startswith("megatron.core") and m]:
             if getattr(module, name, None) is old:
                 setattr(module, name, stand_in)
+
+
+def _say_yes() -> None:
+    """Where megatron-core asks whether a kernel of Transformer Engine or Apex is there; none of these is called."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer.moe import moe_utils
+
+    gpt_layer_specs.HAVE_TE, gpt_layer_specs.TESpecProvider = True, TESpecProvider
+    layers._grad_accum_fusion_available = True
+    rope_utils.fused_apply_rotary_pos_emb = _named("transformer_engine.rope")
+    for name in (
+        "permute",
+        "permute_with_probs",
+        "unpermute",
+        "sort_chunks_by_index",
+        "sort_chunks_by_index_with_probs",
+    ):
+        setattr(moe_utils, f"fused_{name}", _named(f"transformer_engine.{name}"))
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
