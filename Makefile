@@ -42,7 +42,7 @@ BRIDGE := .venv-bridge
 $(BRIDGE)/installed: $(STAMP)
 	$(PYTHON) -m venv $(BRIDGE)
 	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  torch==2.13.0 megatron-core==0.16.1 'transformers<5' omegaconf hydra-core==1.3.2 safetensors einops psutil rich six tqdm
+	  torch==2.13.0 megatron-core==0.16.1 'transformers<5' omegaconf hydra-core==1.3.2 safetensors einops psutil rich six tensorboard tqdm
 	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.3.1
 	@touch $@
 
