@@ -35,7 +35,6 @@ def main(verb: str, hf: str, *paths: str) -> None:
     te_stand_ins.install(*_EMPTY)
     import torch
     from megatron.bridge import AutoBridge
-    from megatron.bridge.models.conversion import auto_bridge
     from megatron.bridge.training import checkpointing
     from megatron.bridge.training.model_load_save import temporary_distributed_context
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -43,8 +42,6 @@ def main(verb: str, hf: str, *paths: str) -> None:
     get_cuda_rng_tracker().add("model-parallel-rng", 1)  # Bridge does so where there is CUDA
     for name in ("restore_modelopt_state", "save_modelopt_state", "save_sharded_modelopt_state"):
         setattr(checkpointing, name, lambda *_: None)
-    if hasattr(auto_bridge, "is_quantized"):
-        auto_bridge.is_quantized = lambda _: False
     torch.set_num_threads(1)
     remote: dict[str, Any] = {"trust_remote_code": True}  # a Nemotron-H that carries its config's class
     if verb == "export":
