@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-container test-mcore-next soak check bench bench-gpu golden clean
+.PHONY: demo test test-container test-megatron-lm test-bridge test-mcore-next soak check bench bench-gpu golden clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -51,6 +51,22 @@ test-mcore-next: $(NEXT)/installed
 	$(NEXT)/bin/pip list --disable-pip-version-check | grep megatron
 	$(NEXT)/bin/python -m pytest $(NEXT_TESTS)
 
+# Megatron-LM's own --load and save_checkpoint: make test-megatron-lm MEGATRON_LM=/path/to/checkout of core_v0.16.1.
+test-megatron-lm: $(STAMP)
+	MEGATRON_LM=$(MEGATRON_LM) $(BIN)/python -m pytest -rs tests/convert/test_megatron_lm.py
+
+# Megatron-Bridge in an environment of its own, since it wants transformers 4; without the CUDA libraries it names.
+BRIDGE := .venv-bridge
+$(BRIDGE)/installed: $(STAMP)
+	$(PYTHON) -m venv $(BRIDGE)
+	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  torch==2.13.0 megatron-core==0.16.1 'transformers<5' omegaconf hydra-core==1.3.2 safetensors einops psutil rich six tensorboard tqdm
+	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.3.1
+	@touch $@
+
+test-bridge: $(BRIDGE)/installed
+	MEGATRON_BRIDGE_PYTHON=$(CURDIR)/$(BRIDGE)/bin/python $(BIN)/python -m pytest -rs tests/convert/test_bridge.py
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +90,4 @@ golden: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 
 clean:
-	rm -rf .venv .venv-gpu $(NEXT) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-gpu $(BRIDGE) $(NEXT) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from launcher.convert import nemo
+from launcher.convert import nemo, run_config
 from launcher.convert.entry import Entry
 from launcher.convert.files import Member, in_folder, in_tar, leave_cache, pack
 from launcher.convert.folders import CARRIED, Checkpoint, Reader, copy_side_files, open_checkpoint
@@ -66,7 +66,7 @@ def convert(
     archive = target / final.name if to == "nemo" and final.suffix == ARCHIVE else None
     check_room(target, sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD)
     writer = _writer(target, to, wanted, found, archive)
-    files = _write_around(target, to, found, final)
+    files = _write_around(target, to, found, wanted, final)
     job = Job(table, found.reader, progress, verify)
     job.move(writer)
     if archive:
@@ -164,10 +164,11 @@ def torch_dist_writer(
     )
 
 
-def _write_around(target: Path, to: Format, found: Checkpoint, final: Path) -> list[str]:
+def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[str, Entry], final: Path) -> list[str]:
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
         (target / TRACKER).write_text(RELEASE)
+        run_config.write(target / RELEASE, found.shape, wanted, found.config)
     if to == "nemo":
         import yaml
 

@@ -17,8 +17,8 @@ from launcher.models.tensors import TensorMap
 
 Format = Literal["hf", "megatron", "nemo"]
 Transform = Callable[[Sequence[Tensor]], list[Tensor]]
-#: Tensor-parallel sizes of runs whose padded vocabulary a `nemo` file may have.
-_NEMO_TP = (1, 2, 4, 8, 16)
+#: Tensor-parallel sizes of runs, by which NeMo and Megatron-LM pad the vocabularies of what they save.
+_TP = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,9 @@ def _packing(row: TensorMap, shape: ModelShape, name: Format, folded: torch.dtyp
 def _fitting(row: TensorMap, shape: ModelShape, size: Shape, name: Format) -> tuple[Shape, ...]:
     if row.transform != "vocab":
         return (size,)
-    if name == "megatron":
-        return size, row.hf_shapes[0]
-    unit = vocabulary_unit(shape.vocab_size)
-    padded = (-(-size[0] // (unit * tp)) * unit * tp for tp in _NEMO_TP)
-    return tuple(dict.fromkeys((rows, *size[1:]) for rows in (size[0], *padded)))
+    unit = vocabulary_unit(shape.vocab_size) if name == "nemo" else shape.make_vocab_size_divisible_by
+    padded = (-(-size[0] // (unit * tp)) * unit * tp for tp in _TP)
+    return tuple(dict.fromkeys((rows, *size[1:]) for rows in (size[0], row.hf_shapes[0][0], *padded)))
 
 
 def vocabulary_unit(vocab_size: int) -> int:

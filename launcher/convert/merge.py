@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.convert import lanes
+from launcher.convert import lanes, run_config
 from launcher.convert.conversion import check_tensors, digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.files import in_folder, leave_cache
@@ -51,6 +51,7 @@ def merge(
     writer: Any = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
     if not hf:
         (target / TRACKER).write_text(RELEASE)
+        run_config.write(target / RELEASE, first.shape, entries, first.config)
     files = copy_side_files(first.side, target if hf else target / CARRIED)
     before = [stamps(one.reader) for one in found]
     sums, not_finite = _sum_all(found, weights, writer, verify, progress)

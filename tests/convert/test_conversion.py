@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from real_models import REAL
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CONFIGS
@@ -169,6 +170,43 @@ def test_the_trainer_loads_it_and_saves_the_same_bits(
     assert same(read_all(tmp_path / "again"), read_all(source))
 
 
+# ------------------------------------------------------------------------------------------------------ run_config.yaml
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "activation"),
+    [
+        ("Llama-3.1-8B", "gpt_provider.GPTModelProvider", "torch.nn.functional.silu"),
+        ("Mistral-7B-v0.1", "gpt_provider.GPTModelProvider", "torch.nn.functional.silu"),
+        ("nemotron-h-tiny", "mamba.mamba_provider.MambaModelProvider", "megatron.core.activations.squared_relu"),
+    ],
+)
+def test_run_config_says_what_bridge_builds(
+    name: str, provider: str, activation: str, to_megatron: Callable[..., Path]
+) -> None:
+    found = yaml.safe_load((to_megatron(name, "bfloat16") / "release" / "run_config.yaml").read_text())
+    model, config = found["model"], CONFIGS[name]
+    assert model["_target_"] == f"megatron.bridge.models.{provider}"
+    assert model["activation_func"] == {"_target_": activation, "_call_": False}
+    assert (model["bf16"], model["params_dtype"]["_target_"]) == (True, "torch.bfloat16")
+    assert (model["hidden_size"], model["vocab_size"]) == (config["hidden_size"], config["vocab_size"])
+    assert isinstance(model["layernorm_epsilon"], float)
+    window = config.get("sliding_window")
+    assert model.get("window_size") == ([window - 1, 0] if window else None)
+    assert model.get("rope_scaling_factor") == (8.0 if name == "Llama-3.1-8B" else None)
+    assert not found["checkpoint"]["save_rng"]
+
+
+def test_run_config_names_the_weights_type(to_megatron: Callable[..., Path]) -> None:
+    model = yaml.safe_load((to_megatron("llama") / "release" / "run_config.yaml").read_text())["model"]
+    assert (model["bf16"], model["fp16"], model["params_dtype"]["_target_"]) == (False, False, "torch.float32")
+
+
+@pytest.mark.parametrize("name", ["granite-tiny", "granite-4.0-h-micro-base"])
+def test_granite_gets_no_run_config(name: str, to_megatron: Callable[..., Path]) -> None:
+    assert not (to_megatron(name) / "release" / "run_config.yaml").exists()
+
+
 # ------------------------------------------------------------------------------------------------ layouts on the disk
 
 
@@ -190,6 +228,28 @@ def test_layers_under_keys_of_their_own_are_read_too(
     convert(folder, new(tmp_path / "hf"), "hf")
     wanted = load_file(hf_checkpoint("Mistral-7B-v0.1") / "model.safetensors")
     assert same(load_file(tmp_path / "hf" / "model.safetensors"), wanted)
+
+
+@pytest.mark.parametrize("rows", [512, 2048])
+def test_a_vocabulary_padded_for_tensor_parallelism_is_read(
+    rows: int, tmp_path: Path, to_megatron: Callable[..., Path], hf_checkpoint: Checkpoints
+) -> None:
+    """Megatron-LM pads to a multiple of 128 x TP: 512 rows for 300 at TP=2, 2048 at TP=16."""
+    source = to_megatron("llama")
+    tensors = read_all(source)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[name] = torch.cat([tensors[name][:300], torch.randn(rows - 300, 48)])
+    shutil.rmtree(source / "release")
+    writer = TorchDistWriter(
+        source / "release", {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=True
+    )
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    convert(source, new(tmp_path / "hf"), "hf")
+    assert same(
+        load_file(tmp_path / "hf" / "model.safetensors"), load_file(hf_checkpoint("llama") / "model.safetensors")
+    )
 
 
 def test_shards_are_read_by_their_index(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
