@@ -14,6 +14,7 @@ CHANGES = [
     "midtrain.clip_grad=-1",
     "midtrain.adam_beta1=2",
     "midtrain.adam_eps=0",
+    "midtrain.packing=best-fit",
     "rl-from-base.num_iterations=0",
     "rl-from-base.warmup_steps=-1",
     "rl-from-base.adam_beta2=1",
@@ -33,3 +34,9 @@ def test_the_key_and_its_place_are_named(change: str, capsys: pytest.CaptureFixt
     key = change.partition("=")[0].rpartition(".")[2]
     first = capsys.readouterr().err.splitlines()[0]
     assert f"--set {change}: " in first and f"{key}: " in first
+
+
+def test_what_only_our_own_loop_does_is_refused_beside_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    values = ("midtrain.entrypoint=pretrain_gpt.py", "midtrain.document_masking=true", "midtrain.packing=best-fit")
+    assert cli.main(["check", "demo", *(word for value in values for word in ("--set", value))]) == 2
+    assert "document_masking: is for our own loop" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def layer_activations(
 # -------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def layer_flops(a: Architecture, letter: str, seq_length: int) -> float:
+def layer_flops(a: Architecture, letter: str, seq_length: float) -> float:
     """FLOPs a token of one layer's forward pass; causal attention counts half of its square."""
     h = a.hidden
     if letter == "-":
@@ -151,7 +151,11 @@ def layer_flops(a: Architecture, letter: str, seq_length: int) -> float:
     return projections + convolution + scan
 
 
-def flops_per_token(a: Architecture, seq_length: int) -> float:
-    """FLOPs a token of a training step: forward and twice that for backward; the output matrix counts."""
+def flops_per_token(a: Architecture, seq_length: float) -> float:
+    """FLOPs a token of a training step: forward and twice that for backward; the output matrix counts.
+
+    For sequences of several documents that do not see each other, `seq_length` is the documents' mean length weighted
+    by tokens, sum of squares over sum: exact, but for windows that some are shorter than.
+    """
     forward = sum(layer_flops(a, letter, seq_length) for letter in a.pattern) + 2 * a.hidden * a.vocab
     return 3 * forward

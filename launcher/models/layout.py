@@ -16,6 +16,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     problems = [
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
+        *_masking_problems(shape, config),
     ]
     if cpu and layout.recompute != "none":
         problems.append("parallelism.recompute: needs GPUs; on a CPU set none")
@@ -91,6 +92,15 @@ def _recompute_problems(shape: ModelShape, layout: Parallelism) -> list[str]:
     if layout.recompute == "full" and shape.hybrid_override_pattern is not None:
         return ["recompute: megatron-core computes no Mamba layer again, so full would be ignored; set none or mlp"]
     return []
+
+
+def _masking_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
+    if not (config.document_masking and _has_mamba(shape) and _chosen(config).context_parallel_size > 1):
+        return []
+    return [
+        "document_masking: with context parallelism megatron-core's Mamba layers take only documents whose lengths "
+        "the ranks divide; set context_parallel_size 1, or document_masking false"
+    ]
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -36,6 +36,8 @@ def problems(name: str, world_size: int, *, cpu: bool = False, **changes: Any) -
         ("llama-tiny", 2, {"tp": 2, "sp": True}),
         ("granite-tiny", 3, {"pp": 3}),
         ("nemotron-h-tiny", 4, {"tp": 2, "pp": 2}),
+        ("llama-tiny", 2, {"cp": 2, "document_masking": True}),
+        ("nemotron-h-tiny", 2, {"tp": 2, "document_masking": True, "packing": "best-fit"}),
     ],
 )
 def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, Any]) -> None:
@@ -70,6 +72,12 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
         ),
         ("nemotron-h-tiny", 3, {"cp": 3, "seq_length": 126}, ["3 does not divide the 8 Mamba heads", "2 Mamba groups"]),
         ("nemotron-h-tiny", 1, {"parallelism": {"recompute": "full"}}, ["recompute: megatron-core computes no Mamba"]),
+        (
+            "nemotron-h-tiny",
+            2,
+            {"cp": 2, "document_masking": True},
+            ["document_masking: with context parallelism megatron-core's Mamba layers take only documents"],
+        ),
     ],
 )
 def test_what_cannot_work_is_named(name: str, world_size: int, changes: dict[str, Any], wanted: list[str]) -> None:

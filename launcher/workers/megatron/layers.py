@@ -49,7 +49,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+def gpt_layers(config: TransformerConfig, document_masking: bool = False) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage of a model of attention + MLP layers."""
     count = get_num_layers_to_build(config)
     if kernels() == "transformer-engine":
@@ -57,12 +57,15 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         fused = get_gpt_layer_with_transformer_engine_spec()
+        if document_masking and config.context_parallel_size > 1:
+            # Transformer Engine would cut every document over the ranks, so lengths would have to be multiples.
+            fused.submodules.self_attention.submodules.core_attention = TorchAttention
         return TransformerBlockSubmodules(layer_specs=[fused] * count, layer_norm=TENorm)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(config),
+            self_attention=_attention(config, document_masking),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(),
@@ -73,7 +76,7 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
+def hybrid_layers(config: TransformerConfig, shape: ModelShape, document_masking: bool = False) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
     sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
     if kernels() == "transformer-engine":
@@ -92,7 +95,7 @@ def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
     )
     attention = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
-        self_attention=_attention(config),
+        self_attention=_attention(config, document_masking),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=_ATTENTION_NORM,
     )
@@ -121,10 +124,10 @@ class HybridStack(MambaStack):
         return self.final_norm(hidden) if self.post_process else hidden
 
 
-def _attention(config: TransformerConfig) -> ModuleSpec:
+def _attention(config: TransformerConfig, document_masking: bool) -> ModuleSpec:
     # On a CPU megatron-core's own, but where it lacks something.
-    plain = kernels() == "reference" and config.window_size is None and config.context_parallel_size == 1
-    core = DotProductAttention if plain else TorchAttention
+    lacking = document_masking or config.window_size is not None or config.context_parallel_size > 1
+    core = TorchAttention if lacking or kernels() != "reference" else DotProductAttention
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -7,8 +7,9 @@ import importlib.util
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,15 +72,20 @@ class Metrics:
     """Writes the figures of steps; on ranks other than 0 it does nothing."""
 
     job: StageJob
-    per_token: float
+    per_token: Callable[[float], float]
     peak: float | None
     boards: list[Any]
 
-    def step(self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float]) -> None:
-        """One training step: `tokens` so far, `speed` in tokens a second of all ranks."""
+    def step(
+        self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float], document_length: float
+    ) -> None:
+        """One training step: `tokens` so far, `speed` in tokens a second of all ranks.
+
+        `document_length` is the mean length, weighted by tokens, within which tokens see each other.
+        """
         if self.job.rank:
             return
-        rate = speed * self.per_token / self.job.world_size / 1e12
+        rate = speed * self.per_token(document_length) / self.job.world_size / 1e12
         row = {"iteration": iteration, "tokens": tokens, "tokens_per_s": speed, "tflops_per_rank": rate}
         if self.peak:
             row["mfu"] = rate / self.peak
@@ -108,7 +114,7 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
         else:
             print("tensorboard is not installed here: none of its files are written", flush=True)
         boards += [WeightsAndBiases(job, config)] if config.wandb_project else []
-    per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length)
+    per_token = partial(flops_per_token, architecture_of(shape_of(config.model.config)))
     return Metrics(job, per_token, peak_tflops(), boards)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
-from launcher.workers.megatron.data import Blend, read_sources
+from launcher.workers.megatron.data import Blend, Source, read_sources
 from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
@@ -30,7 +31,7 @@ def train(job: StageJob) -> None:
     if problems:
         raise UserError(problems)
     folders = {port.removesuffix(".tokens"): job.input(port) for port in job.spec.inputs if port.endswith(".tokens")}
-    sources = read_sources(folders, config.seq_length, config.data)
+    sources = read_sources(folders, config.seq_length, config.data, config.packing)
     start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
     tokenizers = _tokenizers(job, start)
     hf_files.check_tokenizers(tokenizers, shape.vocab_size)
@@ -41,9 +42,9 @@ def train(job: StageJob) -> None:
     with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
-        blend = Blend(sources, samples, config.seq_length, job.spec.seed, shape.vocab_size, progress / "index")
+        blend = _blend(config, sources, samples, job.spec.seed, shape, progress / "index")
         held_out = _held_out(config, folders, shape, progress / "index")
-        module = build_model(shape, config.parallelism, config.precision)
+        module = build_model(shape, config.parallelism, config.precision, document_masking=config.document_masking)
         if checkpoint.newest(progress / "checkpoints") is None:
             _set_weights(module, shape, config, start, job.spec.seed)
         trainer = loop.build_trainer(config, module, blend, held_out)
@@ -51,7 +52,7 @@ def train(job: StageJob) -> None:
         if job.rank == 0:
             job.record(**_facts(config, blend, parameters))
             for source in blend.mix():
-                print("blend: {source}, weight {weight:.3g}: {tokens:,} tokens, {epochs:.2f} epochs".format(**source))
+                print(_blend_line(source))
         loss = loop.run(job, trainer)
         checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
         if job.rank == 0:
@@ -61,11 +62,32 @@ def train(job: StageJob) -> None:
             job.record(loss=loss)
 
 
+def _blend(
+    config: TrainConfig, sources: Sequence[Source], samples: int, seed: int, shape: ModelShape, index: Path
+) -> Blend:
+    masking, packing = config.document_masking, config.packing
+    return Blend(
+        sources,
+        samples,
+        config.seq_length,
+        seed,
+        shape.vocab_size,
+        index,
+        document_masking=masking,
+        packing=packing,
+    )
+
+
+def _blend_line(source: dict[str, Any]) -> str:
+    line = "blend: {source}, weight {weight:.3g}: {tokens:,} tokens, {epochs:.2f} epochs".format(**source)
+    return line + (f", {source['padding']:.3%} padding" if "padding" in source else "")
+
+
 def _held_out(config: TrainConfig, folders: dict[str, Path], shape: ModelShape, index: Path) -> dict[str, Blend]:
     """The sources whose losses are measured: the same sequences of each every time, whatever the run's seed."""
     samples = config.eval_iters * config.global_batch_size
-    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0))
-    return {s.name: Blend([s], samples, config.seq_length, 0, shape.vocab_size, index) for s in sources}
+    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0), config.packing)
+    return {s.name: _blend(config, [s], samples, 0, shape, index) for s in sources}
 
 
 def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
