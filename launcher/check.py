@@ -46,12 +46,7 @@ def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool) -> Iterator[tuple[s
 
 def _family(recipe: Recipe, ref: str) -> str | None:
     """The family of the model that a checkpoint reference leads to; None where the recipe does not say."""
-    maker = recipe.stages.get(ref)
-    if maker is None:
-        return None
-    if isinstance(maker.config, TrainConfig):
-        return maker.config.model.family
-    return _family(recipe, maker.config.checkpoint) if isinstance(maker.config, RLConfig) else None
+    return next((model.family for _, model in recipe.models_of(ref)), None)
 
 
 def _component_problems(resources: Resources, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -273,7 +273,10 @@ class TrainConfig:
     packing: Literal["concatenate", "best-fit"] = option(
         "concatenate", "Documents fill sequences end to end; or whole, with little padding (needs document_masking)."
     )
-    trainable: Literal["all", "attention"] = option("all", "Weights that are trained; the others stay as they are.")
+    trainable: Literal["all", "attention"] = option(
+        "all",
+        "Weights that are trained; the others stay as they are. attention: its projections alone, without the norms.",
+    )
     deterministic_mode: bool = option(
         False, "Kernels that give the same bits each time, slower on a GPU; a CPU always does.", identity=False
     )
@@ -318,13 +321,17 @@ class TrainConfig:
                 "packing",
                 "best-fit keeps documents whole, each by itself; set document_masking true",
             ),
-            (self.trainable != "all", "trainable", "attention is not built in this version"),
             (self.deterministic_mode, "deterministic_mode", "is not built in this version"),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             *(
                 (bool(self.entrypoint and getattr(self, n)), n, "is for our own loop; leave it out with entrypoint")
                 for n in ("validation", "keep_every", "wandb_project", "document_masking")
+            ),
+            (
+                bool(self.entrypoint) and self.trainable != "all",
+                "trainable",
+                "is for our own loop; leave it out with entrypoint",
             ),
             (self.keep_every is not None and self.keep_every < 1, "keep_every", "must be at least 1"),
             (self.loss_spike <= 1, "loss_spike", f"must be above 1, got {self.loss_spike}"),
@@ -349,6 +356,34 @@ class ConvertConfig:
     source: Format = option(..., "Its format.")
     target: Format = option(..., "The format wanted.")
     verify: bool = option(True, "Round trip, bit by bit.", identity=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """A linear combination of checkpoints of one model: port `checkpoint`. Config, tokenizer and types are the first's.
+
+    PRISM, section 8.1: 0.15 of the base and 0.85 of the mid-trained model, before the context is made long again.
+    """
+
+    checkpoints: tuple[str, ...] = option(..., "Checkpoints to add up, two or more.")
+    weights: tuple[float, ...] = option(..., "Their weights, in the same order; they should add up to 1.")
+    format: Literal["megatron", "hf"] = option(
+        "megatron", "Format to read and write; megatron where training follows, hf where RL by trl or evaluation does."
+    )
+    verify: bool = option(True, "Read back what was written and compare.", identity=False)
+
+    def __post_init__(self) -> None:
+        named, weights = self.checkpoints, self.weights
+        counts = f"{len(weights)} for {len(named)} checkpoints; one for each"
+        _refuse(
+            (len(named) < 2, "checkpoints", f"names {len(named)}; two or more are added up"),
+            (len(set(named)) < len(named), "checkpoints", "names one twice"),
+            (len(weights) != len(named), "weights", counts),
+            (not any(weights), "weights", "are all 0"),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- rl
@@ -476,6 +511,7 @@ CONFIGS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
     "rl": RLConfig,
     "evaluate": EvaluateConfig,
     "analyze": AnalyzeConfig,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher import configs
-from launcher.configs import ConvertConfig, PrepareConfig, Resources, TrainConfig
+from launcher.configs import ConvertConfig, MergeConfig, ModelConfig, PrepareConfig, Resources, TrainConfig
 from launcher.errors import UserError
 from launcher.inputs import External, Inputs, is_external
 from launcher.recipe import Recipe, Stage
@@ -170,7 +170,7 @@ def _find(builder: _Builder, stage: Stage, need: Need) -> tuple[str | None, Inpu
         spec = builder.planned[maker].spec
         output = spec.outputs[need.what]
         found = Input(output.path, output.format, spec.fingerprint)
-        _check_model(builder, stage, need, maker)
+        _check_model(builder, stage, need)
     if found.format in need.accepts:
         return maker, found
     target = next((t for t in need.accepts if (found.format, t) in CONVERSIONS), None)
@@ -260,21 +260,31 @@ def fingerprint(
 
 
 def _check_family(builder: _Builder, stage: Stage, need: Need, external: External) -> None:
-    if isinstance(stage.config, TrainConfig) and external.model_type not in (None, stage.config.model.family):
-        model = stage.config.model
-        message = (
-            f"{external.path} is a checkpoint of model type {external.model_type}, "
-            f"but model {model.name} is {model.family}; name the model that fits it"
-        )
-        builder.problem(stage.name, need.where, message)
-
-
-def _check_model(builder: _Builder, stage: Stage, need: Need, maker: str) -> None:
-    source = builder.recipe.stages.get(maker)
-    if need.what != "checkpoint" or source is None or not isinstance(source.config, TrainConfig):
+    maker, model = _model_wanted(builder, stage)
+    if model is None or external.model_type in (None, model.family):
         return
-    if isinstance(stage.config, TrainConfig) and source.config.model.config != stage.config.model.config:
-        theirs, ours = source.config.model.name, stage.config.model.name
-        builder.problem(
-            stage.name, need.where, f"{maker} trains model {theirs}, this stage {ours}; give both one model"
-        )
+    mend = "a merge is of one model" if maker else "name the model that fits it"
+    message = (
+        f"{external.path} is a checkpoint of model type {external.model_type}, "
+        f"but model {model.name} is {model.family}; {mend}"
+    )
+    builder.problem(stage.name, need.where, message)
+
+
+def _check_model(builder: _Builder, stage: Stage, need: Need) -> None:
+    maker, model = _model_wanted(builder, stage)
+    if model is None or need.what != "checkpoint":
+        return
+    theirs, mend = (f"{maker} model", "a merge is of one model") if maker else ("this stage", "give both one model")
+    for name, other in builder.recipe.models_of(need.ref):
+        if other.config != model.config:
+            message = f"{name} trains model {other.name}, {theirs} {model.name}; {mend}"
+            builder.problem(stage.name, need.where, message)
+
+
+def _model_wanted(builder: _Builder, stage: Stage) -> tuple[str | None, ModelConfig | None]:
+    """The model that a stage's checkpoints must be of, where the recipe says; first whose, if not the stage's own."""
+    if isinstance(stage.config, TrainConfig):
+        return None, stage.config.model
+    parts = stage.config.checkpoints if isinstance(stage.config, MergeConfig) else ()
+    return next((found for ref in parts for found in builder.recipe.models_of(ref)), (None, None))

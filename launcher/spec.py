@@ -22,7 +22,7 @@ SCHEMA = 1
 #: What an artifact's port holds on disk; `docs/architecture.md` describes each layout.
 Format = Literal["hf", "megatron", "nemo", "tokenizer", "tokens", "prompts", "scores", "analysis"]
 
-Kind = Literal["prepare", "train", "convert", "rl", "evaluate", "analyze"]
+Kind = Literal["prepare", "train", "convert", "merge", "rl", "evaluate", "analyze"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 
 #: How an attempt ended. One action belongs to each class; see `launcher.supervisor.classify`.

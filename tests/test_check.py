@@ -27,22 +27,43 @@ def problems(name: str, *sets: str, profile: Profile = SITE) -> list[str]:
     return check_recipe(recipe, build_plan(recipe, inputs), profile)
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "nemotron-h-8b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "nemotron-h-8b", "granite-3.3-8b-long-context"])
 def test_the_papers_runs_have_no_problem(name: str) -> None:
     assert problems(name) == []
 
 
-def test_aligner_is_refused_for_a_hybrid_by_the_backend_and_with_those_that_can() -> None:
-    sets = ["rl.backend=nemo-aligner", "rl.algorithm=reinforce", 'rl.end_strings=["</s>"]', "rl.importance_cap=null"]
-    (problem,) = problems("nemotron-h-8b", *sets)
-    assert "stages.rl.backend" in problem and "cannot train nemotron_h" in problem and "trl, nemo-rl" in problem
+def test_the_variants_of_long_context_recovery_have_no_problem() -> None:
+    for sets in (["long-context.trainable=attention"], ["long-context.checkpoint=midtrain"]):
+        assert problems("granite-3.3-8b-long-context", *sets) == []
+    name = "granite-3.3-8b-long-context"
+    (problem,) = problems(name, "long-context.trainable=attention", "long-context.seq_length=262144")
+    assert "stages.long-context.seq_length" in problem and "beyond the 131072 positions" in problem
 
 
-def test_the_family_is_found_through_an_rl_stage() -> None:
-    again = "{kind: rl, backend: trl, checkpoint: rl, prompts: prepare/rl-balanced, max_steps: 1, algorithm: grpo}"
-    assert problems("nemotron-h-8b", f"stages.rl2={again}") == []
-    sets = [f"stages.rl2={again}", "rl2.backend=nemo-aligner"]
-    assert any("stages.rl2.backend" in p and "nemotron_h" in p for p in problems("nemotron-h-8b", *sets))
+def test_a_matrix_over_weights_and_what_is_trained_shares_what_comes_before(tmp_path: Path) -> None:
+    recipe = tmp_path / "sweep.yaml"
+    recipe.write_text(
+        "base: prism/granite-3.3-8b-long-context\nmatrix:\n"
+        "  merge.weights: [[0.15, 0.85], [0.3, 0.7]]\n  long-context.trainable: [all, attention]\n"
+    )
+    keys: dict[str, set[str]] = {}
+    for point in load_recipes(recipe):
+        ref = point.stages["midtrain"].config.checkpoint
+        for planned in build_plan(point, Inputs({ref: External(ref, "hf", "f" * 20, None)}, {})):
+            keys.setdefault(planned.spec.stage, set()).add(planned.spec.fingerprint)
+    assert {n: len(keys[n]) for n in ("prepare", "midtrain", "merge", "long-context")} == {
+        "prepare": 1,
+        "midtrain": 1,
+        "merge": 2,
+        "long-context": 4,
+    }
+
+
+def test_the_family_is_found_through_a_merge() -> None:
+    both = "{kind: merge, checkpoints: [midtrain, rl], weights: [0.5, 0.5]}"
+    again = "{kind: rl, backend: nemo-aligner, checkpoint: sum, prompts: prepare/rl-balanced, max_steps: 1}"
+    found = problems("nemotron-h-8b", f"stages.sum={both}", f"stages.rl2={again}")
+    assert any("stages.rl2.backend" in p and "cannot train nemotron_h" in p for p in found), found
 
 
 @pytest.mark.parametrize(

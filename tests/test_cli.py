@@ -256,7 +256,12 @@ def test_status_of_a_submitted_run_does_without_slurm(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- the full-scale recipes
 
-PRISM = ["llama-3.1-8b", "nemotron-h-8b"]
+#: Each full-scale recipe: its model's type, and what it reads that is not here.
+PRISM = {
+    "llama-3.1-8b": ("llama", 20),
+    "nemotron-h-8b": ("nemotron_h", 20),
+    "granite-3.3-8b-long-context": ("granite", 17),
+}
 
 
 def data(folder: Path, recipe: str) -> list[str]:
@@ -268,17 +273,19 @@ def data(folder: Path, recipe: str) -> list[str]:
         (folder / "data" / Path(path).name).mkdir(parents=True)
     (folder / "model").mkdir()
     (folder / "model" / "model.safetensors").write_text("")
-    family = {"llama-3.1-8b": "llama", "nemotron-h-8b": "nemotron_h"}[recipe]
-    (folder / "model" / "config.json").write_text(json.dumps({"model_type": family}))
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": PRISM[recipe][0]}))
     paths = {"prepare.folder": "data", "prepare.tokenizer.path": "model", "midtrain.checkpoint": "model"}
-    return [word for key, name in paths.items() for word in ("--set", f"{key}={folder / name}")]
+    sets = [f"{key}={folder / name}" for key, name in paths.items()]
+    if any(stage["kind"] == "merge" for stage in plan["stages"]):
+        sets.append(f"merge.checkpoints=[{folder / 'model'}, midtrain]")
+    return [word for change in sets for word in ("--set", change)]
 
 
 @pytest.mark.parametrize("recipe", PRISM)
 def test_check_of_a_full_scale_recipe_names_what_is_not_here_and_nothing_else(recipe: str) -> None:
     done = prism("check", f"prism/{recipe}", "--cluster", "example-pyxis")
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and lines[-1] == "prism-launch: 20 problems"
+    assert done.returncode == 2 and lines[-1] == f"prism-launch: {PRISM[recipe][1]} problems"
     assert all(": No such file or directory" in line or ": no such checkpoint" in line for line in lines[:-1])
     assert all(".yaml:" in line and ": stages." in line for line in lines[:-1])
 

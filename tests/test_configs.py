@@ -6,6 +6,7 @@ import pytest
 
 from launcher import cli
 
+SUM = "stages.sum={kind: merge, checkpoints: [base, midtrain], weights: [0.15, 0.85]}"
 CHANGES = [
     "prepare.problems.held-out.count=0",
     "prepare.sources.general.max_bytes=0",
@@ -23,6 +24,10 @@ CHANGES = [
     "evaluate.batch_size=0",
     "analyze.thresholds=[]",
     "analyze.thresholds=[0]",
+    "sum.checkpoints=[base]",
+    "sum.checkpoints=[base,base]",
+    "sum.weights=[1]",
+    "sum.weights=[0,0]",
     "seed=-1",
     "base.seed=-1",
 ]
@@ -30,7 +35,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_key_and_its_place_are_named(change: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "demo", "--set", change]) == 2
+    given = [SUM] if change.startswith("sum.") else []
+    assert cli.main(["check", "demo", *(x for s in [*given, change] for x in ("--set", s))]) == 2
     key = change.partition("=")[0].rpartition(".")[2]
     first = capsys.readouterr().err.splitlines()[0]
     assert f"--set {change}: " in first and f"{key}: " in first
@@ -40,3 +46,9 @@ def test_what_only_our_own_loop_does_is_refused_beside_a_script(capsys: pytest.C
     values = ("midtrain.entrypoint=pretrain_gpt.py", "midtrain.document_masking=true", "midtrain.packing=best-fit")
     assert cli.main(["check", "demo", *(word for value in values for word in ("--set", value))]) == 2
     assert "document_masking: is for our own loop" in capsys.readouterr().err
+
+
+def test_a_script_of_the_users_own_trains_what_it_will(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["midtrain.entrypoint=pretrain_gpt.py", "midtrain.trainable=attention"]
+    assert cli.main(["check", "demo", *(word for change in sets for word in ("--set", change))]) == 2
+    assert "stages.midtrain.trainable: is for our own loop" in capsys.readouterr().err

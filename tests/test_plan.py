@@ -197,6 +197,82 @@ def test_a_checkpoint_of_another_family_is_refused() -> None:
         plan(stage("prepare", "prepare", **PREPARE), stage("mid", "train", **TRAIN, checkpoint=ref), inputs=inputs)
 
 
+# -------------------------------------------------------------------------------------------------------------- merging
+
+LLAMA = "/models/llama"
+HALVES = {"checkpoints": [LLAMA, "mid"], "weights": [0.15, 0.85]}
+
+
+def merging(*stages: Stage, family: str | None = "llama", **config: Any) -> dict[str, PlannedStage]:
+    """Mid-training from a checkpoint outside, the two merged, and training from the sum."""
+    return plan(
+        stage("prepare", "prepare", **PREPARE),
+        stage("sum", "merge", **{**HALVES, **config}),
+        stage("long", "train", **TRAIN, checkpoint="sum"),
+        stage("mid", "train", **TRAIN, checkpoint=LLAMA),
+        *stages,
+        inputs=Inputs({LLAMA: External(LLAMA, "hf", "abc", family)}, {}),
+    )
+
+
+def test_a_merge_shares_the_conversion_that_training_wants_and_adds_none() -> None:
+    planned = merging()
+    (inserted,) = (name for name, s in planned.items() if s.inserted)
+    assert inserted.endswith("-to-megatron")
+    assert planned["sum"].depends == (inserted, "mid") and planned["long"].depends == ("prepare", "sum")
+    ports = planned["sum"].spec.inputs
+    assert ports[LLAMA] == planned["mid"].spec.inputs["checkpoint"]
+    assert ports["mid"].fingerprint == planned["mid"].spec.fingerprint
+    assert {p.format for p in ports.values()} == {planned["sum"].spec.outputs["checkpoint"].format} == {"megatron"}
+    assert planned["long"].spec.inputs["checkpoint"].fingerprint == planned["sum"].spec.fingerprint
+    assert not planned["sum"].obstacles
+
+
+def test_a_merge_in_hugging_faces_format_is_read_by_evaluation_as_it_is() -> None:
+    reader = stage("evaluate", "evaluate", checkpoints=["soup"], benchmarks=["prepare/held-out"])
+    rl = stage("rl", "rl", **RL, checkpoint="mid")
+    planned = merging(reader, rl, stage("soup", "merge", **{**HALVES, "checkpoints": [LLAMA, "rl"], "format": "hf"}))
+    assert planned["soup"].depends == ("rl",)
+    assert planned["evaluate"].spec.inputs["soup"].fingerprint == planned["soup"].spec.fingerprint
+
+
+def test_weights_and_order_decide_what_a_merge_is_and_verification_does_not() -> None:
+    key = merging()["sum"].spec.fingerprint
+    other = ({"weights": [0.85, 0.15]}, {"checkpoints": ["mid", LLAMA]}, {"format": "hf"})
+    keys = [merging(**change)["sum"].spec.fingerprint for change in other]
+    assert len({key, *keys}) == 4
+    assert merging(verify=False)["sum"].spec.fingerprint == key
+
+
+WIDER = {**MODEL, "name": "wider", "config": {"model_type": "llama", "hidden_size": 16}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "config", "message"),
+    [
+        ([], {"checkpoints": [LLAMA, "md"]}, "stages.sum.checkpoints[1]: no stage md, did you mean mid?"),
+        ([], {"checkpoints": ["mid", "prepare"]}, "makes tokenizer, tokens, prompts, not checkpoint"),
+        ([], {"checkpoints": ["mid", "sum"]}, "cannot read what it makes itself"),
+        ([], {"checkpoints": ["mid", "long"]}, "in a circle: sum -> long -> sum"),
+        ([], {"family": "granite"}, "model type granite, but model m is llama; a merge is of one model"),
+        (
+            [stage("wide", "train", **{**TRAIN, "model": WIDER})],
+            {"checkpoints": ["mid", "wide"]},
+            "stages.sum.checkpoints[1]: wide trains model wider, mid model m; a merge is of one model",
+        ),
+        (
+            [stage("wide", "train", **{**TRAIN, "model": WIDER}, checkpoint="sum")],
+            {},
+            "stages.wide.checkpoint: mid trains model m, this stage wider; give both one model",
+        ),
+    ],
+)
+def test_merges_that_are_refused(stages: list[Stage], config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        merging(*stages, **config)
+    assert message in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------- what is planned and not built
 
 GPUS = configs.Resources(nodes=2, gpus_per_node=4, ntasks_per_node=4, time="6:00:00")

@@ -162,7 +162,7 @@ def _print(target: Path, record: dict[str, Any], as_json: bool) -> None:
     read, written = record["tensors_read"], record["tensors_written"]
     print(f"{target}: {read} tensors read, {written} written, {record['bytes_written'] / 1e6:.1f} MB")
     if "read_back" in record:
-        print(f"read back: {record['read_back']}")
+        print("\n".join([f"read back: {record['read_back']}", *record["notes"]]))
         return
     checked = "each tensor read back and converted back has the source's bytes"
     print(f"round trip: {record['round_trip']}{'; ' + checked if record['source_sha256'] else ' (--no-verify)'}")

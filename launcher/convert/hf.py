@@ -111,7 +111,9 @@ def read_index(folder: Path) -> dict[str, str]:
 def _read_header(path: Path) -> dict[str, tuple[int, Entry | str]]:
     """Tensor name to its place in the file and what it is, or the name of a type that is not covered."""
     try:
-        with safe_open(path, framework="pt"):  # checks the header and the file's size
+        # Checks the header and the file's size. For torch it would map the file as memory of the process's own, which
+        # the kernel refuses for one file larger than memory.
+        with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); get the file again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,14 @@ def merge(
         "read_back": "the bytes that were computed" if verify else "not run",
         "sha256": digest_of(sums) if verify else None,
         "not_finite": not_finite,
+        "notes": _notes(weights),
         "versions": {"torch": torch.__version__},
     }
+
+
+def _notes(weights: Sequence[float]) -> list[str]:
+    total = math.fsum(weights)
+    return [f"the weights add up to {total:g}, not 1"] if abs(total - 1) > 1e-6 else []
 
 
 def _check(found: Sequence[Checkpoint]) -> None:

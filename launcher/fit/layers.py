@@ -8,6 +8,7 @@ MambaMixer for what Mamba-2 keeps; Megatron-LM's num_floating_point_operations f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.models.shape import ModelShape
 
@@ -151,11 +152,24 @@ def layer_flops(a: Architecture, letter: str, seq_length: float) -> float:
     return projections + convolution + scan
 
 
-def flops_per_token(a: Architecture, seq_length: float) -> float:
+def flops_per_token(a: Architecture, seq_length: float, trainable: Literal["all", "attention"] = "all") -> float:
     """FLOPs a token of a training step: forward and twice that for backward; the output matrix counts.
 
     For sequences of several documents that do not see each other, `seq_length` is the documents' mean length weighted
-    by tokens, sum of squares over sum: exact, but for windows that some are shorter than.
+    by tokens, sum of squares over sum: exact, but for windows that some are shorter than. Where attention alone is
+    trained, backward ends at the first attention layer, and of what is frozen above it no gradients of weights are
+    made.
     """
     forward = sum(layer_flops(a, letter, seq_length) for letter in a.pattern) + 2 * a.hidden * a.vocab
-    return 3 * forward
+    if trainable == "all":
+        return 3 * forward
+    reached = a.pattern[a.pattern.index("*") :]
+    through = sum(2 * layer_flops(a, letter, seq_length) - _frozen_flops(a, letter) for letter in reached)
+    return forward + through + 2 * a.hidden * a.vocab
+
+
+def _frozen_flops(a: Architecture, letter: str) -> float:
+    """What the gradients of a layer's matrices would take, where they are not trained: an MLP's, or Mamba-2's."""
+    if letter == "M":
+        return 2 * a.hidden * (3 * a.mamba_inner + 2 * a.mamba_groups * a.mamba_state + a.mamba_heads)
+    return 0.0 if letter == "*" else 2 * (3 if a.gated else 2) * a.hidden * a.ffn

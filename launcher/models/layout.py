@@ -17,6 +17,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
         *_masking_problems(shape, config),
+        *_trainable_problems(shape, config),
     ]
     if cpu and layout.recompute != "none":
         problems.append("parallelism.recompute: needs GPUs; on a CPU set none")
@@ -118,3 +119,18 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"{config.micro_batch_size} x {replicas} data-parallel replicas"
         ]
     return []
+
+
+def _trainable_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
+    """Every pipeline stage must hold something to train: megatron-core's optimizer has no parameters otherwise."""
+    pattern, stages = shape.hybrid_override_pattern, _chosen(config).pipeline_model_parallel_size
+    if config.trainable == "all" or pattern is None or len(pattern) % stages:
+        return []
+    size = len(pattern) // stages
+    parts = [pattern[i * size : (i + 1) * size] for i in range(stages)]
+    return [
+        f"trainable: pipeline stage {i} of {stages} has no attention layer ({part}); take a smaller "
+        "pipeline_model_parallel_size, or train all"
+        for i, part in enumerate(parts)
+        if "*" not in part
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.configs import Resources
+from launcher.configs import MergeConfig, ModelConfig, Resources, RLConfig, TrainConfig
 from launcher.spec import Kind
 
 
@@ -43,3 +43,13 @@ class Recipe:
         while path and path not in self.positions:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.positions.get(path, self.path)
+
+    def models_of(self, ref: str) -> tuple[tuple[str, ModelConfig], ...]:
+        """The train stages that a checkpoint reference goes back to, with their models; none where it is a path."""
+        stage = self.stages.get(ref)
+        config = stage.config if stage else None
+        if isinstance(config, TrainConfig):
+            return ((ref, config.model),)
+        if isinstance(config, MergeConfig):
+            return tuple(found for part in config.checkpoints for found in self.models_of(part))
+        return self.models_of(config.checkpoint) if isinstance(config, RLConfig) else ()

@@ -233,6 +233,8 @@ def _engine(stage: _Stage) -> str:
         return f"{config['backend']} ({config.get('algorithm', 'grpo')}){where}"
     if stage.spec.kind == "convert":
         return f"{config['source']} to {config['target']}"
+    if stage.spec.kind == "merge":
+        return " + ".join(f"{w:g} × {ref}" for w, ref in zip(config["weights"], config["checkpoints"], strict=True))
     return str(stage.facts.get("engine", ""))
 
 

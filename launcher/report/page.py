@@ -289,7 +289,7 @@ def _run(data: Data) -> str:
     return (
         table("Stages in the order of the plan", columns, stages, (0, 1, 2, 3, 8))
         + table("Versions", ["stage", "versions"], [["planned with", login], *versions], (0, 1))
-        + table("Verification of conversions", ["stage", "round trip", "details"], checks, (0, 1, 2))
+        + table("Verification of conversions and merges", ["stage", "read back", "details"], checks, (0, 1, 2))
     )
 
 
@@ -305,7 +305,8 @@ def _stage_cells(data: Data, row: Row) -> list[object]:
 
 def _verification_cells(row: Row) -> list[object]:
     found = dict(row["verification"])
-    return [row["stage"], found.pop("round_trip", "–"), _plain(found)]
+    exact = found.pop("round_trip", None) or found.pop("read_back", "–")
+    return [row["stage"], exact, _plain(found)]
 
 
 def _plain(value: object) -> str:

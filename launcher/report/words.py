@@ -38,6 +38,8 @@ def introduction(data: Data) -> str:
         text += f" The model is {model['name']} (family {model['family']}){size}."
     trained = [f"{s['stage']} on {format_count(s['tokens'])} tokens" for s in done if s["tokens"]]
     text += f" Trained: {listed(trained)}." if trained else ""
+    merged = [f"{s['stage']} = {s['engine']}" for s in done if s["kind"] == "merge"]
+    text += f" Merged: {listed(merged)}." if merged else ""
     tuned = [f"{s['stage']} from {s['start']} by {s['backend']}" for s in done if s["kind"] == "rl"]
     text += f" Reinforcement learning: {listed(tuned)}." if tuned else ""
     return text + (f" Seed {data['seed']}." if data["seed"] is not None else "")

@@ -57,7 +57,7 @@ def worker_step(kind: str, resources: Resources) -> Step:
 
 def kinds() -> Mapping[str, ModuleType]:
     """Every stage kind's module by name."""
-    from launcher.stages import analyze, convert, evaluate, prepare, rl, train
+    from launcher.stages import analyze, convert, evaluate, merge, prepare, rl, train
 
-    modules = {"prepare": prepare, "train": train, "convert": convert, "rl": rl}
+    modules = {"prepare": prepare, "train": train, "convert": convert, "merge": merge, "rl": rl}
     return {**modules, "evaluate": evaluate, "analyze": analyze}

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from launcher.configs import ConvertConfig
 from launcher.progress import StageJob, Stopped, run_worker
@@ -16,9 +18,23 @@ def main(job: StageJob) -> None:
     from launcher.convert.conversion import convert
 
     config: ConvertConfig = job.config(ConvertConfig)
+    target, final = emptied(job), job.root / job.spec.outputs["checkpoint"].path
+    found = convert(job.input("checkpoint"), target, config.target, config.verify, beating(job), final=final)
+    for name in found["not_finite"] or ():
+        print(f"warning: {name} holds nan or infinity, which is kept", file=sys.stderr)
+    job.record(verification=found)
+
+
+def emptied(job: StageJob) -> Path:
+    """The folder of the port `checkpoint`, without what an attempt that was cut off has left."""
     target = job.output("checkpoint")
-    shutil.rmtree(target)  # what an attempt that was cut off has left
+    shutil.rmtree(target)
     target.mkdir()
+    return target
+
+
+def beating(job: StageJob) -> Callable[[int, int], None]:
+    """Tells of bytes done, of those there are, as the stage's heartbeat; raises Stopped when asked to stop."""
     began, last = time.monotonic(), [0.0]
 
     def progress(done: int, total: int) -> None:
@@ -29,11 +45,7 @@ def main(job: StageJob) -> None:
             last[0] = now
             job.beat(done, total, bytes_per_s=round(done / max(now - began, 1e-9)))
 
-    final = job.root / job.spec.outputs["checkpoint"].path
-    found = convert(job.input("checkpoint"), target, config.target, config.verify, progress, final=final)
-    for name in found["not_finite"] or ():
-        print(f"warning: {name} holds nan or infinity, which is kept", file=sys.stderr)
-    job.record(verification=found)
+    return progress
 
 
 if __name__ == "__main__":

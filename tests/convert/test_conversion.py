@@ -201,6 +201,15 @@ def test_shards_are_read_by_their_index(tmp_path: Path, hf_checkpoint: Checkpoin
     assert same(read_all(tmp_path / "megatron"), read_all(tmp_path / "wanted"))
 
 
+def test_a_file_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    size = 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)  # one hole: it takes no room
+    assert HfReader(tmp_path).entries["weight"].shape == (size // 4,)
+
+
 def test_a_large_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.randn(7, i + 1, dtype=[torch.bfloat16, torch.float32][i % 2]) for i in range(9)}
     writer = HfWriter(tmp_path, {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, shard_bytes=300)

@@ -92,6 +92,15 @@ def test_a_sliding_window_saves_attention_alone() -> None:
     assert saved == 3 * 32 * 4 * 4096 * (8192 / 2 - 4096 * (1 - 4096 / (2 * 8192)))
 
 
+def test_what_is_not_trained_takes_no_gradients_of_weights() -> None:
+    mlp, output = 6 * 4096 * 14336, 2 * 4096 * 128256
+    saved = flops_per_token(LLAMA_8B, 8192) - flops_per_token(LLAMA_8B, 8192, "attention")
+    assert saved == 32 * mlp + output
+    below, above = replace(LLAMA_8B, pattern="-" * 5 + "*"), replace(LLAMA_8B, pattern="*" + "-" * 5)
+    more = flops_per_token(above, 8192, "attention") - flops_per_token(below, 8192, "attention")
+    assert more == 5 * mlp, "backward goes through the MLPs above, and not to those below"
+
+
 def test_what_splits_and_what_does_not() -> None:
     whole = layer_parameters(LLAMA_8B, "*")
     assert layer_parameters(LLAMA_8B, "*", tp=2) == (whole - 4096) / 2 + 4096, "norms are on every rank"

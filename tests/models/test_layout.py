@@ -97,3 +97,10 @@ def test_a_cpu_has_no_recomputation() -> None:
         recompute = {"parallelism": {"recompute": kind}}
         assert problems("llama-tiny", 1, **recompute) == []
         assert "recompute: needs GPUs" in problems("llama-tiny", 1, cpu=True, **recompute)[0]
+
+
+@pytest.mark.parametrize(("stages", "empty"), [(1, []), (2, []), (4, []), (13, [0, 2, 3, 5, 6, 8, 9, 11, 12])])
+def test_every_pipeline_stage_has_something_to_train(stages: int, empty: list[int]) -> None:
+    found = problems("nemotron-h-8b", stages, pp=stages, trainable="attention")
+    assert [p.partition(" has")[0] for p in found] == [f"trainable: pipeline stage {i} of {stages}" for i in empty]
+    assert problems("nemotron-h-8b", stages, pp=stages) == []

@@ -23,6 +23,7 @@ MODULES = {"rl": "rl_trl"}
 PORTS = {
     "prepare": {"tokenizer": "tokenizer", "tokens": "tokens", "prompts": "prompts"},
     "rl": {"checkpoint": "hf"},
+    "merge": {"checkpoint": "hf"},
     "evaluate": {"scores": "scores"},
     "analyze": {"analysis": "analysis"},
 }

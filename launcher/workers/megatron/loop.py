@@ -318,6 +318,7 @@ def report(
     measured = any(name.startswith("validation/") for name in further)
     if measured or iteration % config.log_interval == 0 or iteration == config.train_iters:
         figures = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "seconds": seconds, **further}
+        figures |= {"document_length": step.document_length} if config.document_masking else {}
         metrics.step(iteration, iteration * per_step, speed, figures, step.document_length)
 
 

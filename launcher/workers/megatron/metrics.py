@@ -114,7 +114,8 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
         else:
             print("tensorboard is not installed here: none of its files are written", flush=True)
         boards += [WeightsAndBiases(job, config)] if config.wandb_project else []
-    per_token = partial(flops_per_token, architecture_of(shape_of(config.model.config)))
+    architecture = architecture_of(shape_of(config.model.config))
+    per_token = partial(flops_per_token, architecture, trainable=config.trainable)
     return Metrics(job, per_token, peak_tflops(), boards)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer import TransformerConfig
@@ -43,6 +44,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 _FP32_PARAMETERS = ("A_log", ".D")
+_ATTENTION_MATRICES = (".self_attention.linear_qkv.weight", ".self_attention.linear_proj.weight")
 
 
 def transformer_config(
@@ -177,6 +179,22 @@ def _in_bf16(config: TransformerConfig, model: MegatronModule) -> Float16Module:
         if name.endswith(_FP32_PARAMETERS):
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def freeze(model: nn.Module, trainable: Literal["all", "attention"]) -> None:
+    """Leave what is not trained without gradients; call it before data parallelism and the optimizer are built.
+
+    `attention`: the matrices of attention layers, linear_qkv and linear_proj. The norm that Transformer Engine puts
+    into linear_qkv is the layer's, not the attention's, as in a Hugging Face checkpoint, and stays as it is.
+    """
+    if trainable == "all":
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(_ATTENTION_MATRICES))
+    for module in model.modules():
+        # A layer that backward computes again passes no gradient on where its input has none, its own weights' neither.
+        if isinstance(module, LanguageModelEmbedding) and module.config.recompute_granularity == "full":
+            module.register_forward_hook(lambda _m, _i, out: out.requires_grad_())
 
 
 # -------------------------------------------------------------------------------------------------- initial weights

@@ -19,7 +19,7 @@ from launcher.progress import StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
 from launcher.workers.megatron.data import Blend, Source, read_sources
 from launcher.workers.megatron.layers import kernels
-from launcher.workers.megatron.model import build_model, initialize, sharded_tensors
+from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
 
@@ -47,10 +47,11 @@ def train(job: StageJob) -> None:
         module = build_model(shape, config.parallelism, config.precision, document_masking=config.document_masking)
         if checkpoint.newest(progress / "checkpoints") is None:
             _set_weights(module, shape, config, start, job.spec.seed)
+        freeze(module, config.trainable)
         trainer = loop.build_trainer(config, module, blend, held_out)
-        parameters = _count_parameters(module, shape)
+        counts = _count_parameters(module, shape)
         if job.rank == 0:
-            job.record(**_facts(config, blend, parameters))
+            job.record(**counts, **_facts(config, blend))
             for source in blend.mix():
                 print(_blend_line(source))
         loss = loop.run(job, trainer)
@@ -65,17 +66,8 @@ def train(job: StageJob) -> None:
 def _blend(
     config: TrainConfig, sources: Sequence[Source], samples: int, seed: int, shape: ModelShape, index: Path
 ) -> Blend:
-    masking, packing = config.document_masking, config.packing
-    return Blend(
-        sources,
-        samples,
-        config.seq_length,
-        seed,
-        shape.vocab_size,
-        index,
-        document_masking=masking,
-        packing=packing,
-    )
+    options: dict[str, Any] = {"document_masking": config.document_masking, "packing": config.packing}
+    return Blend(sources, samples, config.seq_length, seed, shape.vocab_size, index, **options)
 
 
 def _blend_line(source: dict[str, Any]) -> str:
@@ -103,20 +95,21 @@ def _set_weights(module: Any, shape: ModelShape, config: TrainConfig, start: Pat
         checkpoint.load_weights(start, module)
 
 
-def _count_parameters(module: torch.nn.Module, shape: ModelShape) -> int:
+def _count_parameters(module: torch.nn.Module, shape: ModelShape) -> dict[str, int]:
     """Elements of the whole model's parameters: each once, however many ranks hold it, and no vocabulary padding."""
-    mine = sum(p.data.numel() for p in sharded_tensors(module) if is_main_replica(p.replica_id))
+    mine = [p for p in sharded_tensors(module) if is_main_replica(p.replica_id)]
+    trained = sum(p.data.numel() for p in mine if p.data.requires_grad)
+    whole, trained = (int(n) for n in sum_over_ranks([sum(p.data.numel() for p in mine), trained]))
     matrices = 1 if shape.share_embeddings_and_output_weights else 2
     padding = matrices * (shape.padded_vocab_size - shape.vocab_size) * shape.hidden_size
-    return int(sum_over_ranks([mine])[0]) - padding
+    return {"parameters": whole - padding, "trainable_parameters": trained - (padding if trained == whole else 0)}
 
 
-def _facts(config: TrainConfig, blend: Blend, parameters: int) -> dict[str, Any]:
+def _facts(config: TrainConfig, blend: Blend) -> dict[str, Any]:
     layout = config.parallelism
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
         "cpu_mode": cpu_mode.active(),
-        "parameters": parameters,
         "tokens": config.train_iters * config.global_batch_size * config.seq_length,
         "data": blend.mix(),
         "layout": {

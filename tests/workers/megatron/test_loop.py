@@ -245,6 +245,18 @@ def test_learning_rates_warm_up_and_decay_as_asked() -> None:
     assert rates(lr_warmup_fraction=0.0)[0] == 1.0
 
 
+def test_long_context_recovery_ends_at_a_rate_of_0() -> None:
+    """PRISM, Table 17: 1,000 steps, 100 of warm-up, exponential decay to 0."""
+    found = rates(lr_decay_style="exponential", min_lr_ratio=0.0, train_iters=1001, lr_warmup_fraction=100 / 1001)
+    assert max(found) == found[100] == 1.0 and found[50] == 0.5
+    # Megatron's base is 2, that of lm-engine, whose names the paper's tables use, is e.
+    after = [(i - 100) / 901 for i in range(100, 1001)]
+    assert found[100:] == pytest.approx([2 ** (1 - x) - 1 for x in after])
+    theirs = [(math.exp(1 - x) - 1) / (math.e - 1) for x in after]
+    assert max(abs(a - b) for a, b in zip(found[100:], theirs, strict=True)) < 0.04
+    assert 0.0 < found[-1] < 2e-3 and found[100:] == sorted(found[100:], reverse=True)
+
+
 def test_the_rank_of_a_run_reports_speed_and_norms(reference: Reference) -> None:
     stage = reference("llama-tiny")
     rows = stage.metrics()
