@@ -45,16 +45,29 @@ class Batch(NamedTuple):
 
 @dataclass
 class Documents(PackedSeqParams):
-    """megatron-core's parameters of packed sequences, with the lengths on the host."""
+    """megatron-core's parameters of packed sequences, with the lengths on the host.
 
+    `seq_idx`, 1 s, is the number of each token's document: 0.16.1 finds it itself, newer ones have this field for it.
+    """
+
+    seq_idx: Tensor | None = None
     lengths: tuple[int, ...] = ()
 
 
 def packed_documents(lengths: tuple[int, ...], device: Any = None) -> Documents:
     """Documents of these lengths, one after the other in one row."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
     longest = -(-max(lengths) // _LENGTH_STEP) * _LENGTH_STEP
-    return Documents("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths)
+    return Documents(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        seq_idx=numbers[None].to(device),
+        lengths=lengths,
+    )
 
 
 def model_inputs(batch: Batch, positions: Tensor) -> tuple[dict[str, Any], Tensor | None]:

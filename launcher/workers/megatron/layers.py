@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -25,6 +26,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import cpu_mode
 from launcher.workers.megatron.attention import TorchAttention
@@ -79,6 +81,11 @@ def gpt_layers(config: TransformerConfig, document_masking: bool = False) -> Tra
 def hybrid_layers(config: TransformerConfig, shape: ModelShape, document_masking: bool = False) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
     sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
+    if document_masking and mamba_mixer.causal_conv1d_fn is None:
+        raise UserError(
+            "document_masking: Mamba-2 layers keep documents apart by causal-conv1d, which cannot be imported here: "
+            "pip install --no-build-isolation causal-conv1d, or set document_masking false"
+        )
     if kernels() == "transformer-engine":
         from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 

@@ -208,8 +208,7 @@ def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
     batches = _micro_batches(trainer, blend, 0, blend.samples)
     with torch.no_grad():
         found = _run_schedule(trainer, iter(batches), Clock(), blend.samples, forward_only=True)
-    total, count = _sums(found)
-    total, count = sum_over_ranks([total, count])
+    total, count = sum_over_ranks(_sums(found))
     return total / count
 
 
@@ -220,8 +219,11 @@ def _micro_batches(trainer: Trainer, blend: Blend, first: int, last: int) -> Ite
 
 def _run_schedule(
     trainer: Trainer, batches: Iterator[Batch], clock: Clock, samples: int, *, forward_only: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """megatron-core's schedule over this rank's micro-batches of `samples`; gives what `_forward`'s losses give."""
+) -> list[Tensor]:
+    """megatron-core's schedule over this rank's micro-batches of `samples`: of each, sum and count of its losses.
+
+    They are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
+    """
     config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
     rows = config.micro_batch_size
     # Masked documents of a micro-batch are one row, but for context parallelism (`documents`).
@@ -237,10 +239,10 @@ def _run_schedule(
     )
 
 
-def _sums(losses: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Over this rank's micro-batches. Losses are on the last pipeline stage alone, and the same on each of its
-    tensor-parallel ranks."""
-    return sum(float(total) for total, _ in losses), sum(float(count) for _, count in losses)
+def _sums(losses: list[Tensor]) -> list[float]:
+    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for."""
+    found: list[float] = torch.stack(losses).double().sum(0).tolist() if losses else [0.0, 0.0]
+    return found
 
 
 def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
@@ -288,18 +290,18 @@ def _forward(positions: Tensor, clock: Clock, batches: Iterator[Batch], model: t
     return model(**inputs), _mean if mask is None else partial(_sum, mask)
 
 
-def _mean(losses: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.float().mean()
     # The schedule divides the first in place, and multiplies it by the ranks that share a sequence: gradients are
     # averaged over those too.
-    parts = mean.detach().clone(), torch.ones_like(mean)
+    parts = torch.stack([mean.detach(), torch.ones_like(mean)])
     return mean / parallel_state.get_context_parallel_world_size(), parts
 
 
-def _sum(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def _sum(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The losses that count, and how many: megatron-core divides the gradients by those of the whole batch."""
-    total, count = (losses.float() * mask).sum(), mask.sum().to(torch.int)
-    return total, count, (total.detach().clone(), count)
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    return total, count.to(torch.int), torch.stack([total.detach(), count])
 
 
 def report(

@@ -90,6 +90,7 @@ def test_what_kernels_are_told() -> None:
     assert told.qkv_format == "thd" and told.cu_seqlens_q.dtype == torch.int32
     assert told.cu_seqlens_q.tolist() == told.cu_seqlens_kv.tolist() == [0, 3, 133, 135]
     assert told.max_seqlen_q == told.max_seqlen_kv == 192
+    assert told.seq_idx is not None and told.seq_idx.tolist() == [[0] * 3 + [1] * 130 + [2] * 2]
 
 
 def test_squares_are_of_documents_or_of_whole_sequences() -> None:
