@@ -43,10 +43,12 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -W ignore -m tests.bench.bench $(BENCH)
 
-# Accepts changed scripts and references: writes tests/golden/ and docs anew; look at the difference before you commit.
+# Accepts changed scripts, references and losses: writes tests/golden/ and docs anew; look at the difference before you
+# commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
 	$(BIN)/python tests/test_docs.py
+	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

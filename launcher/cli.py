@@ -209,10 +209,12 @@ def _add_checkpoint_commands(commands: Commands) -> None:
 
 
 def _add_fit_command(commands: Commands) -> None:
-    fit = _command(commands, "fit.fit", "the layouts of a model that fit on some GPUs, best first", "json")
+    fit = _command(commands, "fit.fit", "the layouts of a model that fit on some GPUs, best first", "root", "json")
     fit.add_argument("model", metavar="MODEL", help="a model's name, a checkpoint's folder or its config.json")
     fit.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
-    fit.add_argument("--gpu", default="h100-80gb", metavar="TYPE", help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    fit.add_argument(
+        "--gpu", default="h100-80gb", metavar="TYPE", help="such as a100-80gb, h200-141gb; default: h100-80gb"
+    )
     fit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="bounds tensor parallelism; default: 8")
     fit.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="where the type's own figure is wrong")
     fit.add_argument("--seq-length", type=int, default=8192, metavar="N", help="tokens in a sequence; default: 8192")
@@ -222,7 +224,13 @@ def _add_fit_command(commands: Commands) -> None:
     fit.add_argument(
         "--tokens", type=float, default=27e9, metavar="N", help="to train on; default: 27e9, as PRISM has it"
     )
-    fit.add_argument("--mfu", type=float, metavar="SHARE", help="of the bf16 peak; default: what public runs reach")
+    fit.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of compute; default: bf16")
+    fit.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="of the bf16 peak, before what the layout costs; default: that of runs in the store, else of public ones",
+    )
     for size in ("tensor-model-parallel", "pipeline-model-parallel", "context-parallel", "micro-batch"):
         fit.add_argument(f"--{size}-size", type=int, metavar="N", help="this size alone; default: all that can work")
 

@@ -176,6 +176,20 @@ def read_receipt(root: Path, artifact: str) -> Receipt | None:
     return receipt
 
 
+def receipts(root: Path, kind: str) -> list[Receipt]:
+    """What the artifacts of a kind tell of their making, the oldest first; whether their files are still there is not
+    looked at."""
+    from launcher.spec import SpecError, decode
+
+    found = []
+    for path in (root / "artifacts" / kind).glob(f"*/{RECEIPT}"):
+        with contextlib.suppress(SpecError, OSError):
+            data = None if "." in path.parent.name else read_json(path)  # .partial, .damaged
+            if isinstance(data, dict) and data.get("schema") == RECEIPT_SCHEMA:
+                found.append(decode(Receipt, data))
+    return sorted(found, key=lambda receipt: receipt.created)
+
+
 def damaged_files(root: Path, artifact: str, receipt: Receipt) -> list[str]:
     """Files of an artifact whose checksum is no longer the receipt's."""
     return [name for name, (_, digest) in receipt.files.items() if sha256_of(root / artifact / name) != digest]

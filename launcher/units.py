@@ -57,3 +57,8 @@ def format_count(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.3g} {unit}"
     return f"{count:.0f}"
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """A figure without the digits that mean nothing, for JSON."""
+    return float(f"{value:.{digits}g}")

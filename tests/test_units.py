@@ -46,3 +46,7 @@ def test_durations_for_people(seconds: float, text: str) -> None:
 def test_bytes_and_counts_for_people() -> None:
     assert [units.format_bytes(n) for n in (512, 3.4 * 2**20, 2**41)] == ["512 B", "3.4 MiB", "2.0 TiB"]
     assert [units.format_count(n) for n in (244, 16400, 1e6, 27e9)] == ["244", "16.4 k", "1 M", "27 B"]
+
+
+def test_figures_keep_the_digits_that_mean_something_whatever_their_size() -> None:
+    assert [units.significant(x) for x in (958.27, 0.000123456, 123456.0, 0.0)] == [958.3, 0.0001235, 123500.0, 0.0]

@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.shared import print_json
+from launcher import store
+from launcher.commands.shared import print_json, root_of
 from launcher.errors import UserError
 from launcher.fit.gpus import Gpu, gpu_of
 from launcher.fit.layers import architecture_of, flops_per_token
 from launcher.fit.memory import Layout
-from launcher.fit.search import GIB, Fit, Task, find_layouts, layout_problems
+from launcher.fit.search import GIB, Fit, Task, base_mfu, find_layouts, layout_problems
+from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
 from launcher.models.shape import ModelShape
-from launcher.units import format_count, format_duration
+from launcher.units import format_count, format_duration, significant
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
 _FIXED = {
@@ -51,8 +53,13 @@ def _task(args: argparse.Namespace) -> Task:
     if args.mfu is not None and args.mfu > 1:
         raise UserError(f"--mfu: a share of the peak rate, such as 0.4; got {args.mfu:g}")
     iters = round(args.tokens / (args.seq_length * args.global_batch_size))
+    shape = _shape(args.model)
+    if args.seq_length > shape.max_position_embeddings:
+        limit = shape.max_position_embeddings
+        raise UserError(f"--seq-length: {args.seq_length} is beyond the {limit} positions of {args.model}")
+    past = () if args.mfu else past_runs(store.receipts(root_of(args), "train"))
     return Task(
-        shape=_shape(args.model),
+        shape=shape,
         gpu=replace(gpu, memory_gib=args.gpu_memory_gib or gpu.memory_gib),
         gpus=args.gpus,
         gpus_per_node=args.gpus_per_node,
@@ -60,6 +67,8 @@ def _task(args: argparse.Namespace) -> Task:
         global_batch_size=args.global_batch_size,
         train_iters=max(1, iters),
         mfu=args.mfu,
+        past=runs_like(past, args.gpu, shape, args.precision),
+        precision=args.precision,
         fixed={short: getattr(args, name) for name, short in _FIXED.items() if getattr(args, name) is not None},
     )
 
@@ -102,11 +111,13 @@ def _json(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> dict[str, A
         "seq_length": task.seq_length,
         "global_batch_size": task.global_batch_size,
         "train_iters": task.train_iters,
-        "layouts": [_layout_json(f) for f in found],
+        "precision": task.precision,
+        "mfu_source": task.mfu_source,
+        "layouts": [_layout_json(task, f) for f in found],
     }
 
 
-def _layout_json(f: Fit) -> dict[str, Any]:
+def _layout_json(task: Task, f: Fit) -> dict[str, Any]:
     layout, memory = f.layout, f.memory
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     parts |= {"activations": memory.activations, "workspace": memory.workspace, "beside": f.needed - memory.peak}
@@ -122,9 +133,15 @@ def _layout_json(f: Fit) -> dict[str, Any]:
         "memory": {name: round(value / GIB, 2) for name, value in parts.items()},
         "parameters_per_rank": memory.parameters,
         "fits": f.fits,
-        "step_seconds": round(f.step_seconds, 3),
-        "gpu_hours": round(f.gpu_hours, 1),
+        "mfu": round(_mfu(task, f), 3) if task.mfu_source else None,
+        "step_seconds": significant(f.step_seconds) if task.mfu_source else None,
+        "gpu_hours": significant(f.gpu_hours) if task.mfu_source else None,
     }
+
+
+def _mfu(task: Task, f: Fit) -> float:
+    """The MFU that the step's time stands for."""
+    return base_mfu(task, f.layout) * layout_factor(f.layout)
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal
@@ -149,10 +166,10 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
 
     shape, console = task.shape, Console()
     flops = flops_per_token(architecture_of(shape), task.seq_length)
-    tokens = task.train_iters * task.global_batch_size * task.seq_length
     console.print(
         f"{model}\n{parameter_count(shape):,} parameters, {flops / 1e9:.2f} GFLOP a token at {task.seq_length}\n"
-        f"{task.gpus} × {gpu} with {task.gpu.memory_gib:g} GiB, {task.global_batch_size} sequences a step",
+        f"{task.gpus} × {gpu} with {task.gpu.memory_gib:g} GiB, {task.global_batch_size} sequences a step, "
+        f"{task.precision}",
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -165,8 +182,8 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
             *map(str, (layout.tp, layout.pp, layout.cp, layout.dp, layout.micro_batch_size, layout.recompute)),
             Text(f"{f.needed / GIB:.1f}", "" if f.fits else "red"),
             _bar(f, task.gpu),
-            f"{f.step_seconds:.2f}",
-            f"{f.gpu_hours:,.0f}",
+            f"{f.step_seconds:.2f}" if task.mfu_source else "-",
+            f"{f.gpu_hours:,.0f}" if task.mfu_source else "-",
         )
     console.print(table)
     legend = Text.assemble(*(part for name, colour in _PARTS for part in (("█ ", colour), f"{name}  ")), "░ CUDA, NCCL")
@@ -175,11 +192,19 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
         console.print("Nothing fits; these come closest. More GPUs, or tensor or pipeline parallelism, make room.")
     elif len(fitting) > _SHOWN:
         console.print(f"{len(fitting) - _SHOWN} more fit; --json lists all.")
-    hours = (fitting or found)[0].gpu_hours
-    console.print(
-        f"{format_count(tokens)} tokens, {task.train_iters:,} steps: {format_duration(hours / task.gpus * 3600)} "
-        "with the first, ± 20 %.",
-        highlight=False,
+    console.print(_time(task, (fitting or found)[0]), highlight=False)
+
+
+def _time(task: Task, first: Fit) -> str:
+    """How long the first layout takes, and what that rests on."""
+    tokens = f"{format_count(task.train_iters * task.global_batch_size * task.seq_length)} tokens"
+    if task.mfu_source is None:
+        return f"{tokens}; no public run tells how fast {task.precision} is: give --mfu, or train for some steps."
+    took = format_duration(first.gpu_hours / task.gpus * 3600)
+    band = ", ± 20 %" if task.mfu_source == "assumed" else ""
+    return (
+        f"{tokens}, {task.train_iters:,} steps: {took} with the first, at an MFU of {_mfu(task, first):.0%} "
+        f"({task.mfu_source}{band})."
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from launcher import store
+from launcher.commands.estimates import Outlook, estimate_json, estimate_table, outlook_of, warnings_of
 from launcher.commands.shared import print_json, profile_of, records_of, root_of, slurm_profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord
@@ -30,24 +30,23 @@ def check(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Show the stages and what is done already."""
-    root = root_of(args)
-    records = records_of(args, profile_of(args), elsewhere=True)
+    """Show the stages, what is done already, and what the others will take."""
+    root, profile = root_of(args), profile_of(args)
+    records = records_of(args, profile, elsewhere=True)
+    outlooks = [(record, outlook_of(root, record, profile)) for record in records]
     if args.json:
-        print_json([_plan_json(root, record) for record in records])
+        print_json([_plan_json(record, outlook) for record, outlook in outlooks])
         return 0
     from rich.console import Console
 
-    for record in records:
-        Console().print(_plan_table(root, record))
+    for record, outlook in outlooks:
+        Console().print(_plan_table(record, outlook.done))
+        if table := estimate_table(outlook):
+            Console().print(table)
     return 0
 
 
-def _is_done(root: Path, stage: PlannedStage) -> bool:
-    return store.read_receipt(root, stage.spec.artifact) is not None
-
-
-def _plan_json(root: Path, record: RunRecord) -> dict[str, Any]:
+def _plan_json(record: RunRecord, outlook: Outlook) -> dict[str, Any]:
     from launcher.spec import encode
 
     stages = [
@@ -60,21 +59,16 @@ def _plan_json(root: Path, record: RunRecord) -> dict[str, Any]:
             "outputs": encode(s.spec.outputs),
             "fingerprint": s.spec.fingerprint,
             "resources": encode(s.resources),
-            "tokens": _tokens(s),
-            "done": _is_done(root, s),
+            "tokens": outlook.found[s.spec.stage].tokens,
+            "estimate": estimate_json(outlook, s),
+            "done": s.spec.stage in outlook.done,
             "not_built": s.not_built,
             "absent": list(s.absent),
         }
         for s in record.stages
     ]
-    return {"run": record.run, "recipe": record.recipe, "cluster": record.cluster, "stages": stages}
-
-
-def _tokens(stage: PlannedStage) -> int | None:
-    config = stage.spec.config
-    if stage.spec.kind != "train":
-        return None
-    return int(config["train_iters"] * config["global_batch_size"] * config["seq_length"])
+    told = {"run": record.run, "recipe": record.recipe, "cluster": record.cluster, "stages": stages}
+    return {**told, "warnings": warnings_of(outlook)}
 
 
 def _reads(record: RunRecord, stage: PlannedStage) -> str:
@@ -84,29 +78,26 @@ def _reads(record: RunRecord, stage: PlannedStage) -> str:
     return "\n".join(found) or "-"
 
 
-def _plan_table(root: Path, record: RunRecord) -> Any:
+def _plan_table(record: RunRecord, done: frozenset[str]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from launcher.units import format_count
-
     title = f"run {record.run} on {record.cluster}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", "tokens", ""):
-        number = column in ("nodes\n×GPUs", "tokens")
-        table.add_column(column, justify="right" if number else "left", no_wrap=column != "reads")
+    for column in ("stage", "kind", "reads", "makes", "nodes\n×GPUs", ""):
+        justify: Literal["right", "left"] = "right" if "nodes" in column else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in ("stage", "reads"), overflow="fold")
     table.caption, table.caption_justify = Text("\n".join(_caption(record))), "left"
     for stage in record.stages:
-        spec, tokens = stage.spec, _tokens(stage)
+        spec = stage.spec
         table.add_row(
             spec.stage,
             spec.kind,
             Text(_reads(record, stage)),
             "\n".join(dict.fromkeys(o.format for o in spec.outputs.values())),
             "\n".join(f"{part.nodes}×{part.gpus_per_node}" for part in stage.job_parts.values()),
-            format_count(tokens) if tokens else "",
-            Text("done", "green") if _is_done(root, stage) else Text(_mark(stage), "yellow"),
+            Text("done", "green") if spec.stage in done else Text(_mark(stage), "yellow"),
         )
     return table
 

@@ -34,11 +34,16 @@ def _with_layout(stage: Stage, gpu: str | None) -> Stage:
 
 
 def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parallelism:
-    """The best layout that fits; data parallelism alone where there are no GPUs, and so nothing to fit into."""
+    """The best layout that fits; data parallelism alone where there are no GPUs, and so nothing to fit into.
+
+    By the assumed MFU, so that a plan made again has the same layouts, whatever has run since.
+    """
     if not resources.gpus_per_node:
         return Parallelism()
     if gpu is None:
         raise UserError("auto needs the type of the GPUs: set `gpu` in the cluster's profile, or write the sizes")
+    if config.fp8_format is not None:
+        raise UserError("auto does not count the memory of FP8; write the sizes")
     ranks = resources.nodes * resources.ntasks_per_node
     task = Task(
         shape=shape_of(config.model.config),
@@ -48,6 +53,8 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
         seq_length=config.seq_length,
         global_batch_size=config.global_batch_size,
         train_iters=config.train_iters,
+        precision=config.precision,
+        trainable=config.trainable,
         fixed={"micro_batch_size": config.micro_batch_size},
     )
     found = find_layouts(task)

@@ -114,20 +114,28 @@ def rank_parameters(a: Architecture, tp: int, pp: int, stage: int) -> float:
 
 
 def layer_activations(
-    a: Architecture, letter: str, tp: int = 1, *, sp: bool = False, recompute_mlp: bool = False, square: int = 0
+    a: Architecture,
+    letter: str,
+    tp: int = 1,
+    *,
+    sp: bool = False,
+    recompute_mlp: bool = False,
+    square: int = 0,
+    width: int = 2,
 ) -> float:
-    """Bytes a token that one layer keeps from forward to backward on one rank, in bf16 with fused kernels.
+    """Bytes a token that one layer keeps from forward to backward on one rank, with fused kernels.
 
-    `square` is the sequence's length where attention is not fused and keeps its scores; 0 otherwise.
+    `square` is the sequence's length where attention is not fused and keeps its scores, 0 otherwise; `width` the bytes
+    of an activation: 2 in bf16, 4 in fp32.
     """
-    replicated = 4 * a.hidden + (a.hidden if a.dropout else 0)
+    replicated = 2 * width * a.hidden + (a.hidden if a.dropout else 0)
     if letter == "*":
-        width = (a.heads + 2 * max(a.groups, tp)) * a.head_dim + a.heads * a.head_dim
-        split = 2 * width + 4 * a.heads + 5 * a.heads * square
+        columns = (a.heads + 2 * max(a.groups, tp)) * a.head_dim + a.heads * a.head_dim
+        split = width * columns + 4 * a.heads + (2 * width + 1) * a.heads * square
     elif letter == "-":
-        split = 0 if recompute_mlp else (6 if a.gated else 4) * a.ffn
+        split = 0 if recompute_mlp else width * (3 if a.gated else 2) * a.ffn
     else:
-        split = 10 * a.mamba_inner + 4 * a.mamba_groups * a.mamba_state + 2 * a.mamba_heads + 4 * a.mamba_groups
+        split = width * (5 * a.mamba_inner + 2 * a.mamba_groups * a.mamba_state + a.mamba_heads) + 4 * a.mamba_groups
     return replicated / (tp if sp else 1) + split / tp
 
 

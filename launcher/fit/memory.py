@@ -12,6 +12,7 @@ from typing import Literal
 from launcher.fit.layers import Architecture, layer_activations, rank_parameters, stages_of
 
 Recompute = Literal["none", "mlp", "full"]
+Precision = Literal["bf16", "fp32"]
 
 #: Allocated bytes that belong to no formula: the same in every published case.
 _FLOOR = 0.1e9
@@ -37,6 +38,12 @@ class Layout:
     recompute: Recompute = "none"
     distributed_optimizer: bool = True
     gradient_bytes: int = 4
+    precision: Precision = "bf16"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
 
     @property
     def dp(self) -> int:
@@ -84,20 +91,21 @@ def memory_of(a: Architecture, layout: Layout, *, fused_attention: bool = True) 
 
 
 def stage_memory(a: Architecture, layout: Layout, stage: int, *, fused_attention: bool = True) -> Memory:
-    """Bytes on a rank of one pipeline stage. bf16 weights; fp32 master weights and Adam's moments."""
+    """Bytes on a rank of one pipeline stage: fp32 gradients and Adam's moments; in bf16, fp32 master weights too."""
     parameters = rank_parameters(a, layout.tp, layout.pp, stage)
     shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
     tokens = layout.micro_batch_size * layout.seq_length // layout.cp
     square = 0 if fused_attention else layout.seq_length // layout.cp
     letters = stages_of(a, layout.pp)[stage]
     kept, live = _kept(a, layout, letters, square)
-    logits = 6 * a.padded_vocab / layout.tp if stage == layout.pp - 1 else 0.0
+    # In bf16 the loss makes a copy of the logits in fp32.
+    logits = (6 if layout.precision == "bf16" else 4) * a.padded_vocab / layout.tp if stage == layout.pp - 1 else 0.0
     return Memory(
         stage=stage,
         parameters=int(parameters),
-        weights=2 * parameters,
+        weights=layout.width * parameters,
         gradients=layout.gradient_bytes * parameters,
-        optimizer=12 * parameters / shards,
+        optimizer=(12 if layout.precision == "bf16" else 8) * parameters / shards,
         activations=kept * tokens * _in_flight(layout, stage),
         workspace=max(logits * tokens, live * tokens, _chunk_states(a, letters, layout, tokens)),
     )
@@ -106,11 +114,11 @@ def stage_memory(a: Architecture, layout: Layout, stage: int, *, fused_attention
 def _kept(a: Architecture, layout: Layout, letters: Sequence[str], square: int) -> tuple[float, float]:
     """Bytes a token that the stage's layers keep, and the most that one holds while it is computed again."""
     mlp = layout.recompute == "mlp"
-    sp = layout.sequence_parallel
-    whole = [layer_activations(a, x, layout.tp, sp=sp, square=square) for x in letters]
+    sp, width = layout.sequence_parallel, layout.width
+    whole = [layer_activations(a, x, layout.tp, sp=sp, square=square, width=width) for x in letters]
     if layout.recompute == "full":
-        return 2 * a.hidden / (layout.tp if sp else 1) * len(letters), max(whole)
-    kept = [layer_activations(a, x, layout.tp, sp=sp, square=square, recompute_mlp=mlp) for x in letters]
+        return width * a.hidden / (layout.tp if sp else 1) * len(letters), max(whole)
+    kept = [layer_activations(a, x, layout.tp, sp=sp, square=square, recompute_mlp=mlp, width=width) for x in letters]
     return sum(kept), (max(w - k for w, k in zip(whole, kept, strict=True)) if mlp else 0.0)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from launcher.cli import main
 from launcher.fit.gpus import GPUS
 from launcher.fit.memory import Layout
 from launcher.fit.search import GIB, Task, find_layouts, layout_problems
-from launcher.models.families import shape_of
-from tests.test_cli import prism
+from launcher.models.families import parameter_count, shape_of
+from launcher.recipe.load import read_model
+from tests.test_cli import CHECKOUT, prism
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -116,7 +119,17 @@ def test_the_command_lists_by_megatrons_names(tmp_path: Any) -> None:
         (("--gpus", "1", "--seq-length", "8192"), 1, "Nothing fits"),
         (("--gpus", "8", "--gpu", "h100"), 2, "did you mean h100-80gb?"),
         (("--gpus", "0"), 2, "--gpus: must be a number above 0, got 0"),
-        (("--gpus", "7"), 2, "global_batch_size: 128 is no multiple of 7 data-parallel replicas"),
+        (("--gpus", "7"), 2, "128 is no multiple of 7 data-parallel replicas x micro_batch_size 1; 133 is"),
+        (("--gpus", "7", "--global-batch-size", "133", "--json"), 0, '"data_parallel_size": 7'),
+        (("--gpus", "6", "--global-batch-size", "1000000"), 2, "no multiple of 6"),
+        (("--gpus", "100", "--global-batch-size", "1000000", "--micro-batch-size", "4"), 0, "tokens, 3 steps"),
+        (
+            ("--gpus", "8", "--seq-length", "8191", "--tensor-model-parallel-size", "2"),
+            2,
+            "do not divide seq_length 8191",
+        ),
+        (("--gpus", "8", "--seq-length", "131073"), 2, "131073 is beyond the 131072 positions of"),
+        (("--gpus", "8", "--precision", "fp32"), 0, "no public run tells how fast fp32 is"),
         (("--gpus", "13", "--gpus-per-node", "5", "--json"), 2, "no multiple of 13 data-parallel replicas"),
         (("--gpus", "8", "--tokens", "nan"), 2, "--tokens: must be a number above 0, got nan"),
         (("--gpus", "8", "--tokens", "inf"), 2, "--tokens: must be a number above 0, got inf"),
@@ -131,6 +144,24 @@ def test_the_commands_exit_code_says_whether_anything_fits(
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     done = prism("fit", str(tmp_path / "config.json"), *words)
     assert done.returncode == code and message in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CHECKOUT / "recipes" / "models").glob("*.yaml"))])
+def test_every_shipped_model_has_layouts_and_its_parameters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That the parameters are transformers' own, one by one, is held in tests/models/test_published.py."""
+    shape = shape_of(read_model(name).config)
+    length = str(min(8192, shape.max_position_embeddings))
+    code = main(["fit", name, "--gpus", "64", "--seq-length", length, "--global-batch-size", "64", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0 and told["parameters"] == parameter_count(shape)
+    for f in told["layouts"]:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        assert math.prod(f[size] for size in sizes) * f["data_parallel_size"] == 64
+        assert f["fits"] is (f["memory_gib"] <= 0.95 * 79.2) and f["step_seconds"] > 0
+    ordered = [f["fits"] for f in told["layouts"]]
+    assert ordered == sorted(ordered, reverse=True)
+    assert main(["fit", name, "--gpus", "64", "--seq-length", str(shape.max_position_embeddings + 1)]) == 2
+    assert f"beyond the {shape.max_position_embeddings} positions of {name}" in capsys.readouterr().err
 
 
 def test_models_that_are_none_are_refused(tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from launcher.configs import TrainConfig
 from launcher.errors import UserError
-from launcher.fit.gpus import GPUS
+from launcher.fit.gpus import GPUS, type_of_device
 from launcher.fit.layers import architecture_of, flops_per_token
 from launcher.models.families import shape_of
 from launcher.progress import StageJob
@@ -61,10 +61,8 @@ def memory_gib() -> float:
 
 def peak_tflops() -> float | None:
     """The GPU's dense bf16 peak in TFLOP/s; None for one that `launcher.fit.gpus` does not know, and on a CPU."""
-    if cpu_mode.active():
-        return None
-    name = torch.cuda.get_device_name().lower()
-    return next((gpu.tflops for known, gpu in GPUS.items() if known.partition("-")[0] in name), None)
+    device = None if cpu_mode.active() else type_of_device(torch.cuda.get_device_name())
+    return GPUS[device].tflops if device else None
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,15 @@ from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
-from launcher.progress import StageJob
+from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop
 from launcher.workers.megatron.data import Blend, Source, read_sources
 from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
+
+#: Steps that warm up caches and allocators; they do not count for the speed.
+_WARM_STEPS = 10
 
 
 def train(job: StageJob) -> None:
@@ -45,13 +50,14 @@ def train(job: StageJob) -> None:
         blend = _blend(config, sources, samples, job.spec.seed, shape, progress / "index")
         held_out = _held_out(config, folders, shape, progress / "index")
         module = build_model(shape, config.parallelism, config.precision, document_masking=config.document_masking)
-        if checkpoint.newest(progress / "checkpoints") is None:
+        newest = checkpoint.newest(progress / "checkpoints")
+        if newest is None:
             _set_weights(module, shape, config, start, job.spec.seed)
         freeze(module, config.trainable)
         trainer = loop.build_trainer(config, module, blend, held_out)
         counts = _count_parameters(module, shape)
         if job.rank == 0:
-            job.record(**counts, **_facts(config, blend))
+            job.record(**counts, **_facts(config, blend, job.world_size))
             for source in blend.mix():
                 print(_blend_line(source))
         loss = loop.run(job, trainer)
@@ -60,7 +66,7 @@ def train(job: StageJob) -> None:
             hf = start / "hf" if start is not None else None
             tokenizer = next(iter(tokenizers.values()), None)
             hf_files.write(job.output("checkpoint") / "hf", hf, tokenizer, config.model.config, config.precision)
-            job.record(loss=loss)
+            job.record(loss=loss, tokens_per_s=_speed(job, newest))
 
 
 def _blend(
@@ -105,11 +111,24 @@ def _count_parameters(module: torch.nn.Module, shape: ModelShape) -> dict[str, i
     return {"parameters": whole - padding, "trainable_parameters": trained - (padding if trained == whole else 0)}
 
 
-def _facts(config: TrainConfig, blend: Blend) -> dict[str, Any]:
+def _speed(job: StageJob, resumed: Path | None) -> float | None:
+    """Median tokens/s of the steps since the checkpoint gone on from, but for the first; None where there are too few.
+
+    Steps before it may have run on another layout.
+    """
+    start = int(resumed.name.removeprefix("iter_")) if resumed else 0
+    rows = map(json.loads, (job.workdir / METRICS).read_text().splitlines())
+    speeds = [row["tokens_per_s"] for row in rows if row["iteration"] > start + _WARM_STEPS]
+    return statistics.median(speeds) if speeds else None
+
+
+def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]:
     layout = config.parallelism
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
         "cpu_mode": cpu_mode.active(),
+        "device": None if cpu_mode.active() else torch.cuda.get_device_name(),
+        "world_size": world_size,
         "tokens": config.train_iters * config.global_batch_size * config.seq_length,
         "data": blend.mix(),
         "layout": {

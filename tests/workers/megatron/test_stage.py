@@ -15,6 +15,8 @@ import pytest
 import torch
 import train_stages as ts
 
+from launcher.progress import StageJob
+from launcher.workers.megatron import stage as stage_module
 from launcher.workers.megatron.parallel import process_groups
 
 Reference = Callable[..., ts.TrainStage]
@@ -54,6 +56,17 @@ def test_the_command_leaves_a_whole_checkpoint_and_says_what_it_did(root: Path) 
     assert record["tokens"] == 3 * 4 * 32 == sum(row["tokens"] for row in record["data"])
     assert record["parameters"] == 2 * 512 * 96 + 3 * (96 * 4 * 24 * 2 + 96 * 2 * 24 * 2 + 3 * 96 * 288 + 2 * 96) + 96
     assert record["versions"].keys() == {"torch", "megatron-core"}
+    assert (record["device"], record["world_size"], record["tokens_per_s"]) == (None, 1, None)
+
+
+def test_the_speed_is_the_median_of_this_lifes_steps_without_the_first_ten(root: Path) -> None:
+    stage = ts.make_stage(root, "speed")
+    job = StageJob(stage.spec, root, stage.attempt(), "train")
+    for iteration in range(1, 41):
+        job.metric(iteration=iteration, tokens_per_s=float(iteration if iteration <= 20 else 1000 + iteration))
+    assert stage_module._speed(job, None) == (1025 + 1026) / 2  # steps 11 to 40
+    assert stage_module._speed(job, Path("checkpoints/iter_0000020")) == (1035 + 1036) / 2
+    assert stage_module._speed(job, Path("checkpoints/iter_0000030")) is None
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny"])
