@@ -39,7 +39,7 @@ REAL: dict[str, dict[str, Any]] = {
     },
     "Nemotron-H-8B-Base-8K": {
         "model_type": "nemotron_h", "hidden_size": 4096, "num_hidden_layers": 52, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504, "vocab_size": 131072,
+        "num_key_value_heads": 8, "attention_head_dim": 128, "intermediate_size": 21504, "vocab_size": 131072,
         "max_position_embeddings": 8192, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
         "attention_bias": False, "mlp_bias": False, "use_bias": False, "use_conv_bias": True,
         "mamba_proj_bias": False, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
@@ -96,8 +96,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_d_state": 16, "mamba_chunk_size": 32,
     },
     "Nemotron-H-8B-Base-8K": {
-        "head_dim": 16, "num_hidden_layers": 6, "hybrid_override_pattern": "M-M*-M", "ssm_state_size": 16,
-        "mamba_head_dim": 12, "mamba_num_heads": 8, "n_groups": 2, "chunk_size": 32,
+        "head_dim": 16, "attention_head_dim": 16, "num_hidden_layers": 6, "hybrid_override_pattern": "M-M*-M",
+        "ssm_state_size": 16, "mamba_head_dim": 12, "mamba_num_heads": 8, "n_groups": 2, "chunk_size": 32,
     },
     "Mistral-7B-v0.1": {"sliding_window": 32},
     "Mistral-Small-24B-Base-2501": {"hidden_size": 40, "head_dim": 12},

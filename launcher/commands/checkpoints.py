@@ -6,12 +6,12 @@ import argparse
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from launcher import __version__
 from launcher.cluster import Profile
@@ -23,13 +23,17 @@ from launcher.spec import Input, Output, StageSpec, encode
 from launcher.stages import convert as convert_stage
 
 
-def _module(name: str, arguments: Sequence[str]) -> int:
-    """Run a module of the job side in its own process, which may load torch; its output and exit code are ours."""
+def _module(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Become a module of the job side, which may load torch: signals, output and exit code are its own from here."""
     absent = [name for name in ("torch", "safetensors", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
         raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
+    ours = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", name, *arguments], env=environment).returncode
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
+    sys.stdout.flush()
+    # -P: a torch.py or a checkout of transformers in the folder where the command is typed is none of ours.
+    os.execve(sys.executable, [sys.executable, "-P", "-m", name, *arguments], environment)
 
 
 def convert(args: argparse.Namespace) -> int:

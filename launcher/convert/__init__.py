@@ -7,5 +7,5 @@
 `folders.open_checkpoint` finds out what a checkpoint is. Each reader gives named tensors and what they are
 (`entry.Entry`); `links` pairs the names of two formats through the family's table in `launcher.models`; `moving` moves
 the tensors in `lanes` and compares what was written; `conversion` is the whole of it, `merge` the sum of checkpoints,
-`parity` the comparison of logits.
+`parity` the comparison of logits. `target` is where by hand a checkpoint is written: whole, or not at all.
 """

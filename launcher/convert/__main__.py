@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.errors import PrismError, UserError
 
@@ -34,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"prism-launch: {line}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"prism-launch: {error.filename or args.target}: {error.strerror or error}", file=sys.stderr)
+        mend = "; free some room, then run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"prism-launch: {error.filename or args.target}: {error.strerror or error}{mend}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -78,8 +81,8 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
-    from launcher.convert.folders import new_folder
     from launcher.convert.merge import merge
+    from launcher.convert.target import new_folder
 
     try:
         weights = [float(word) for word in args.weights.split(",")]
@@ -87,7 +90,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise UserError(f"--weights: {args.weights} is not numbers with commas between them") from None
-    with new_folder(args.target) as partial:
+    with new_folder(args.target, None, args.sources) as partial:
         record = merge(args.sources, weights, partial, not args.no_verify, show_progress())
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record
@@ -106,12 +109,12 @@ def run(
 ) -> dict[str, Any]:
     """Convert into a new folder, whole or not at all; returns the verification. Raises UserError, WorldError."""
     from launcher.convert.conversion import convert
-    from launcher.convert.folders import new_folder
+    from launcher.convert.target import new_folder
 
     target = Path(os.path.abspath(target))
     if parity and to == "nemo":
         raise UserError(_NO_PARITY)
-    with new_folder(target) as partial:
+    with new_folder(target, to, [source]) as partial:
         record = convert(source, partial, to, verify, progress, config=config, fold=fold, final=target)
         if parity:
             record["parity"] = _parity(source, partial, record)
@@ -122,7 +125,9 @@ def run(
 
 def _parity(source: Path, target: Path, record: dict[str, Any]) -> dict[str, Any]:
     from launcher.convert.parity import compare
+    from launcher.workers.checkpoints import quiet
 
+    quiet()
     if {record["from"], record["to"]} != {"hf", "megatron"}:
         raise UserError(_NO_PARITY)
     return compare(source, target) if record["to"] == "megatron" else compare(target, source)
@@ -164,8 +169,12 @@ def _print(target: Path, record: dict[str, Any], as_json: bool) -> None:
     if "read_back" in record:
         print("\n".join([f"read back: {record['read_back']}", *record["notes"]]))
         return
-    checked = "each tensor read back and converted back has the source's bytes"
-    print(f"round trip: {record['round_trip']}{'; ' + checked if record['source_sha256'] else ' (--no-verify)'}")
+    checked = {
+        "bit-exact": "; each tensor read back and converted back has the source's bytes",
+        "rounded": "; each tensor read back is what was to be written",
+        "not run": " (--no-verify)",
+    }[record["round_trip"]]
+    print(f"round trip: {record['round_trip']}{checked}")
     for note in record["notes"]:
         print(note)
     if "parity" in record:
@@ -176,5 +185,11 @@ def _print(target: Path, record: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def _stop(number: int, _: object) -> NoReturn:
+    """Take leave as after Ctrl-C, so that nothing half-written stays."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -12,11 +12,12 @@ import torch
 
 from launcher.convert import nemo
 from launcher.convert.entry import Entry
-from launcher.convert.files import in_folder, in_tar, leave_cache, pack
-from launcher.convert.folders import CARRIED, Checkpoint, Reader, check_room, copy_side_files, open_checkpoint
+from launcher.convert.files import Member, in_folder, in_tar, leave_cache, pack
+from launcher.convert.folders import CARRIED, Checkpoint, Reader, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Format, Link, links
 from launcher.convert.moving import Job, Progress, check_written, target_entries
+from launcher.convert.target import ARCHIVE, check_room
 from launcher.convert.torch_dist import (
     RELEASE,
     RELEASE_COMMON,
@@ -62,10 +63,9 @@ def convert(
     _check_types(found.reader, table, folded if to == "nemo" else None)
     wanted = target_entries(found.reader, table)
     final = (final or target).absolute()
-    archive = target / final.name if to == "nemo" and final.suffix == ".nemo" else None
-    size = sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD
-    check_room(target, size * (2 if archive else 1))
-    writer = _writer(target, to, wanted, found)
+    archive = target / final.name if to == "nemo" and final.suffix == ARCHIVE else None
+    check_room(target, sum(e.nbytes + _TENSOR_OVERHEAD for e in wanted.values()) + _FOLDER_OVERHEAD)
+    writer = _writer(target, to, wanted, found, archive)
     files = _write_around(target, to, found, final)
     job = Job(table, found.reader, progress, verify)
     job.move(writer)
@@ -78,7 +78,7 @@ def convert(
     exact = folded is None or to == "nemo"
     if verify:
         job.compare(written, exact)
-    return _record(found, to, written, job, files, exact)
+    return _record(found, to, written, job, files)
 
 
 def _folded(found: Checkpoint, to: Format, fold: bool) -> torch.dtype | None:
@@ -141,22 +141,27 @@ def _shown(problems: list[str], where: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkpoint) -> Any:
+def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkpoint, archive: Path | None) -> Any:
     if to == "hf":
         return HfWriter(target, wanted)
+    data = Member(archive, f"{nemo.WEIGHTS}/{TorchDistWriter.ONE_FILE}") if archive else None
     try:
-        return torch_dist_writer(target, to, wanted, found.shape)
+        return torch_dist_writer(target, to, wanted, found.shape, data)
     except UserError as error:
         raise UserError(f"{found.reader.where}: {problem}" for problem in error.problems) from None
 
 
-def torch_dist_writer(target: Path, to: Format, wanted: Mapping[str, Entry], shape: ModelShape) -> TorchDistWriter:
-    """Where the tensors of a checkpoint of format `megatron` or `nemo` go."""
+def torch_dist_writer(
+    target: Path, to: Format, wanted: Mapping[str, Entry], shape: ModelShape, data: Member | None = None
+) -> TorchDistWriter:
+    """Where the tensors of a checkpoint of format `megatron` or `nemo` go; `data`: all into that file."""
     folder, prefix, common = (
         (target / RELEASE, "", RELEASE_COMMON) if to == "megatron" else (target / nemo.WEIGHTS, nemo.PREFIX, {})
     )
     stacked = shape.hybrid_override_pattern is None
-    return TorchDistWriter(folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common)
+    return TorchDistWriter(
+        folder, wanted, stacked=stacked, prefix=prefix, objects=extra_states(shape), common=common, data=data
+    )
 
 
 def _write_around(target: Path, to: Format, found: Checkpoint, final: Path) -> list[str]:
@@ -190,10 +195,10 @@ def digest_of(sums: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(sums.items())).encode()).hexdigest()
 
 
-def _record(found: Checkpoint, to: Format, written: Reader, job: Job, files: list[str], exact: bool) -> dict[str, Any]:
-    checked = ("bit-exact" if exact else "rounded") if job.verify else "not run"
+def _record(found: Checkpoint, to: Format, written: Reader, job: Job, files: list[str]) -> dict[str, Any]:
+    checked = ("rounded" if job.rounded else "bit-exact") if job.verify else "not run"
     folded = any(link.dtype is not None for link in job.table)
-    notes = [_FOLDED] if folded and to == "nemo" else [_UNFOLDED] if folded else []
+    notes = [_FOLDED] if folded and to == "nemo" else [_unfolded(job)] if folded else []
     return {
         "from": found.format,
         "to": to,
@@ -217,4 +222,14 @@ _FOLDED = (
     "Granite's multipliers are in the weights, which are in fp32 and take twice the room. Not for training: under Adam "
     "a weight that is c times as large learns 1/c as fast, and the norm that gradients are clipped by changes."
 )
-_UNFOLDED = "Granite's multipliers were taken out of the weights, which were then rounded to config.json's type."
+
+
+def _unfolded(job: Job) -> str:
+    """What became of weights that carried Granite's multipliers: those of a training are not multiples of 16 bits."""
+    if not job.verify:
+        kept = "whether that lost anything was not looked at"
+    elif job.rounded:
+        kept = f"{len(job.rounded)} of {len(job.source_sums)} tensors have lost bits by that"
+    else:
+        kept = "put in again they give every byte of the source"
+    return f"Granite's multipliers were taken out of the weights, which are rounded to config.json's type: {kept}."

@@ -41,6 +41,13 @@ def in_folder(folder: Path) -> Files:
     return {path.relative_to(folder).as_posix(): Span(path, 0, path.stat().st_size) for path in paths}
 
 
+def directly_in(folder: Path, *folders: str) -> Files:
+    """The files that lie in a folder itself and in some folders of it, which may be links; no others are looked at."""
+    places = [folder, *(folder / name for name in folders if (folder / name).is_dir())]
+    paths = (p for place in places for p in place.iterdir() if p.is_file())
+    return {path.relative_to(folder).as_posix(): Span(path, 0, path.stat().st_size) for path in paths}
+
+
 def in_tar(path: Path) -> Files:
     """The regular files of an uncompressed archive. Raises UserError where it is none."""
     try:
@@ -58,19 +65,57 @@ def in_tar(path: Path) -> Files:
     return names
 
 
+class Member:
+    """The first file of a new archive, written from end to end; how long it is stands before it once it is closed."""
+
+    def __init__(self, archive: Path, name: str):
+        self._name, self._file = name, archive.open("xb")
+        self._file.write(bytes(tarfile.BLOCKSIZE))
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell() - tarfile.BLOCKSIZE
+
+    def flush(self) -> None:
+        """Give what is written to the kernel."""
+        self._file.flush()
+
+    def fileno(self) -> int:
+        """The archive's file."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Put the member's header in its place."""
+        if self._file.closed:
+            return
+        with self._file:
+            header = _header(self._name, self.tell()).tobuf(tarfile.GNU_FORMAT)
+            self._file.write(bytes(-self.tell() % tarfile.BLOCKSIZE))
+            self._file.seek(0)
+            self._file.write(header)
+
+
 def pack(folder: Path, archive: Path) -> None:
-    """Move the files of a folder into a new uncompressed archive outside it or in it, one after another."""
-    files = sorted(in_folder(folder).items())
-    with tarfile.open(archive, "x", format=tarfile.GNU_FORMAT) as tar:
+    """Move the other files of a folder into the uncompressed archive in it that `Member` has begun."""
+    files = sorted((name, span) for name, span in in_folder(folder).items() if span.path != archive)
+    with archive.open("ab") as begun, tarfile.open(fileobj=begun, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, span in files:
-            info = tarfile.TarInfo(f"./{name}")
-            info.size, info.mode = span.size, 0o644
             with span.path.open("rb") as file:
-                tar.addfile(info, file)
+                tar.addfile(_header(name, span.size), file)
             span.path.unlink()
     for parent, names, _ in os.walk(folder, topdown=False):
         for name in names:
             os.rmdir(Path(parent, name))
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(f"./{name}")
+    info.size, info.mode = size, 0o644
+    return info
 
 
 def write_all(file: int, data: memoryview, offset: int) -> None:

@@ -1,26 +1,22 @@
-"""What surrounds a checkpoint's tensors: which format it is, its config, files carried along, room, the new folder."""
+"""What surrounds a checkpoint's tensors: which format it is, its config, the files carried along."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from launcher import store
 from launcher.convert import nemo
 from launcher.convert.entry import Entry
-from launcher.convert.files import Files, Span, in_folder, in_tar
+from launcher.convert.files import Files, Span, directly_in, in_tar
 from launcher.convert.hf import INDEX, HfReader
 from launcher.convert.links import Format
 from launcher.convert.torch_dist import TRACKER, TorchDistReader, checkpoint_dir
-from launcher.errors import UserError, WorldError
+from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
 from launcher.models.side_files import is_side_file
@@ -30,10 +26,11 @@ CARRIED = "hf"
 
 
 class Reader(Protocol):
-    """Named tensors in files."""
+    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages."""
 
     where: Path
     entries: dict[str, Entry]
+    paths: Sequence[Path]
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -60,10 +57,13 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
     `config_folder`: a folder with config.json and tokenizer, for a checkpoint that has none. Raises UserError.
     """
     name, files = _look_at(path)
-    side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(in_folder(config_folder))
+    if config_folder is not None and not config_folder.is_dir():
+        raise UserError(f"--config: {config_folder}: no such folder")
+    side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(directly_in(config_folder))
     where = config_folder or (path if name == "hf" else path / CARRIED)
-    if "config.json" not in side and name == "nemo" and config_folder is None:
-        raise UserError(f"{path}: no {CARRIED}/config.json in it; name a folder that has the model's with --config")
+    if "config.json" not in side and name != "hf" and config_folder is None:
+        mend = "put the model's there, or name a folder that has it with --config"
+        raise UserError(f"{path}: no {CARRIED}/config.json in it; {mend}")
     config, shape = read_config(side, where)
     if name == "nemo" and nemo.CONFIG in files:
         span = files[nemo.CONFIG]
@@ -77,7 +77,7 @@ def _look_at(path: Path) -> tuple[Format, Files]:
         return "nemo", in_tar(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    files = in_folder(path)
+    files = directly_in(path, CARRIED, nemo.WEIGHTS)
     if TRACKER in files:
         return "megatron", files
     if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
@@ -94,7 +94,7 @@ def _reader(name: Format, path: Path, files: Files) -> Reader:
         return HfReader(path)
     if name == "megatron":
         folder = checkpoint_dir(path)
-        return TorchDistReader(folder, in_folder(folder))
+        return TorchDistReader(folder, directly_in(folder))
     inside = f"{nemo.WEIGHTS}/"
     weights = {n.removeprefix(inside): s for n, s in files.items() if n.startswith(inside)}
     where = path / nemo.WEIGHTS if weights else path
@@ -158,48 +158,3 @@ def _copy(span: Span, target: Path) -> None:
         while left and (data := source.read(min(left, 1 << 20))):
             file.write(data)
             left -= len(data)
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Raises WorldError where the disk of `folder` has no room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise WorldError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
-            "free some room, or write to another disk"
-        )
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder `target` that is there whole or not at all: filled as `TARGET.partial`, synced, renamed.
-
-    What a killed process left as `TARGET.partial` is removed; one that lives is not disturbed. Raises UserError where
-    the target has content or cannot be written.
-    """
-    target = Path(os.path.abspath(target))
-    if not target.name:
-        raise UserError(f"{target}: is there already; name a new folder")
-    partial, claim = (target.with_name(f"{target.name}.{end}") for end in ("partial", "claim"))
-    owner = store.this_process()
-    try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{target}: is there already; name a new folder")
-        holder = store.claim(claim, owner)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}; name another folder") from None
-    if holder is not None:
-        raise UserError(
-            f"{partial}: another conversion is writing it (process {holder.pid} on {holder.host}); "
-            f"wait for it, or remove {claim} if it is gone"
-        )
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        store.sync_tree(partial)
-        archive = partial / target.name
-        os.replace(archive if archive.is_file() and target.suffix == ".nemo" else partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        store.release(claim, owner)

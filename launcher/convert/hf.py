@@ -58,6 +58,7 @@ class HfReader:
         ]
         if problems:
             raise UserError(problems)
+        self.paths = [folder / name for name in files]
         self.entries: dict[str, Entry] = {k: e for h in headers.values() for k, (_, e) in h.items()}  # type: ignore[misc]
 
     def read(self, name: str) -> Tensor:
@@ -81,6 +82,8 @@ def _single(folder: Path) -> str:
     """The name of the one file of a checkpoint without an index."""
     if (folder / SINGLE).is_file():
         return SINGLE
+    if (folder / SINGLE).is_symlink():
+        raise UserError(f"{folder / SINGLE}: {_absent(folder / SINGLE)}; get the file again")
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise UserError(
@@ -104,8 +107,15 @@ def read_index(folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: names files outside the folder, such as {wrong[0]}")
     gone = sorted({name for name in places.values() if not (folder / name).is_file()})
     if gone:
-        raise UserError(f"{folder / name}: not there, though {INDEX} names it; get the file again" for name in gone)
+        raise UserError(
+            f"{folder / name}: {_absent(folder / name)}, though {INDEX} names it; get the file again" for name in gone
+        )
     return places
+
+
+def _absent(path: Path) -> str:
+    """What is at a path that leads to no file: the caches of Hugging Face are full of links."""
+    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "not there"
 
 
 def _read_header(path: Path) -> dict[str, tuple[int, Entry | str]]:

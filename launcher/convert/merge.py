@@ -14,10 +14,11 @@ from launcher.convert import lanes
 from launcher.convert.conversion import check_tensors, digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.files import in_folder, leave_cache
-from launcher.convert.folders import CARRIED, Checkpoint, check_room, copy_side_files, open_checkpoint
+from launcher.convert.folders import CARRIED, Checkpoint, copy_side_files, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import links
-from launcher.convert.moving import Progress, Reporter, check_written, is_finite
+from launcher.convert.moving import Progress, Reporter, check_unchanged, check_written, is_finite, stamps
+from launcher.convert.target import check_room
 from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader
 from launcher.errors import UserError, WorldError
 
@@ -51,7 +52,10 @@ def merge(
     if not hf:
         (target / TRACKER).write_text(RELEASE)
     files = copy_side_files(first.side, target if hf else target / CARRIED)
+    before = [stamps(one.reader) for one in found]
     sums, not_finite = _sum_all(found, weights, writer, verify, progress)
+    for seen in before:
+        check_unchanged(seen)
     if verify:
         leave_cache(target)
     written = HfReader(target) if hf else TorchDistReader(target / RELEASE, in_folder(target / RELEASE))

@@ -30,6 +30,8 @@ _RECORDS: dict[tuple[str, str], Any] = {
     for name in names
     if hasattr(module, name)
 }
+#: Bytes beyond which no file reaches.
+_LARGEST = 1 << 62
 #: Megatron-core's own two classes, up to 0.15, are torch's with a field more.
 _ADMITTED = _RECORDS | {
     ("torch", "Size"): torch.Size,
@@ -72,11 +74,34 @@ def parse_metadata(content: bytes, where: str) -> Metadata:
 
 
 def _described(tensors: Any, places: Any) -> bool:
-    kinds = (metadata.TensorStorageMetadata, metadata.BytesStorageMetadata)
+    """Whether these are tensors by key, and places of their pieces: a record from a pickle can lack any field."""
+    try:
+        return all(isinstance(key, str) and _is_entry(value) for key, value in tensors.items()) and all(
+            isinstance(index, metadata.MetadataIndex)
+            and isinstance(index.fqn, str)
+            and isinstance(index.offset, tuple | None)
+            and _is_place(info)
+            for index, info in places.items()
+        )
+    except (AttributeError, TypeError):
+        return False
+
+
+def _is_entry(value: Any) -> bool:
+    if isinstance(value, metadata.BytesStorageMetadata):
+        return True
     return (
-        isinstance(tensors, dict)
-        and isinstance(places, dict)
-        and all(isinstance(key, str) and isinstance(value, kinds) for key, value in tensors.items())
-        and all(isinstance(index, metadata.MetadataIndex) for index in places)
-        and all(isinstance(info, filesystem._StorageInfo) for info in places.values())
+        isinstance(value, metadata.TensorStorageMetadata)
+        and isinstance(value.properties.dtype, torch.dtype)
+        and all(n >= 0 for n in value.size)
+        and all(len(chunk.offsets) == len(chunk.sizes) == len(value.size) for chunk in value.chunks)
+    )
+
+
+def _is_place(info: Any) -> bool:
+    return (
+        isinstance(info, filesystem._StorageInfo)
+        and isinstance(info.relative_path, str)
+        and 0 <= info.offset <= _LARGEST
+        and 0 <= info.length <= _LARGEST
     )

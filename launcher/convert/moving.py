@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ class Job:
         self.table, self.reader, self.verify = table, reader, verify
         self.source_sums: dict[str, str] = {}
         self.target_sums: dict[str, str] = {}
+        self.rounded: list[str] = []
         self.not_finite: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._stamps = stamps(reader)
         total = sum(self._bytes(link) for link in table)
         self._report = Reporter(progress, total * (2 if verify else 1))
         largest = max((e.nbytes for e in reader.entries.values()), default=0)
@@ -52,7 +55,7 @@ class Job:
         return self._bytes(link) * (2 if link.copies else 1) * wide
 
     def move(self, writer: Any) -> None:
-        """Convert every row of the table into the writer, and close it."""
+        """Convert every row of the table into the writer, and close it. Raises WorldError where the source changed."""
         began = time.monotonic()
         shares = lanes.share_out(self.table, self._bytes, writer.lanes)
         try:
@@ -60,6 +63,7 @@ class Job:
             writer.close()
         finally:
             writer.stop()
+        check_unchanged(self._stamps)
         self.seconds["move"] = time.monotonic() - began
 
     def _move(self, lane: int, link: Link, writer: Any) -> None:
@@ -80,18 +84,19 @@ class Job:
     def compare(self, written: Reader, exact: bool) -> None:
         """Turn what was written back into source tensors. Raises WorldError naming those that are not the same bytes.
 
-        Not `exact`: the way back rounds, so that what was written is compared with what was to be written.
+        Not `exact`: what was written may be rounded, so it is compared with what was to be written, and `rounded` gets
+        the source tensors whose bytes it does not give back.
         """
         began, wrong = time.monotonic(), []
 
         def one(_: int, link: Link) -> None:
             tensors = written.read_together(link.targets)
-            if exact:
-                found = self._sums(link, link.back(tensors))
-                wrong.extend(name for name, digest in found.items() if digest != self.source_sums[name])
-            else:
+            if not exact:
                 pairs = zip(link.targets, tensors, strict=True)
                 wrong.extend(name for name, t in pairs if checksum(t) != self.target_sums[name])
+            found = self._sums(link, link.back(tensors))
+            differ = [name for name, digest in found.items() if digest != self.source_sums[name]]
+            (wrong if exact else self.rounded).extend(differ)
             padding = ((n, t[link.rows :]) for n, t in zip(link.targets, tensors, strict=True) if link.rows)
             wrong.extend(name for name, rows in padding if rows.count_nonzero())
             self._report.add(self._bytes(link))
@@ -103,6 +108,23 @@ class Job:
                 f"{written.where}: {', '.join(sorted(wrong))}: read back, not the bytes that were converted; "
                 "convert again"
             )
+
+
+def stamps(reader: Reader) -> dict[Path, tuple[int, int, int]]:
+    """Which file each name of a reader means now, its size and when it was written."""
+    return {path: _stamp(path) for path in reader.paths}
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(before: Mapping[Path, tuple[int, int, int]]) -> None:
+    """Raise WorldError where a file is not the one that it was when the reading began."""
+    changed = [path for path in before if not path.exists() or _stamp(path) != before[path]]
+    if changed:
+        raise WorldError(f"{changed[0]}: changed while it was read; convert again once nothing writes to it")
 
 
 class Reporter:

@@ -10,6 +10,7 @@ axis; here it is one tensor a layer, `decoder.layers.3.mlp.linear_fc2.weight`, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
@@ -17,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
 from launcher.convert.entry import Entry, Shape
-from launcher.convert.files import Files, begin_writing
+from launcher.convert.files import Files, Member, begin_writing
 from launcher.convert.lanes import LANES
 from launcher.convert.metadata import parse_metadata
 from launcher.errors import UserError
@@ -109,6 +110,8 @@ class TorchDistReader:
         problems = [*self._holes(tensors), *self._broken_files()]
         if problems:
             raise UserError(problems)
+        used = {piece.info.relative_path for pieces in self._pieces.values() for piece in pieces}
+        self.paths = sorted({files[name].path for name in (".metadata", *used)})
 
     def _name(self, key: str, prefix: str, size: Shape, dtype: torch.dtype) -> None:
         name = key.removeprefix(prefix)
@@ -168,7 +171,9 @@ class TorchDistReader:
             if tuple(tensor.shape) == piece.sizes and tensor.dtype == dtype:
                 return tensor.detach()
             problem = "holds another tensor than .metadata says"
-        except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError:  # torch's text advises to load it all the same
+            problem = "is no tensor alone, or is damaged"
+        except (RuntimeError, ValueError, EOFError, AttributeError, KeyError, TypeError) as error:
             problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise UserError(f"{span}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
 
@@ -176,7 +181,7 @@ class TorchDistReader:
 def _piece(value: TensorStorageMetadata, index: MetadataIndex, info: _StorageInfo) -> _Piece:
     """The piece of a tensor that `index` means; its size stands in the tensor's list of chunks."""
     offsets = tuple(index.offset or (0,) * len(value.size))
-    sizes = next((tuple(c.sizes) for c in value.chunks if tuple(c.offsets) == offsets), ())
+    sizes = next((tuple(c.sizes) for c in value.chunks if tuple(c.offsets) == offsets), (0,) * len(offsets))
     return _Piece(offsets, sizes, info)
 
 
@@ -196,10 +201,10 @@ def checkpoint_dir(folder: Path) -> Path:
     """The folder of the newest checkpoint, which the tracker file names. Raises UserError."""
     tracker = folder / TRACKER
     try:
-        text = tracker.read_text().strip()
+        text = tracker.read_text(errors="replace").strip()
     except OSError:
         raise UserError(f"{folder}: no {TRACKER}; a checkpoint of format megatron is wanted") from None
-    if text != RELEASE and not text.isdecimal():
+    if text != RELEASE and not re.fullmatch("[0-9]{1,18}", text):
         raise UserError(f"{tracker}: neither an iteration nor `{RELEASE}`")
     path = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not (path / ".metadata").is_file():
@@ -211,10 +216,12 @@ class TorchDistWriter:
     """Fills a folder with a torch_dist checkpoint, in the order in which tensors come.
 
     `stacked`: one tensor for all layers, as a homogeneous model's. Keys begin with `prefix`. `objects` are keys of
-    `extra_states`: each holds None, which Transformer Engine takes for nothing to restore.
+    `extra_states`: each holds None, which Transformer Engine takes for nothing to restore. `data`: an open file that
+    all tensors go into, in one lane, in place of files in `folder`.
     """
 
-    lanes = LANES
+    #: The only file of tensors where there is one.
+    ONE_FILE = "__0_0.distcp"
 
     def __init__(
         self,
@@ -225,7 +232,9 @@ class TorchDistWriter:
         prefix: str = "",
         objects: Sequence[str] = (),
         common: Mapping[str, Any] | None = None,
+        data: Member | None = None,
     ):
+        self.lanes = LANES if data is None else 1
         self._path, self._stacked, self._prefix = folder, stacked, prefix
         self._objects, self._common = tuple(objects), dict(common or {})
         self._left = dict(entries)
@@ -235,7 +244,7 @@ class TorchDistWriter:
         self._written: list[tuple[str, Shape, Shape, _StorageInfo]] = []
         folder.mkdir()
         self._names = [f"__0_{lane}.distcp" for lane in range(self.lanes)]
-        self._files: list[BinaryIO] = [(folder / name).open("wb") for name in self._names]
+        self._files: list[Any] = [(folder / name).open("wb") for name in self._names] if data is None else [data]
 
     def _check_types(self, entries: Mapping[str, Entry]) -> None:
         types: dict[str, set[torch.dtype]] = {}
@@ -273,16 +282,22 @@ class TorchDistWriter:
         file = self._files[lane]
         start = file.tell()
         # Readers of torch.save's archives leave the checksums alone, and to compute them takes as long as the writing.
-        with config.patch("save.compute_crc32", False):
-            torch.save(value, file)
+        try:
+            with config.patch("save.compute_crc32", False):
+                torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # on a full disk torch itself says "unexpected pos"
+                raise error.__context__ from None
+            raise
         file.flush()
         begin_writing(file.fileno(), start, file.tell() - start)
         return _StorageInfo(self._names[lane], start, file.tell() - start)
 
     def stop(self) -> None:
-        """Close the files as they are."""
-        for file in self._files:
-            file.close()
+        """Close the files as they are: all, though one cannot be written to its end."""
+        with contextlib.ExitStack() as all_of_them:
+            for file in self._files:
+                all_of_them.callback(file.close)
 
     def close(self) -> None:
         """Write what describes the tensors. Raises RuntimeError where one was never given."""
@@ -307,4 +322,7 @@ class TorchDistWriter:
         kinds: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kinds |= {"common_backend": "torch", "common_backend_version": 1}
         (self._path / "metadata.json").write_text(json.dumps(kinds))
-        torch.save(self._common, self._path / "common.pt")
+        with (self._path / "common.pt").open(
+            "wb"
+        ) as file:  # by its path torch would say no more of a full disk than "iostream"
+            torch.save(self._common, file)

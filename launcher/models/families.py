@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,8 @@ FAMILIES: dict[str, ModuleType] = {
     "nemotron_h": nemotron_h,
 }
 
+#: No size or factor of a model is as large.
+_MOST = 1 << 40
 #: Keys that say how many experts a model has.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -27,12 +30,36 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """The shape that a config.json describes. Raises UserError, naming what is not covered."""
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         experts = next((n for key in _EXPERTS if isinstance(n := config.get(key), int) and n), 0)
         also = f", nor are its {experts} experts" if experts else ""
         raise UserError(f"model type {family} is not covered{also}; there is {', '.join(FAMILIES)}")
-    shape: ModelShape = FAMILIES[family].shape_of(config)
+    try:
+        shape: ModelShape = FAMILIES[family].shape_of(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        raise UserError(f"model type {family}: config.json has values of an unexpected type") from None
+    if problems := list(_wrong_values(shape)):
+        raise UserError(f"model type {family}: {problem}" for problem in problems)
     return shape
+
+
+def _wrong_values(shape: ModelShape) -> Iterator[str]:
+    """What no model has, in Megatron's names: a file that is damaged, or a slip of the pen in a recipe."""
+    for field in fields(shape):
+        value = getattr(shape, field.name)
+        if field.type == "int":
+            least = 0 if field.name.startswith("mamba_") else 1
+            if type(value) is not int or not least <= value < _MOST:
+                yield f"{field.name} is {value!r}; a whole number of at least {least} is expected"
+        elif field.type.startswith("float") and value is not None and not (_is_number(value) and 0 < value < _MOST):
+            yield f"{field.name} is {value!r}; a number above 0 is expected"
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    if type(heads) is type(groups) is int and groups > 0 and heads % groups:
+        yield f"num_query_groups: {groups} does not divide the {heads} attention heads"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def tensor_map(shape: ModelShape) -> tuple[TensorMap, ...]:

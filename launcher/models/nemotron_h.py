@@ -29,7 +29,9 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         layers = c.need("layers_block_type") or []
         pattern = "".join(_KINDS.get(kind, f"<{kind}>") for kind in layers)
     c.need("num_key_value_heads")
-    c.need("head_dim")
+    head_dim = c.get("head_dim") or c.get("attention_head_dim")  # the published files have the second
+    c.refuse(head_dim is None, "head_dim is missing")
+    c.refuse(c.get("attention_head_dim", head_dim) != head_dim, "head_dim and attention_head_dim differ")
     if "M" in pattern:
         mamba_norm(c, "layer_norm_epsilon")
     strange = set(pattern) - set("M*-")
@@ -49,7 +51,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             mamba_num_groups=c.need("n_groups"),
             mamba_conv_kernel=c.get("conv_kernel", 4),
             mamba_chunk_size=c.get("chunk_size", 128),
-            **common(c),
+            **{**common(c), "kv_channels": head_dim},
         )
     )
 

@@ -92,7 +92,10 @@ def rope(c: Config) -> dict[str, Any]:
     values = dict(new) if new else {"rope_theta": c.get("rope_theta", 10000.0), **old}
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta", c.get("rope_theta", 10000.0)))
-    c.refuse(values.get("partial_rotary_factor", 1.0) != 1.0, "RoPE over a part of each head is not covered")
+    part = values.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    c.refuse(part != 1.0, "RoPE over a part of each head is not covered")
+    nested = any(isinstance(value, Mapping) for value in values.values())
+    c.refuse(nested, "RoPE with other values for each kind of layer is not covered")
     if kind == "default":
         return {"rotary_base": base}
     c.refuse(kind != "llama3", f"RoPE of type {kind} is not covered; only default and llama3 are")

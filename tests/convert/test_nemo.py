@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_checkpoints import CONFIGS
 
-from launcher.convert import nemo
+from launcher.convert import conversion, nemo
 from launcher.convert.__main__ import main, run
 from launcher.convert.entry import checksum
 from launcher.convert.files import in_folder
@@ -48,7 +48,7 @@ def test_there_and_back_gives_every_bit(name: str, target: str, tmp_path: Path, 
     assert (there["from"], there["to"], there["round_trip"], back["round_trip"]) == ("hf", "nemo", *["bit-exact"] * 2)
     for file in source.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
-    assert not list(tmp_path.glob("*.partial*"))
+    assert not list(tmp_path.glob("*.prism-*"))
 
 
 def test_an_archive_holds_the_folder_and_no_links(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
@@ -58,9 +58,31 @@ def test_an_archive_holds_the_folder_and_no_links(tmp_path: Path, hf_checkpoint:
         assert all(m.isreg() and m.name.startswith("./") for m in archive.getmembers())
         archive.extractall(tmp_path / "unpacked", filter="data")
     unpacked, folder = in_folder(tmp_path / "unpacked"), in_folder(tmp_path / "folder")
-    assert {n: s.read() for n, s in unpacked.items() if n != nemo.CONFIG} == {
-        n: s.read() for n, s in folder.items() if n not in (nemo.CONFIG, "conversion.json")
-    }
+    assert unpacked.keys() == folder.keys() - {"conversion.json", "model_weights/__0_1.distcp"}
+    assert sums(tmp_path / "unpacked") == sums(tmp_path / "folder")
+    carried = [name for name in unpacked if name.startswith("hf/")]
+    assert len(carried) == 4
+    assert all(unpacked[name].read() == folder[name].read() for name in carried)
+
+
+def test_an_archive_is_written_where_it_lies_and_needs_no_room_twice(
+    tmp_path: Path, hf_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    seen: dict[str, int] = {}
+
+    def pack(folder: Path, archive: Path) -> None:
+        seen.update({name: span.size for name, span in in_folder(folder).items()})
+        true_pack(folder, archive)
+
+    true_pack = conversion.pack
+    monkeypatch.setattr(conversion, "pack", pack)
+    monkeypatch.setattr(conversion, "check_room", lambda _, size: needed.append(size))
+    run(hf_checkpoint("llama"), tmp_path / "a.nemo", "nemo")
+    run(hf_checkpoint("llama"), tmp_path / "folder", "nemo")
+    assert needed[0] == needed[1]
+    assert "model_weights/__0_0.distcp" not in seen
+    assert seen["a.nemo"] > 200_000
 
 
 def test_a_megatron_checkpoint_goes_straight_to_nemo_and_back(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
@@ -237,7 +259,7 @@ def test_what_aligner_leaves_comes_back_with_the_config_that_is_named(
     run(source, tmp_path / "before", "nemo")
     after_rl(tmp_path / "after", tp, tmp_path / "before")
     with pytest.raises(
-        UserError, match=r"after: no hf/config\.json in it; name a folder that has the model's with --con"
+        UserError, match=r"after: no hf/config\.json in it; put the model's there, or name a folder that has it w"
     ):
         run(tmp_path / "after", tmp_path / "hf", "hf")
     record = run(tmp_path / "after", tmp_path / "hf", "hf", config=source)
@@ -270,8 +292,31 @@ def test_granite_goes_folded_in_fp32_only_where_it_is_asked_for(tmp_path: Path, 
     assert there["round_trip"] == "bit-exact"
     assert "Not for training" in there["notes"][0]
     back = run(tmp_path / "there", tmp_path / "back", "hf")
-    assert back["round_trip"] == "rounded"
+    assert back["round_trip"] == "bit-exact"
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_folded_weights_that_were_trained_are_rounded_and_that_is_counted(
+    tmp_path: Path, hf_checkpoint: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a step of training a weight is no multiple of 16 bits any more; a norm that it left alone still is."""
+    source = hf_checkpoint(GRANITE, "bfloat16")
+    run(source, tmp_path / "before", "nemo", fold=True)
+    reader = open_checkpoint(tmp_path / "before").reader
+    shutil.copytree(tmp_path / "before", tmp_path / "after", ignore=shutil.ignore_patterns(nemo.WEIGHTS))
+    writer = conversion.torch_dist_writer(tmp_path / "after", "nemo", reader.entries, shape_of(CONFIGS[GRANITE]))
+    for name in reader.entries:
+        writer.add(name, reader.read(name) * (1 + 1e-4 * name.endswith("fc2.weight")))
+    writer.close()
+    assert main([str(tmp_path / "after"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "round trip: rounded; each tensor read back is what was to be written" in said
+    assert "2 of 14 tensors have lost bits by that" in said
+    record = json.loads((tmp_path / "back" / "conversion.json").read_text())
+    assert record["round_trip"] == "rounded"
+    found, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "back", source))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.allclose(found[name].float(), wanted[name].float() * 1.0001, rtol=2**-8)
 
 
 def test_granite_in_fp32_is_not_folded(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import CONFIGS
 
 from launcher import store
-from launcher.convert import folders
+from launcher.convert import target as written
+from launcher.convert import torch_dist
 from launcher.convert.__main__ import main, run
 from launcher.convert.folders import open_checkpoint
 from launcher.convert.hf import INDEX
@@ -76,6 +78,20 @@ def lying_index(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"nobody.weight": "model.safetensors"}}))
 
 
+def huge_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+
+
+def lost_blob(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/1f")
+
+
+def lost_shard(folder: Path) -> None:
+    (folder / "a.safetensors").symlink_to("../blobs/1f")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "model.safetensors"}}))
+
+
 def write(name: str, text: str) -> Change:
     return lambda folder: (folder / name).write_text(text) and None
 
@@ -110,6 +126,17 @@ HF_REFUSALS: dict[str, tuple[Change, str]] = {
     "unknown tensor": (tensors(lambda t: t.update(more=torch.ones(3))), "more [3] float32 is no tensor of this model"),
     "wrong shape": (tensors(lambda t: t.update({NORM: torch.ones(47)})), f"{NORM} is [47], config.json makes it [48]"),
     "wrong vocabulary": (config(vocab_size=299), "model.embed_tokens.weight is [300, 48], config.json makes it [299"),
+    "header too long": (huge_header, "model.safetensors: not a whole safetensors file"),
+    "file is a link to nothing": (lost_blob, "model.safetensors: a link to ../blobs/1f, which is not there"),
+    "shard is a link to nothing": (lost_shard, "a.safetensors: a link to ../blobs/1f, which is not there, though"),
+    "in eight bits": (
+        tensors(lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)})),
+        f"{NORM} is of type F8_E4M3; only F64, F32, F16, BF16 are covered: use the checkpoint that is not quantised",
+    ),
+    "RoPE by kinds of layers": (
+        config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e6}}),
+        "RoPE with other values for each kind of layer is not covered",
+    ),
     "quantised": (tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is of type I8"),
     "mixed types in a row": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(48, 48).half()})),
@@ -120,7 +147,7 @@ HF_REFUSALS: dict[str, tuple[Change, str]] = {
 
 
 def refused(source: Path, to: str, message: str) -> None:
-    target = source.parent / "target"
+    target = source.parent / "target" / "not" / "there"
     with pytest.raises(UserError) as error:
         run(source, target, to)
     assert message in str(error.value)
@@ -154,19 +181,45 @@ def test_weights_that_are_no_numbers_are_kept_and_warned_of(
     assert record["round_trip"] == "bit-exact"
 
 
-def test_a_read_only_target_is_refused(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root, whom no mode keeps out, the kernel's answer is put in its place."""
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o555)
-    if os.geteuid() == 0:
+def test_a_snapshot_of_hugging_faces_cache_is_read_through_its_links(hf: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "1a2b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(hf.iterdir()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "original").symlink_to(snapshot)  # a loop of links is no reason to go round
+    record = run(snapshot, tmp_path / "megatron", "megatron")
+    assert record["files"] == sorted(p.name for p in hf.iterdir() if p.suffix != ".safetensors")
+    assert not any(p.is_symlink() for p in (tmp_path / "megatron").rglob("*"))
+    (tmp_path / "megatron" / "hf").rename(tmp_path / "carried")
+    (tmp_path / "megatron" / "hf").symlink_to("../carried")
+    run(tmp_path / "megatron", tmp_path / "back", "hf")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 
-        def read_only(*_: Any, **__: Any) -> None:
-            raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(store.tempfile, "mkdtemp", read_only)
-    with pytest.raises(UserError, match=r"locked/target: cannot be written: (Read-only file system|Permission denied)"):
-        run(hf, locked / "target", "megatron")
-    assert not list(locked.iterdir())
+@pytest.mark.parametrize("change", ["written to", "replaced", "removed"])
+def test_a_source_that_changes_while_it_is_read_is_noticed(
+    change: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, true = hf / "model.safetensors", torch_dist.TorchDistWriter.close
+
+    def close(self: Any) -> None:
+        if change == "written to":
+            with path.open("r+b") as file:
+                file.seek(-1, 2)
+                file.write(b"x")
+        elif change == "replaced":
+            shutil.copy2(path, hf / "new")
+            os.replace(hf / "new", path)
+        else:
+            path.unlink()
+        true(self)
+
+    monkeypatch.setattr(torch_dist.TorchDistWriter, "close", close)
+    with pytest.raises(WorldError, match=r"model\.safetensors: changed while it was read; convert again once nothing"):
+        run(hf, tmp_path / "target", "megatron")
+    assert not list(tmp_path.glob("target*"))
 
 
 def test_a_pickle_beside_safetensors_is_left_alone(hf: Path) -> None:
@@ -203,6 +256,14 @@ def move_file(metadata: Any) -> None:
         info.relative_path = "../../../etc/passwd"
 
 
+def backwards(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).offset = -7
+
+
+def lose_a_field(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).__dict__.pop("size")
+
+
 def lose_a_piece(metadata: Any) -> None:
     metadata.storage_data.pop(next(i for i in metadata.storage_data if i.fqn == "decoder.layers.mlp.linear_fc2.weight"))
 
@@ -227,7 +288,10 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "empty tracker": (write("latest_checkpointed_iteration.txt", "x"), "neither an iteration nor `release`"),
     "no such iteration": (write("latest_checkpointed_iteration.txt", "7"), "iter_0000007: named by"),
-    "no config": (remove("hf/config.json"), "hf/config.json: No such file"),
+    "no config": (
+        remove("hf/config.json"),
+        "megatron: no hf/config.json in it; put the model's there, or name a folder that has it with --config",
+    ),
     "another vocabulary": (config(vocab_size=512), "embedding.word_embeddings.weight is [384, 48], config.json makes"),
     "more layers": (config(num_hidden_layers=3), "decoder.layers.2.mlp.linear_fc1.weight [128, 48] is missing"),
     "fewer layers": (config(num_hidden_layers=1), "decoder.layers.1.mlp.linear_fc1.weight [128, 48] float32 is no"),
@@ -241,6 +305,13 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
         ".metadata: describes no checkpoint",
     ),
     "a file outside": (described(move_file), ".metadata: names a file outside its folder"),
+    "a place before the file": (described(backwards), ".metadata: describes no checkpoint"),
+    "a field is lost": (described(lose_a_field), ".metadata: describes no checkpoint"),
+    "tracker of other bytes": (
+        lambda folder: (folder / "latest_checkpointed_iteration.txt").write_bytes(b"re\xffease") and None,
+        "neither an iteration nor `release`",
+    ),
+    "tracker without end": (write("latest_checkpointed_iteration.txt", "9" * 5000), "neither an iteration nor"),
     "a piece is lost": (described(lose_a_piece), "decoder.layers.mlp.linear_fc2.weight has 3072 of its 6144 elements"),
     "pieces swapped": (described(swap_pieces), "holds another tensor than .metadata says"),
 }
@@ -260,6 +331,47 @@ def test_a_malicious_metadata_is_refused_before_it_runs(megatron_format: Path, t
     assert not proof.exists()
     pickle.loads(path.read_bytes())
     assert proof.exists()  # so the file was no harmless one
+
+
+@pytest.mark.parametrize("place", ["common.pt", "a tensor's piece", "an object's piece"])
+def test_malicious_pickles_beside_the_metadata_never_run(
+    place: str, megatron_format: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, proof = megatron_format / "release", tmp_path / "ran"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if place == "common.pt":
+        torch.save({"args": Evil(proof)}, folder / "common.pt")
+    else:
+        wanted = NORM_KEY if "tensor" in place else "decoder.final_layernorm._extra_state/shard_0_1"
+        index = next(i for i in metadata.storage_data if i.fqn == wanted)
+        with (folder / "evil.distcp").open("wb") as file:
+            torch.save(Evil(proof), file)
+            info = type(metadata.storage_data[index])("evil.distcp", 0, file.tell())
+        metadata.storage_data[index] = info
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    code = main([str(megatron_format), str(tmp_path / "target"), "--to", "hf"])
+    if place == "a tensor's piece":
+        assert code == 2
+        said = capsys.readouterr().err
+        assert "evil.distcp: the piece of decoder.final_layernorm.weight at byte 0 is no tensor alone, or is" in said
+    else:
+        assert code == 0  # neither is read: there are no weights in it
+    assert not proof.exists()
+
+
+@pytest.mark.usefixtures("megatron")
+def test_arguments_of_another_program_are_no_way_in_for_the_trainer(megatron_format: Path, tmp_path: Path) -> None:
+    from launcher.models.families import shape_of
+    from launcher.workers.megatron import checkpoint
+    from launcher.workers.megatron.model import build_model
+
+    torch.save({"args": Evil(tmp_path / "ran")}, megatron_format / "release" / "common.pt")
+    model = build_model(shape_of(CONFIGS["llama"]))
+    with pytest.raises(
+        UserError, match=r"common\.pt: refused: it names posix\.mkdir; convert the checkpoint to hf and"
+    ):
+        checkpoint.load_weights(megatron_format, model)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -312,13 +424,13 @@ def test_a_second_conversion_into_the_same_target_is_refused(hf: Path, tmp_path:
     living = subprocess.Popen(["sleep", "60"])
     try:
         owner = store.this_process(living.pid)
-        assert store.claim(tmp_path / "target.claim", owner) is None
-        (tmp_path / "target.partial").mkdir()
+        assert store.claim(tmp_path / "target.prism-claim", owner) is None
+        (tmp_path / "target.prism-partial").mkdir()
         with pytest.raises(
-            UserError, match=rf"target\.partial: another conversion is writing it \(process {living.pid}"
+            UserError, match=rf"target\.prism-partial: another conversion is writing it \(process {living.pid}"
         ):
             run(hf, tmp_path / "target", "megatron")
-        assert (tmp_path / "target.partial").is_dir()
+        assert (tmp_path / "target.prism-partial").is_dir()
     finally:
         living.kill()
         living.wait()
@@ -342,7 +454,7 @@ def test_a_killed_conversion_never_passes_for_whole_and_the_next_starts_clean(hf
     done = subprocess.run([sys.executable, "-c", program, str(hf), str(target)], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not target.exists()
-    left = tmp_path / "target.partial" / "release"
+    left = tmp_path / "target.prism-partial" / "release"
     assert list(left.glob("*.distcp"))
     assert not (left / ".metadata").exists()
     run(hf, target, "megatron")
@@ -372,7 +484,7 @@ def test_too_little_room_is_found_before_anything_is_written(
         used.extend(p.name for p in folder.iterdir())
         return shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(folders.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(written.shutil, "disk_usage", disk_usage)
     with pytest.raises(WorldError, match=r"0\.07 GB are needed and 0\.00 GB are free; free some room"):
         run(hf, tmp_path / "target", "megatron")
     assert not used

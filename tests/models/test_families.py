@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,37 @@ def test_rope_reads_the_same_from_transformers_4_and_5() -> None:
     assert {**shape_of(old).rope_scaling, "rope_theta": 500000.0} == {**shape_of(new).rope_scaling}
 
 
+#: What transformers 4 writes, key by key, where 5 writes another; what 5 writes is in the twins' config.json.
+_OLD_KEYS = {
+    "rope_theta": lambda c: c["rope_parameters"]["rope_theta"],
+    "rope_scaling": lambda c: {**c["rope_parameters"]} if c["rope_parameters"]["rope_type"] != "default" else None,
+    "torch_dtype": lambda c: c["dtype"],
+    "layer_types": lambda c: [_OLD_LAYERS[kind] for kind in c["layer_types"]],
+}
+_OLD_LAYERS = {"linear_attention": "mamba", "full_attention": "attention", "mamba": "mamba", "attention": "attention"}
+_NEW_KEYS = ("rope_parameters", "dtype", "layers_block_type")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_model_reads_the_same_from_the_keys_of_transformers_4_and_5(
+    name: str, hf_checkpoint: Callable[..., Path]
+) -> None:
+    new = _config(hf_checkpoint(name))
+    old = {key: value for key, value in new.items() if key not in _NEW_KEYS}
+    if name.startswith("Nemotron"):
+        assert "layers_block_type" in new and "head_dim" in new
+        old |= {"hybrid_override_pattern": twin(name)["hybrid_override_pattern"]}
+        del old["head_dim"]  # the published file has `attention_head_dim`
+    else:
+        wanted = [k for k in _OLD_KEYS if k != "layer_types" or "granite-4" in name]
+        old |= {key: _OLD_KEYS[key](new) for key in wanted}
+    assert old.keys() != new.keys()
+    shapes = [{**vars(shape_of(config))} for config in (old, new)]
+    for shape in shapes:
+        shape["rope_scaling"] = {k: v for k, v in (shape["rope_scaling"] or {}).items() if k != "rope_theta"}
+    assert shapes[0] == shapes[1]
+
+
 _LLAMA3 = CONFIGS["Llama-3.1-8B"]["rope_scaling"]
 
 
@@ -158,6 +190,8 @@ def _changed(name: str, **changes: Any) -> dict[str, Any]:
         (_changed("Mistral-7B-v0.1", rope_scaling=_LLAMA3, max_position_embeddings=...), "max_position_embeddings is"),
         (_changed("granite-4.0-micro-base", rope_scaling=_LLAMA3), "RoPE scaling is not there for hybrid models"),
         (_changed("llama", rope_parameters={"partial_rotary_factor": 0.5}), "RoPE over a part of each head"),
+        (_changed("llama", partial_rotary_factor=0.5), "RoPE over a part of each head"),
+        (_changed("llama", rope_parameters={"full_attention": {"rope_theta": 1e6}}), "for each kind of layer is not"),
         (_changed("llama", hidden_size=...), "hidden_size is missing"),
         (_changed("llama", hidden_size="wide"), "values of an unexpected type"),
         (_changed("llama", attention_bias=True), "attention_bias is True; only False is covered"),
@@ -171,6 +205,7 @@ def _changed(name: str, **changes: Any) -> dict[str, Any]:
         (_changed("nemotron-h-tiny", time_step_limit=[0.01, 1.0]), "time_step_limit above 0 is not covered"),
         (_changed("nemotron-h-tiny", mlp_hidden_act="silu"), "mlp_hidden_act is silu"),
         (_changed("nemotron-h-tiny", head_dim=...), "head_dim is missing"),
+        (_changed("nemotron-h-tiny", attention_head_dim=99), "head_dim and attention_head_dim differ"),
         (_changed("nemotron-h-tiny", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06; megatron-core has 1e-05"),
         (_changed("granite-4.0-h-micro-base", rms_norm_eps=1e-6), "rms_norm_eps is 1e-06; megatron-core has 1e-05"),
         (_changed("granite-4.0-h-micro-base", time_step_limit=[0.001, 1.0]), "time_step_limit above 0 is not covered"),
@@ -186,3 +221,17 @@ def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(UserError) as refused:
         shape_of(_changed("llama", hidden_act="gelu", mlp_bias=True, vocab_size=...))
     assert len(refused.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", ["x", "5", -1, 0, 1.5, True, [], {}, {"a": 1}, [None], 1e99, 10**25, float("nan")])
+@pytest.mark.parametrize("name", REAL)
+def test_no_value_of_a_config_is_met_with_a_traceback_or_taken_for_a_size(name: str, value: Any) -> None:
+    config = twin(name)
+    for key in (*config, "rope_parameters", "rope_scaling", "head_dim", "time_step_limit"):
+        try:
+            shape = shape_of({**config, key: value})
+        except UserError as error:
+            assert "model type" in str(error)
+        else:
+            sizes = {field.name: getattr(shape, field.name) for field in fields(shape) if field.type == "int"}
+            assert all(type(size) is int and 0 <= size < 1 << 40 for size in sizes.values()), (key, sizes)

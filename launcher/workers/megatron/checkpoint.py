@@ -12,6 +12,7 @@ alone), so a run goes on with the same losses, on another parallel layout too.
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import re
 import shutil
@@ -253,7 +254,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     objects = {name for name, value in sharded.items() if isinstance(value, ShardedObject)}
     tensors = {name: value for name, value in sharded.items() if name not in objects}
     names = set(tensors)
-    state, _, _ = dist_checkpointing.load(tensors, str(path), strict="return_all")
+    try:
+        state, _, _ = dist_checkpointing.load(tensors, str(path), strict="return_all")
+    except pickle.UnpicklingError as error:  # of common.pt, where others keep their arguments; nothing in it is needed
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path / 'common.pt'}: refused: it names {named[1] if named else 'more than plain values'}; convert the "
+            "checkpoint to hf and back, which leaves that file out"
+        ) from None
     model.load_state_dict({k: v for k, v in state.items() if k in names} | dict.fromkeys(objects))
 
 
