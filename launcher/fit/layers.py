@@ -142,7 +142,7 @@ def layer_activations(
 # -------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def layer_flops(a: Architecture, letter: str, seq_length: int) -> float:
+def layer_flops(a: Architecture, letter: str, seq_length: float) -> float:
     """FLOPs a token of one layer's forward pass; causal attention counts half of its square."""
     h = a.hidden
     if letter == "-":
@@ -160,11 +160,13 @@ def layer_flops(a: Architecture, letter: str, seq_length: int) -> float:
     return projections + convolution + scan
 
 
-def flops_per_token(a: Architecture, seq_length: int, trainable: Literal["all", "attention"] = "all") -> float:
+def flops_per_token(a: Architecture, seq_length: float, trainable: Literal["all", "attention"] = "all") -> float:
     """FLOPs a token of a training step: forward and twice that for backward; the output matrix counts.
 
-    Where attention alone is trained, backward ends at the first attention layer, and of what is frozen above it no
-    gradients of weights are made.
+    For sequences of several documents that do not see each other, `seq_length` is the documents' mean length weighted
+    by tokens, sum of squares over sum: exact, but for windows that some are shorter than. Where attention alone is
+    trained, backward ends at the first attention layer, and of what is frozen above it no gradients of weights are
+    made.
     """
     forward = sum(layer_flops(a, letter, seq_length) for letter in a.pattern) + 2 * a.hidden * a.vocab
     if trainable == "all":

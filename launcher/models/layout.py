@@ -17,6 +17,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
         *(_fp8_problems(shape, config, cpu) if config.fp8_format else ()),
+        *_masking_problems(shape, config),
         *_trainable_problems(shape, config),
     ]
 
@@ -114,6 +115,15 @@ def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str
     if layout.recompute == "full" and shape.hybrid_override_pattern is not None:
         problems.append("fp8_format: a hybrid model's layers are not computed again whole in FP8; set recompute mlp")
     return problems
+
+
+def _masking_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
+    if not (config.document_masking and _has_mamba(shape) and _chosen(config).context_parallel_size > 1):
+        return []
+    return [
+        "document_masking: with context parallelism megatron-core's Mamba layers take only documents whose lengths "
+        "the ranks divide; set context_parallel_size 1, or document_masking false"
+    ]
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -183,7 +183,7 @@ def measure_speed(bench: Bench, case: Case) -> list[Figure]:
     return figures
 
 
-_PARTS = ("data", "forward_backward", "optimizer")
+_PARTS = ("data", "forward", "backward", "optimizer")
 
 
 def choose_layout(case: Case, device_bytes: float) -> Layout:

@@ -37,6 +37,8 @@ def problems(name: str, world_size: int, *, cpu: bool = False, **changes: Any) -
         ("llama-tiny", 2, {"tp": 2, "sp": True}),
         ("granite-tiny", 3, {"pp": 3}),
         ("nemotron-h-tiny", 4, {"tp": 2, "pp": 2}),
+        ("llama-tiny", 2, {"cp": 2, "document_masking": True}),
+        ("nemotron-h-tiny", 2, {"tp": 2, "document_masking": True, "packing": "best-fit"}),
     ],
 )
 def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, Any]) -> None:
@@ -77,6 +79,12 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
             1,
             {**FP8, "fp8_recipe": "mxfp8", "parallelism": {"recompute": "full"}},
             ["columns of a rank's Mamba projection, no multiple of 32, as mxfp8", "not computed again whole in FP8"],
+        ),
+        (
+            "nemotron-h-tiny",
+            2,
+            {"cp": 2, "document_masking": True},
+            ["document_masking: with context parallelism megatron-core's Mamba layers take only documents"],
         ),
     ],
 )

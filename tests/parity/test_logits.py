@@ -225,3 +225,21 @@ def without_process_groups() -> Iterator[None]:
     finally:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel.parallel_state.initialize_model_parallel()
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Mistral-7B-v0.1", "granite-4.0-h-micro-base"])
+def test_a_document_of_a_packed_sequence_is_to_transformers_a_text_of_its_own(
+    name: str, converted: Callable[[str], Path], hf_checkpoint: Callable[..., Path]
+) -> None:
+    from launcher.workers.megatron import checkpoint
+    from launcher.workers.megatron.documents import packed_documents
+    from launcher.workers.megatron.model import build_model
+
+    folder, ids, lengths = converted(name), tokens(name).view(1, -1), (7, 110, 1, 82)
+    shape = shape_of(json.loads((folder / "hf" / "config.json").read_text()))
+    model = build_model(shape, document_masking=True).eval()
+    checkpoint.load_weights(folder, model)
+    with torch.no_grad():
+        logits = model(ids, None, None, packed_seq_params=packed_documents(lengths))[..., : shape.vocab_size]
+    for mine, document in zip(logits.split(lengths, 1), ids.split(lengths, 1), strict=True):
+        assert difference(mine, hf_logits(hf_checkpoint(name), document)) < TOLERANCE

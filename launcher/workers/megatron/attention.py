@@ -1,5 +1,6 @@
 """Attention by torch's own scaled_dot_product_attention, where Transformer Engine is not: fused on a GPU, with sliding
-windows and context parallelism everywhere. megatron-core's own attention without Transformer Engine has neither.
+windows, context parallelism and masked documents everywhere. megatron-core's own attention without Transformer Engine
+has none of them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ def context_positions(seq_length: int, size: int, rank: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
+def context_order(seq_length: int, size: int) -> Tensor:
+    """The positions of a sequence in the order in which its context-parallel ranks hold them."""
+    return torch.cat([context_positions(seq_length, size, rank) for rank in range(size)])
+
+
 class TorchAttention(MegatronModule):
     """Causal attention, built and called as megatron-core does its DotProductAttention.
 
-    `config.window_size` (left, 0) bounds what a token sees. With context parallelism each rank's queries meet the keys
-    and values of all, gathered: plain, and as much memory as without.
+    `config.window_size` (left, 0) bounds what a token sees. Documents one after the other in a row
+    (`documents.Documents`) are attended to one by one. With context parallelism each rank's queries meet the keys and
+    values of all, gathered: plain, and as much memory as without.
     """
 
     def __init__(
@@ -52,16 +59,28 @@ class TorchAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
+        packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Queries [s, b, heads, channels], keys and values [s, b, groups, channels]; gives [s, b, heads * channels]."""
-        size = parallel_state.get_context_parallel_world_size()
-        mask = None
+        """Queries [s, b, heads, channels], keys and values [s, b, groups, channels]; gives [s, b, heads * channels].
+
+        `attention_mask`, b 1 s/ranks s, is true where a query may see a key, causality and window apart; for context
+        parallelism alone. With `packed_seq_params` there is no dimension b.
+        """
+        if packed_seq_params is not None:
+            parts = zip(*(x.unsqueeze(1).split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*part) for part in parts]).squeeze(1)
+        size, mask = parallel_state.get_context_parallel_world_size(), None
         if size > 1:
             group = parallel_state.get_context_parallel_group()
             key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        if size > 1 or (self.window is not None and self.window < key.shape[0] - 1):
             mask = self._mask(key.shape[0], size, query.device)
+            mask = mask if attention_mask is None else mask & attention_mask
+        return self._attend(query, key, value, mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and self.window is not None and self.window < key.shape[0] - 1:
+            mask = self._mask(key.shape[0], 1, query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -71,9 +90,8 @@ class TorchAttention(MegatronModule):
 
     def _mask(self, seq_length: int, size: int, device: torch.device) -> Tensor:
         """Which keys (columns, in the order gathered) this rank's queries (rows) see."""
-        rank = parallel_state.get_context_parallel_rank()
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
         mine = context_positions(seq_length, size, rank)
-        all_of_them = torch.cat([context_positions(seq_length, size, r) for r in range(size)])
-        distance = mine[:, None] - all_of_them[None, :]
+        distance = mine[:, None] - context_order(seq_length, size)[None, :]
         seen = distance >= 0
         return (seen if self.window is None else seen & (distance <= self.window)).to(device)

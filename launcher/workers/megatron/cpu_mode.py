@@ -156,6 +156,10 @@ def _import_with_stand_ins() -> None:
         sys.modules[_TRITON_MODULE] = _stand_in(_TRITON_MODULE, **dict.fromkeys(_TRITON_NAMES, _no_kernel))
     with _no_compiler(), _mamba_kernels():
         import megatron.core.ssm.mamba_mixer  # noqa: F401
+        from megatron.core.utils import get_causal_conv1d_version, get_mamba_version
+
+        # Asked for, and kept, now: a mixer asks later whether its kernels know packed sequences. These do.
+        get_mamba_version(), get_causal_conv1d_version()
 
 
 @contextlib.contextmanager
@@ -175,7 +179,7 @@ def _mamba_kernels() -> Iterator[None]:
 
     ssm, conv = "mamba_ssm.ops.triton", "causal_conv1d"
     modules = [
-        _stand_in("mamba_ssm"),
+        _stand_in("mamba_ssm", __version__="2.0.0"),
         _stand_in("mamba_ssm.ops"),
         _stand_in(ssm),
         _stand_in(f"{ssm}.selective_state_update", selective_state_update=_no_kernel),
@@ -185,7 +189,12 @@ def _mamba_kernels() -> Iterator[None]:
             mamba_chunk_scan_combined=_no_kernel,
             mamba_split_conv1d_scan_combined=mamba_reference.mamba_split_conv1d_scan_combined,
         ),
-        _stand_in(conv, causal_conv1d_fn=mamba_reference.causal_conv1d_fn, causal_conv1d_update=_no_kernel),
+        _stand_in(
+            conv,
+            __version__="1.4.0",
+            causal_conv1d_fn=mamba_reference.causal_conv1d_fn,
+            causal_conv1d_update=_no_kernel,
+        ),
         _stand_in(f"{conv}.causal_conv1d_varlen", causal_conv1d_varlen_states=_no_kernel),
     ]
     sys.modules.update({m.__name__: m for m in modules})

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
-from torch import Tensor
 
 from launcher.errors import UserError
 from launcher.store import sync_tree
+from launcher.workers.megatron.documents import Batch
 from launcher.workers.megatron.parallel import sum_over_ranks
+from launcher.workers.megatron.samples import ConcatenatedDocuments, PackedBlend, write_packed
+
+Packing = Literal["concatenate", "best-fit"]
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -42,7 +45,9 @@ class Source:
     tokens: int
 
 
-def read_sources(folders: Mapping[str, Path], seq_length: int, weights: Mapping[str, float]) -> tuple[Source, ...]:
+def read_sources(
+    folders: Mapping[str, Path], seq_length: int, weights: Mapping[str, float], packing: Packing = "concatenate"
+) -> tuple[Source, ...]:
     """The sources of a blend. `folders` maps a stage to its port `tokens`; `weights` maps STAGE/NAME to a weight.
 
     Raises UserError with everything that is wrong with the files.
@@ -58,7 +63,7 @@ def read_sources(folders: Mapping[str, Path], seq_length: int, weights: Mapping[
         except UserError as error:
             problems += error.problems
             continue
-        if tokens <= seq_length:
+        if tokens <= seq_length and packing == "concatenate":
             problems.append(
                 f"{prefix}.bin: {tokens} tokens do not fill one sequence; add text or lower seq_length {seq_length}"
             )
@@ -122,14 +127,26 @@ class _Tokenizer:
 class Blend:
     """The samples of a run, by number. Build it on every rank at once; rank 0 makes the index that the others read.
 
-    `folder` keeps the index for the attempts that follow.
+    `folder` keeps the index for the attempts that follow. With `document_masking` batches tell of their documents;
+    best-fit packing wants it.
     """
 
     def __init__(
-        self, sources: Sequence[Source], samples: int, seq_length: int, seed: int, vocab_size: int, folder: Path
+        self,
+        sources: Sequence[Source],
+        samples: int,
+        seq_length: int,
+        seed: int,
+        vocab_size: int,
+        folder: Path,
+        *,
+        document_masking: bool = False,
+        packing: Packing = "concatenate",
     ) -> None:
         self.sources, self.samples, self.seq_length, self.vocab_size = tuple(sources), samples, seq_length, vocab_size
-        key = json.dumps([[str(s.prefix), s.tokens, s.weight] for s in sources] + [samples, seq_length, seed])
+        self.document_masking, self.packing = document_masking, packing
+        kind = [samples, seq_length, seed, document_masking, packing]
+        key = json.dumps([[str(s.prefix), s.tokens, s.weight] for s in sources] + kind)
         cache = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         building = cache.with_name(f"{cache.name}.partial")
         # Rank 0's word: on a network file system others may not see yet what it sees.
@@ -137,19 +154,28 @@ class Blend:
         if not whole and dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
+            if packing == "best-fit":
+                write_packed(*self._blend(), samples, seq_length, seed, building)
         dist.barrier()
-        self._data = self._build(seed, cache if whole else building)
+        place = cache if whole else building
+        self._data: Any
+        if packing == "best-fit":
+            self._data = PackedBlend(self._blend()[0], place, seq_length)
+        else:
+            self._data = self._concatenated(seed, place)
         dist.barrier()
         if not whole and dist.get_rank() == 0:
             sync_tree(building)
             os.replace(building, cache)
 
-    def _build(self, seed: int, cache: Path) -> Any:
-        prefixes, weights = [str(s.prefix) for s in self.sources], [s.weight for s in self.sources]
+    def _blend(self) -> tuple[list[str], list[float]]:
+        return [str(s.prefix) for s in self.sources], [s.weight for s in self.sources]
+
+    def _concatenated(self, seed: int, cache: Path) -> Any:
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=self.seq_length,
-            blend=(prefixes, weights),
+            blend=self._blend(),
             split="1,0,0",
             path_to_cache=str(cache),
             reset_position_ids=False,
@@ -158,32 +184,39 @@ class Blend:
             create_attention_mask=False,
             tokenizer=_Tokenizer(self.vocab_size),
         )
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, [self.samples, 0, 0], lambda: True, config)
+        kind = ConcatenatedDocuments if self.document_masking else GPTDataset
+        builder = BlendedMegatronDatasetBuilder(kind, [self.samples, 0, 0], lambda: True, config)
         return builder.build()[0]
 
     def origin(self, sample: int) -> tuple[str, int]:
         """The source that a sample is from, and its number there."""
-        if len(self.sources) == 1:
+        if len(self.sources) == 1 and self.packing == "concatenate":
             return self.sources[0].name, sample
         return self.sources[self._data.dataset_index[sample]].name, int(self._data.dataset_sample_index[sample])
 
     def mix(self) -> list[dict[str, Any]]:
-        """Of each source: the weight asked for, the tokens that the run draws and how many epochs these are."""
+        """Of each source: the weight asked for, the tokens that the run draws and how many epochs these are.
+
+        Of packed sources, the share of padding too, which is no part of the tokens.
+        """
         drawn = [self.samples]
         if len(self.sources) > 1:
             drawn = np.bincount(self._data.dataset_index[: self.samples], minlength=len(self.sources)).tolist()
-        return [
-            {
-                "source": source.name,
-                "weight": source.weight,
-                "tokens": count * self.seq_length,
-                "epochs": count * self.seq_length / source.tokens,
-            }
-            for source, count in zip(self.sources, drawn, strict=True)
-        ]
+        rows = []
+        for number, (source, count) in enumerate(zip(self.sources, drawn, strict=True)):
+            row = {"source": source.name, "weight": source.weight}
+            if self.packing == "best-fit":
+                packed = self._data.datasets[number].packed
+                tokens = round(count * self.seq_length * (1 - packed.padding))
+                row |= {"tokens": tokens, "epochs": count / packed.sequences, "padding": packed.padding}
+            else:
+                tokens = count * self.seq_length
+                row |= {"tokens": tokens, "epochs": tokens / source.tokens}
+            rows.append(row)
+        return rows
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples first .. first + count as tokens and labels, each count x seq_length."""
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first .. first + count. Raises UserError for a token that the model has not."""
         samples = [self._data[i] for i in range(first, first + count)]
         tokens = torch.stack([s["tokens"] for s in samples])
         labels = torch.stack([s["labels"] for s in samples])
@@ -194,9 +227,12 @@ class Blend:
                 f"data: token id {highest} in {names} is outside the model's vocabulary of {self.vocab_size}; "
                 "prepare the data with the model's own tokenizer"
             )
-        return tokens, labels
+        if not self.document_masking:
+            return Batch(tokens, labels)
+        mask = torch.stack([s["loss_mask"] for s in samples])
+        return Batch(tokens, labels, mask, tuple(s["lengths"] for s in samples))
 
-    def micro_batches(self, first: int, last: int, size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, first: int, last: int, size: int, rank: int, ranks: int) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches of the samples first .. last, `size` sequences each."""
         for start in range(first, last, size * ranks):
             yield self.batch(start + rank * size, size)

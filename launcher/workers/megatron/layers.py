@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -71,7 +72,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+def gpt_layers(config: TransformerConfig, document_masking: bool = False) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage of a model of attention + MLP layers."""
     count = get_num_layers_to_build(config)
     if kernels() == "transformer-engine":
@@ -79,12 +80,15 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         fused = get_gpt_layer_with_transformer_engine_spec()
+        if document_masking and config.context_parallel_size > 1:
+            # Transformer Engine would cut every document over the ranks, so lengths would have to be multiples.
+            fused.submodules.self_attention.submodules.core_attention = TorchAttention
         return TransformerBlockSubmodules(layer_specs=[fused] * count, layer_norm=TENorm)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(config),
+            self_attention=_attention(config, document_masking),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(),
@@ -95,7 +99,7 @@ def gpt_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
+def hybrid_layers(config: TransformerConfig, shape: ModelShape, document_masking: bool = False) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
     sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
     if not mamba_triton.has_scan():
@@ -103,6 +107,11 @@ def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
             "Mamba-2 layers need mamba-ssm, which cannot be imported here: pip install --no-build-isolation mamba-ssm "
             "causal-conv1d, or without a CUDA compiler, for its Triton kernels alone: MAMBA_FORCE_BUILD=TRUE "
             "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm"
+        )
+    if document_masking and mamba_mixer.causal_conv1d_fn is None:
+        raise UserError(
+            "document_masking: Mamba-2 layers keep documents apart by causal-conv1d, which cannot be imported here: "
+            "pip install --no-build-isolation causal-conv1d, or set document_masking false"
         )
     if kernels() == "transformer-engine":
         stack = fused_hybrid_stack()
@@ -118,7 +127,7 @@ def hybrid_layers(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
     )
     attention = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
-        self_attention=_attention(config),
+        self_attention=_attention(config, document_masking),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=_ATTENTION_NORM,
     )
@@ -162,10 +171,10 @@ def _recomputed(layer: torch.nn.Module, forward: Any, hidden_states: torch.Tenso
     return checkpoint(lambda hidden: forward(hidden_states=hidden, **further), False, hidden_states)
 
 
-def _attention(config: TransformerConfig) -> ModuleSpec:
+def _attention(config: TransformerConfig, document_masking: bool) -> ModuleSpec:
     # On a CPU megatron-core's own, but where it lacks something.
-    plain = kernels() == "reference" and config.window_size is None and config.context_parallel_size == 1
-    core = DotProductAttention if plain else TorchAttention
+    lacking = document_masking or config.window_size is not None or config.context_parallel_size > 1
+    core = TorchAttention if lacking or kernels() != "reference" else DotProductAttention
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from launcher.progress import Diverged, StageJob, Stopped
 from launcher.workers.megatron import checkpoint
 from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
+from launcher.workers.megatron.documents import Batch, model_inputs
 from launcher.workers.megatron.metrics import Clock, Metrics, open_metrics
 from launcher.workers.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from launcher.workers.megatron.parallel import sum_over_ranks
@@ -56,6 +57,8 @@ def build_trainer(
     config: TrainConfig, module: torch.nn.Module, blend: Blend, held_out: Mapping[str, Blend] | None = None
 ) -> Trainer:
     """Wrap a model whose weights are set for training: data parallelism, optimizer, schedule."""
+    # Micro-batches count differently many tokens then: gradients are summed, and divided by the tokens of all.
+    module.config.calculate_per_token_loss = config.document_masking
     model = wrap(module)
     optimizer = build_optimizer(config, model)
     module.config.finalize_model_grads_func = finalize_model_grads
@@ -70,12 +73,15 @@ def build_trainer(
 class Step:
     """Figures of one step, the same on every rank.
 
-    `stop` is true where any rank was asked to stop, `written` where all have written their part of a checkpoint.
+    `document_length` is the mean within which a token sees others, weighted by tokens: the sequence's length where
+    documents are not masked. `stop` is true where any rank was asked to stop, `written` where all have written their
+    part of a checkpoint.
     """
 
     loss: float
     lr: float
     grad_norm: float
+    document_length: float
     stop: bool = False
     written: bool = False
 
@@ -149,21 +155,44 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
 
 
 def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
-    config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
-    rank, size = parallel_state.get_data_parallel_rank(), config.micro_batch_size
+    batches = _micro_batches(trainer, blend, 0, blend.samples)
     with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=partial(_forward, trainer.positions, Clock()),
-            data_iterator=blend.micro_batches(0, blend.samples, size, rank, ranks),
-            model=[trainer.model],
-            num_microbatches=blend.samples // (size * ranks),
-            seq_length=config.seq_length,
-            micro_batch_size=size,
-            forward_only=True,
-        )
-    mine = _numbers(found)
-    total, count = sum_over_ranks([sum(mine), len(mine)])
+        found = _run_schedule(trainer, iter(batches), Clock(), blend.samples, forward_only=True)
+    total, count = sum_over_ranks(_sums(found))
     return total / count
+
+
+def _micro_batches(trainer: Trainer, blend: Blend, first: int, last: int) -> Iterator[Batch]:
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return blend.micro_batches(first, last, trainer.config.micro_batch_size, rank, ranks)
+
+
+def _run_schedule(
+    trainer: Trainer, batches: Iterator[Batch], clock: Clock, samples: int, *, forward_only: bool
+) -> list[Tensor]:
+    """megatron-core's schedule over this rank's micro-batches of `samples`: of each, sum and count of its losses.
+
+    They are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
+    """
+    config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
+    rows = config.micro_batch_size
+    # Masked documents of a micro-batch are one row, but for context parallelism (`documents`).
+    joined = config.document_masking and parallel_state.get_context_parallel_world_size() == 1
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, trainer.positions, clock),
+        data_iterator=batches,
+        model=[trainer.model],
+        num_microbatches=samples // (rows * ranks),
+        seq_length=config.seq_length * (rows if joined else 1),
+        micro_batch_size=1 if joined else rows,
+        forward_only=forward_only,
+    )
+
+
+def _sums(losses: list[Tensor]) -> list[float]:
+    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for."""
+    found: list[float] = torch.stack(losses).double().sum(0).tolist() if losses else [0.0, 0.0]
+    return found
 
 
 def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
@@ -181,57 +210,50 @@ def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
 def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bool = False) -> Step:
     """One optimizer step on samples (iteration - 1) * global_batch_size and on."""
     config, model = trainer.config, trainer.model
-    ranks = parallel_state.get_data_parallel_world_size()
     first = (iteration - 1) * config.global_batch_size
-    batches = trainer.blend.micro_batches(
-        first,
-        first + config.global_batch_size,
-        config.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        ranks,
-    )
+    squares: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for batch in _micro_batches(trainer, trainer.blend, first, first + config.global_batch_size):
+            squares.append(batch.squares)
+            yield batch
+
     model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    with trainer.clock.part("forward_backward"):
-        losses = get_forward_backward_func()(
-            forward_step_func=partial(_forward, trainer.positions, trainer.clock),
-            data_iterator=batches,
-            model=[model],
-            num_microbatches=config.global_batch_size // (config.micro_batch_size * ranks),
-            seq_length=config.seq_length,
-            micro_batch_size=config.micro_batch_size,
-            forward_only=False,
-        )
+    with trainer.clock.part("backward"):
+        losses = _run_schedule(trainer, batches(), trainer.clock, config.global_batch_size, forward_only=False)
     lr = trainer.optimizer.param_groups[0]["lr"]
     with trainer.clock.part("optimizer"):
         _, grad_norm, _ = trainer.optimizer.step()
     trainer.scheduler.step(config.global_batch_size)
-    # Losses are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
-    mine = _numbers(losses)
-    total, count, stops, parts = sum_over_ranks([sum(mine), len(mine), float(stop), float(written)])
-    return Step(total / count, lr, float(grad_norm), stops > 0, parts == dist.get_world_size())
+    total, count, stops, parts, square = sum_over_ranks(
+        [*_sums(losses), float(stop), float(written), float(sum(squares))]
+    )
+    readers = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
+    length = square / (readers * config.global_batch_size * config.seq_length)
+    return Step(total / count, lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
 
 
-def _forward(positions: Tensor, clock: Clock, batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
-    device = torch.cuda.current_device()
+def _forward(positions: Tensor, clock: Clock, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     with clock.part("data"):
-        tokens, labels = (t.to(device, non_blocking=True) for t in next(batches))
-    if len(positions) < tokens.shape[1]:
-        tokens, labels = tokens[:, positions], labels[:, positions]
-    losses = model(tokens, positions.expand(len(tokens), -1), None, labels=labels)
-    return losses, _mean
-
-
-def _numbers(losses: list[Tensor]) -> list[float]:
-    """The losses of micro-batches, in one go: the host waits for a GPU at each number that it asks for."""
-    return torch.stack(losses).tolist() if losses else []
+        inputs, mask = model_inputs(next(batches), positions)
+    with clock.part("forward"):
+        losses = model(**inputs)
+    return losses, _mean if mask is None else partial(_sum, mask)
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.float().mean()
     # The schedule divides the first in place, and multiplies it by the ranks that share a sequence: gradients are
     # averaged over those too.
-    return mean / parallel_state.get_context_parallel_world_size(), mean.detach().clone()
+    parts = torch.stack([mean.detach(), torch.ones_like(mean)])
+    return mean / parallel_state.get_context_parallel_world_size(), parts
+
+
+def _sum(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses that count, and how many: megatron-core divides the gradients by those of the whole batch."""
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    return total, count.to(torch.int), torch.stack([total.detach(), count])
 
 
 def report(
@@ -251,7 +273,8 @@ def report(
     measured = any(name.startswith("validation/") for name in further)
     if measured or iteration % config.log_interval == 0 or iteration == config.train_iters:
         figures = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "seconds": seconds, **further}
-        metrics.step(iteration, iteration * per_step, speed, figures)
+        figures |= {"document_length": step.document_length} if config.document_masking else {}
+        metrics.step(iteration, iteration * per_step, speed, figures, step.document_length)
 
 
 def _log(config: TrainConfig, iteration: int, step: Step, seconds: float) -> None:

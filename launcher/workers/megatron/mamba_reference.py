@@ -2,7 +2,7 @@
 
 They compute what mamba_ssm's and causal_conv1d's CUDA kernels compute in training (state-space duality, Dao and Gu
 2024, arXiv 2405.21060, section 6: chunks of attention-like products, joined by a recurrence over chunk states), in
-fp32 inside, differentiable by autograd. Packed sequences and inference are not there.
+fp32 inside, differentiable by autograd. Inference is not there.
 
 Letters in shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q positions in a chunk.
 """
@@ -59,14 +59,19 @@ def mamba_split_conv1d_scan_combined(
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = False,
-    seq_idx: None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor:
     """Split the projection, convolve x, B and C, scan, add D * x, gate by z.
 
-    zxbcdt: b l (2hp + 2gn + h); A: h, negative; D and dt_bias: h; returns b l hp.
+    zxbcdt: b l (2hp + 2gn + h); A: h, negative; D and dt_bias: h; returns b l hp. `seq_idx`, 1 l, numbers the
+    sequences that a row of b = 1 holds one after the other: each starts from nothing.
     """
-    if seq_idx is not None or headdim is None:
-        raise NotImplementedError("packed sequences and a D for each feature are not there in the reference kernel")
+    if headdim is None:
+        raise NotImplementedError("a D for each feature is not there in the reference kernel")
+    if seq_idx is not None:
+        lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+        shared = conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, activation, headdim, ngroups, norm_before_gate
+        return torch.cat([mamba_split_conv1d_scan_combined(part, *shared) for part in zxbcdt.split(lengths, 1)], 1)
     heads = D.shape[0]
     inner = heads * headdim
     state = (zxbcdt.shape[-1] - 2 * inner - heads) // 2

@@ -7,8 +7,9 @@ import importlib.util
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ _SCALARS = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "mfu",
 class Clock:
     """Seconds of a step's parts on this rank, by the host's clock.
 
-    A GPU works on while the host goes ahead, so what it has left to do is waited for, and counted, in `optimizer`.
+    `backward` is the rest of the schedule, waits for other pipeline stages with it. A GPU works on while the
+    host goes ahead, so what it has left to do is waited for, and counted, in `optimizer`.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -46,8 +48,8 @@ class Clock:
     def take(self) -> dict[str, float]:
         """The parts so far, each without those that ran inside it, and start again."""
         parts, self.seconds = self.seconds, {}
-        if "data" in parts and "forward_backward" in parts:
-            parts["forward_backward"] -= parts["data"]
+        if "backward" in parts:
+            parts["backward"] -= parts.get("data", 0.0) + parts.get("forward", 0.0)
         return {f"seconds_{name}": value for name, value in parts.items()}
 
 
@@ -69,15 +71,20 @@ class Metrics:
     """Writes the figures of steps; on ranks other than 0 it does nothing."""
 
     job: StageJob
-    per_token: float
+    per_token: Callable[[float], float]
     peak: float | None
     boards: list[Any]
 
-    def step(self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float]) -> None:
-        """One training step: `tokens` so far, `speed` in tokens a second of all ranks."""
+    def step(
+        self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float], document_length: float
+    ) -> None:
+        """One training step: `tokens` so far, `speed` in tokens a second of all ranks.
+
+        `document_length` is the mean length, weighted by tokens, within which tokens see each other.
+        """
         if self.job.rank:
             return
-        rate = speed * self.per_token / self.job.world_size / 1e12
+        rate = speed * self.per_token(document_length) / self.job.world_size / 1e12
         row = {"iteration": iteration, "tokens": tokens, "tokens_per_s": speed, "tflops_per_rank": rate}
         if self.peak:
             row["mfu"] = rate / self.peak
@@ -104,7 +111,8 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
         else:
             print("tensorboard is not installed here: none of its files are written", flush=True)
         boards += [WeightsAndBiases(job, config)] if config.wandb_project else []
-    per_token = flops_per_token(architecture_of(shape_of(config.model.config)), config.seq_length, config.trainable)
+    architecture = architecture_of(shape_of(config.model.config))
+    per_token = partial(flops_per_token, architecture, trainable=config.trainable)
     return Metrics(job, per_token, peak_tflops(), boards)
 
 

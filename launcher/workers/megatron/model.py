@@ -115,6 +115,7 @@ def build_model(
     precision: Precision = "fp32",
     *,
     parallel_output: bool = True,
+    document_masking: bool = False,
     **fields: Any,
 ) -> MegatronModule:
     """This rank's part of the model, with weights yet to be set by `initialize` or a checkpoint.
@@ -122,7 +123,8 @@ def build_model(
     Its forward takes (input_ids, position_ids, attention_mask=None, labels=None), b s each, and gives losses b s, or
     logits b s vocabulary without labels; on pipeline stages before the last, hidden states. Logits of the rows that
     pad the vocabulary are -inf, so they are never predicted and never trained. `parallel_output` False gathers logits
-    over tensor-parallel ranks: for evaluation only. `fields` are further ones of megatron-core's TransformerConfig.
+    over tensor-parallel ranks: for evaluation only. With `document_masking` its layers take what
+    `documents.model_inputs` says of documents. `fields` are further ones of megatron-core's TransformerConfig.
     """
     config = transformer_config(shape, parallelism, precision, **fields)
     common: dict[str, Any] = {
@@ -139,12 +141,12 @@ def build_model(
     if shape.hybrid_override_pattern:
         if shape.rope_scaling:
             raise UserError(f"config.json: rope scaling {shape.rope_scaling} is not there for hybrid models")
-        spec = layers.hybrid_layers(config, shape)
+        spec = layers.hybrid_layers(config, shape, document_masking)
         model = hybrid_model(config, spec, shape.hybrid_override_pattern, **common)
         if _recomputes_itself(shape, parallelism):
             layers.recompute_layers(model.decoder)
     else:
-        model = GPTModel(config, layers.gpt_layers(config), **common, **_rope_scaling(shape))
+        model = GPTModel(config, layers.gpt_layers(config, document_masking), **common, **_rope_scaling(shape))
     _scale_ends(model, shape)
     return _in_bf16(config, model) if precision == "bf16" else model
 

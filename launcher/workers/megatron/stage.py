@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop, numerics
-from launcher.workers.megatron.data import Blend, read_sources
+from launcher.workers.megatron.data import Blend, Source, read_sources
 from launcher.workers.megatron.layers import kernels
 from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
@@ -35,7 +36,7 @@ def train(job: StageJob) -> None:
     if problems:
         raise UserError(problems)
     folders = {port.removesuffix(".tokens"): job.input(port) for port in job.spec.inputs if port.endswith(".tokens")}
-    sources = read_sources(folders, config.seq_length, config.data)
+    sources = read_sources(folders, config.seq_length, config.data, config.packing)
     start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
     tokenizers = _tokenizers(job, start)
     hf_files.check_tokenizers(tokenizers, shape.vocab_size)
@@ -46,10 +47,13 @@ def train(job: StageJob) -> None:
     with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
-        blend = Blend(sources, samples, config.seq_length, job.spec.seed, shape.vocab_size, progress / "index")
+        blend = _blend(config, sources, samples, job.spec.seed, shape, progress / "index")
         held_out = _held_out(config, folders, shape, progress / "index")
         numerics.ready(config, shape)
-        module = build_model(shape, config.parallelism, config.precision, **numerics.numeric_fields(config))
+        fields = numerics.numeric_fields(config)
+        module = build_model(
+            shape, config.parallelism, config.precision, document_masking=config.document_masking, **fields
+        )
         newest = checkpoint.newest(progress / "checkpoints")
         if newest is None:
             _set_weights(module, shape, config, start, job.spec.seed)
@@ -59,7 +63,7 @@ def train(job: StageJob) -> None:
         if job.rank == 0:
             job.record(**counts, **_facts(config, blend, job.world_size))
             for source in blend.mix():
-                print("blend: {source}, weight {weight:.3g}: {tokens:,} tokens, {epochs:.2f} epochs".format(**source))
+                print(_blend_line(source))
         loss = loop.run(job, trainer)
         checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
         if job.rank == 0:
@@ -69,11 +73,23 @@ def train(job: StageJob) -> None:
             job.record(loss=loss, tokens_per_s=_speed(job, newest))
 
 
+def _blend(
+    config: TrainConfig, sources: Sequence[Source], samples: int, seed: int, shape: ModelShape, index: Path
+) -> Blend:
+    options: dict[str, Any] = {"document_masking": config.document_masking, "packing": config.packing}
+    return Blend(sources, samples, config.seq_length, seed, shape.vocab_size, index, **options)
+
+
+def _blend_line(source: dict[str, Any]) -> str:
+    line = "blend: {source}, weight {weight:.3g}: {tokens:,} tokens, {epochs:.2f} epochs".format(**source)
+    return line + (f", {source['padding']:.3%} padding" if "padding" in source else "")
+
+
 def _held_out(config: TrainConfig, folders: dict[str, Path], shape: ModelShape, index: Path) -> dict[str, Blend]:
     """The sources whose losses are measured: the same sequences of each every time, whatever the run's seed."""
     samples = config.eval_iters * config.global_batch_size
-    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0))
-    return {s.name: Blend([s], samples, config.seq_length, 0, shape.vocab_size, index) for s in sources}
+    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0), config.packing)
+    return {s.name: _blend(config, [s], samples, 0, shape, index) for s in sources}
 
 
 def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
