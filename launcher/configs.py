@@ -290,7 +290,7 @@ class TrainConfig:
     )
     document_masking: bool = option(False, "Tokens see their own document alone, and its end predicts nothing.")
     packing: Literal["concatenate", "best-fit"] = option(
-        "concatenate", "Documents fill sequences end to end; or whole, with little padding (needs document_masking)."
+        "concatenate", "Documents fill sequences end to end; or whole where they fit, with little padding."
     )
     trainable: Literal["all", "attention"] = option(
         "all",
@@ -335,17 +335,13 @@ class TrainConfig:
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
             *_adam_checks(self),
             (self.fp8_format is not None and self.precision != "bf16", "fp8_format", "needs precision bf16"),
-            (
-                self.packing == "best-fit" and not self.document_masking,
-                "packing",
-                "best-fit keeps documents whole, each by itself; set document_masking true",
-            ),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
             *(
                 (bool(self.entrypoint and getattr(self, n)), n, "is for our own loop; leave it out with entrypoint")
                 for n in ("validation", "keep_every", "wandb_project", "document_masking")
             ),
+            (bool(self.entrypoint) and self.packing == "best-fit", "packing", "best-fit is for our own loop alone"),
             (
                 bool(self.entrypoint) and self.trainable != "all",
                 "trainable",

@@ -16,7 +16,7 @@ CHANGES = [
     "midtrain.adam_beta1=2",
     "midtrain.adam_eps=0",
     "midtrain.fp8_format=hybrid",  # the demo trains in fp32
-    "midtrain.packing=best-fit",
+    "midtrain.packing=first-fit",
     "rl-from-base.num_iterations=0",
     "rl-from-base.warmup_steps=-1",
     "rl-from-base.adam_beta2=1",
@@ -62,7 +62,8 @@ def test_keys_of_megatron_that_are_not_there_say_so(key: str, message: str, caps
 def test_what_only_our_own_loop_does_is_refused_beside_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     values = ("midtrain.entrypoint=pretrain_gpt.py", "midtrain.document_masking=true", "midtrain.packing=best-fit")
     assert cli.main(["check", "demo", *(word for value in values for word in ("--set", value))]) == 2
-    assert "document_masking: is for our own loop" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "document_masking: is for our own loop" in told and "packing: best-fit is for our own loop" in told
 
 
 def test_a_script_of_the_users_own_trains_what_it_will(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,12 @@ def script_arguments(config: TrainConfig, shape: ModelShape, seed: int, paths: P
             f"entrypoint: Megatron-LM's scripts have no arguments for {shape.family}'s multipliers "
             f"({', '.join(odd or ['attention_multiplier'])}); leave entrypoint out for this model"
         )
+    factor = (shape.rope_scaling or {}).get("factor", 8.0)
+    if factor != 8.0:  # `gpt_builders.py` of core_v0.16.1 passes --rope-scaling alone on, not its factor
+        raise UserError(
+            f"entrypoint: Megatron-LM's scripts take no rope scaling factor but 8, and this model has {factor:g}; "
+            "leave entrypoint out for this model"
+        )
     if shape.hybrid_override_pattern and _chosen(config).recompute == "full":
         raise UserError(
             "parallelism.recompute: Megatron-LM's scripts ignored full for hybrid models up to megatron-core 0.16.1; "

@@ -127,8 +127,7 @@ class _Tokenizer:
 class Blend:
     """The samples of a run, by number. Build it on every rank at once; rank 0 makes the index that the others read.
 
-    `folder` keeps the index for the attempts that follow. With `document_masking` batches tell of their documents;
-    best-fit packing wants it.
+    `folder` keeps the index for the attempts that follow. With `document_masking` batches tell of their documents.
     """
 
     def __init__(
@@ -227,10 +226,10 @@ class Blend:
                 f"data: token id {highest} in {names} is outside the model's vocabulary of {self.vocab_size}; "
                 "prepare the data with the model's own tokenizer"
             )
-        if not self.document_masking:
+        if not self.document_masking and self.packing == "concatenate":
             return Batch(tokens, labels)
         mask = torch.stack([s["loss_mask"] for s in samples])
-        return Batch(tokens, labels, mask, tuple(s["lengths"] for s in samples))
+        return Batch(tokens, labels, mask, tuple(s["lengths"] for s in samples) if self.document_masking else None)
 
     def micro_batches(self, first: int, last: int, size: int, rank: int, ranks: int) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches of the samples first .. last, `size` sequences each."""

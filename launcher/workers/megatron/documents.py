@@ -25,8 +25,8 @@ _LENGTH_STEP = 64
 class Batch(NamedTuple):
     """Sequences of a micro-batch, b s each.
 
-    Where documents are masked, `lengths` has those of each sequence's documents, which sum to s, and `loss_mask` is 1
-    where the loss counts; otherwise both are None.
+    `loss_mask` is 1 where the loss counts, None where all do. Where documents are masked, `lengths` has those of each
+    sequence's documents, which sum to s.
     """
 
     tokens: Tensor

@@ -58,7 +58,7 @@ def build_trainer(
 ) -> Trainer:
     """Wrap a model whose weights are set for training: data parallelism, optimizer, schedule."""
     # Micro-batches count differently many tokens then: gradients are summed, and divided by the tokens of all.
-    module.config.calculate_per_token_loss = config.document_masking
+    module.config.calculate_per_token_loss = config.document_masking or config.packing == "best-fit"
     model = wrap(module)
     optimizer = build_optimizer(config, model)
     module.config.finalize_model_grads_func = finalize_model_grads

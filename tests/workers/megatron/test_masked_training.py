@@ -26,12 +26,14 @@ PACKED: dict[str, Any] = {
 def test_losses_are_the_same_on_every_layout(root: Path) -> None:
     """Micro-batches of all of them count different tokens, and one rank has more padding than another."""
     tp_sp = {**TP, "sequence_parallel": True}
-    cases: list[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = [
-        ("llama-tiny", {"num_hidden_layers": 4}, {"tp": tp_sp, "pp": PP, "dp": {}, "cp": CP}),
-        ("nemotron-h-tiny", {}, {"tp": TP, "dp": {}}),
+    cases: list[tuple[str, bool, dict[str, Any], dict[str, dict[str, Any]]]] = [
+        ("llama-tiny", True, {"num_hidden_layers": 4}, {"tp": tp_sp, "pp": PP, "dp": {}, "cp": CP}),
+        ("nemotron-h-tiny", True, {}, {"tp": TP, "dp": {}}),
+        ("nemotron-h-tiny", False, {}, {"cp": CP, "dp": {}}),
     ]
-    for name, changes, layouts in cases:
-        settings = {**PACKED, "model": ts.model(name, **changes)}
+    for model, masking, changes, layouts in cases:
+        name = f"{model}-{masking}"
+        settings = {**PACKED, "document_masking": masking, "model": ts.model(model, **changes)}
         one = ts.make_stage(root, f"packed-one-{name}", **settings)
         assert ts.run(one) == [0], ts.log(one)
         assert "padding" in ts.log(one)

@@ -135,6 +135,18 @@ def test_hybrids_get_their_pattern_and_granites_multipliers_are_refused() -> Non
         words("granite-tiny")
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_rope_scaling_that_the_scripts_would_not_take_is_refused(factor: float) -> None:
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    model = ts.model("llama-tiny", rope_parameters=scaling)
+    if factor == 8.0:
+        assert "--use-rope-scaling" in words("llama-tiny", model=model)
+    else:
+        with pytest.raises(UserError, match="no rope scaling factor but 8, and this model has 32"):
+            words("llama-tiny", model=model)
+
+
 def test_fp8_and_determinism_are_megatrons_words_and_full_recomputation_of_hybrids_is_refused() -> None:
     got = words("llama-tiny", fp8_format="hybrid", fp8_recipe="blockwise", deterministic_mode=True)
     at = got.index("--fp8-format")
