@@ -9,6 +9,7 @@ from launcher.errors import UserError
 from launcher.fit.gpus import gpu_of
 from launcher.fit.search import GIB, Task, find_layouts, parallelism_of
 from launcher.models.families import shape_of
+from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
 
 
@@ -44,9 +45,9 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
         raise UserError("auto needs the type of the GPUs: set `gpu` in the cluster's profile, or write the sizes")
     if config.fp8_format is not None:
         raise UserError("auto does not count the memory of FP8; write the sizes")
-    ranks = resources.nodes * resources.ntasks_per_node
+    ranks, shape = resources.nodes * resources.ntasks_per_node, shape_of(config.model.config)
     task = Task(
-        shape=shape_of(config.model.config),
+        shape=shape,
         gpu=gpu_of(gpu),
         gpus=ranks,
         gpus_per_node=resources.ntasks_per_node,
@@ -57,7 +58,12 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
         trainable=config.trainable,
         fixed={"micro_batch_size": config.micro_batch_size},
     )
-    found = find_layouts(task)
+    # What the stage does besides, masking or a script say, rules out further ones.
+    found = [
+        f
+        for f in find_layouts(task)
+        if not check_layout(shape, replace(config, parallelism=parallelism_of(f.layout)), ranks)
+    ]
     if not found:
         raise UserError(
             f"auto: no layout can work on {ranks} GPUs with global_batch_size {config.global_batch_size} and "

@@ -5,6 +5,9 @@ from __future__ import annotations
 from launcher.configs import Parallelism, TrainConfig
 from launcher.models.shape import ModelShape
 
+#: Sides of Granite that Megatron-LM's arguments have no words for.
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
 
 def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu: bool = False) -> list[str]:
     """Everything that keeps `config` from training a model of `shape` on `world_size` processes.
@@ -19,6 +22,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
         *(_fp8_problems(shape, config, cpu) if config.fp8_format else ()),
         *_masking_problems(shape, config),
         *_trainable_problems(shape, config),
+        *(script_problems(shape, config) if config.entrypoint else ()),
     ]
 
 
@@ -156,3 +160,26 @@ def _trainable_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
         for i, part in enumerate(parts)
         if "*" not in part
     ]
+
+
+def script_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
+    """What Megatron-LM's own scripts, of core_v0.16.1, have no arguments for, or drop without a word."""
+    problems = []
+    odd = [name for name in _MULTIPLIERS if getattr(shape, name) != 1.0]
+    if odd or shape.attention_multiplier is not None:
+        problems.append(
+            f"entrypoint: Megatron-LM's scripts have no arguments for {shape.family}'s multipliers "
+            f"({', '.join(odd or ['attention_multiplier'])}); leave entrypoint out for this model"
+        )
+    factor = (shape.rope_scaling or {}).get("factor", 8.0)
+    if factor != 8.0:  # `gpt_builders.py` passes --use-rope-scaling on, and not --rope-scaling-factor
+        problems.append(
+            f"entrypoint: Megatron-LM's scripts take no rope scaling factor but 8, and this model has {factor:g}; "
+            "leave entrypoint out for this model"
+        )
+    if shape.hybrid_override_pattern and _chosen(config).recompute == "full":
+        problems.append(
+            "parallelism.recompute: Megatron-LM's scripts ignored full for hybrid models up to megatron-core 0.16.1; "
+            "set mlp or none, or the arguments in entrypoint_args"
+        )
+    return problems

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from launcher.configs import Parallelism, TrainConfig
 from launcher.errors import UserError
+from launcher.models.layout import script_problems
 from launcher.models.shape import ModelShape
-
-#: Sides of Granite that Megatron-LM's arguments have no words for.
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -32,24 +30,9 @@ class Paths:
 
 
 def script_arguments(config: TrainConfig, shape: ModelShape, seed: int, paths: Paths) -> tuple[str, ...]:
-    """Every argument, as words. Raises UserError for a model that the scripts have no arguments for."""
-    odd = [name for name in _MULTIPLIERS if getattr(shape, name) != 1.0]
-    if odd or shape.attention_multiplier is not None:
-        raise UserError(
-            f"entrypoint: Megatron-LM's scripts have no arguments for {shape.family}'s multipliers "
-            f"({', '.join(odd or ['attention_multiplier'])}); leave entrypoint out for this model"
-        )
-    factor = (shape.rope_scaling or {}).get("factor", 8.0)
-    if factor != 8.0:  # `gpt_builders.py` of core_v0.16.1 passes --rope-scaling alone on, not its factor
-        raise UserError(
-            f"entrypoint: Megatron-LM's scripts take no rope scaling factor but 8, and this model has {factor:g}; "
-            "leave entrypoint out for this model"
-        )
-    if shape.hybrid_override_pattern and _chosen(config).recompute == "full":
-        raise UserError(
-            "parallelism.recompute: Megatron-LM's scripts ignored full for hybrid models up to megatron-core 0.16.1; "
-            "set mlp or none, or the arguments in entrypoint_args"
-        )
+    """Every argument, as words. Raises UserError for what the scripts cannot do."""
+    if problems := script_problems(shape, config):
+        raise UserError(problems)
     options = {**_model(shape), **_layout(config), **_training(config, seed), **_files(config, paths)}
     words: list[str] = []
     for name, value in options.items():

@@ -34,6 +34,13 @@ def test_the_first_layout_that_fits_is_taken() -> None:
     assert choose(config(), GPUS, "h200-141gb").tensor_model_parallel_size == 1
 
 
+def test_a_layout_that_the_stage_could_not_train_on_is_not_taken() -> None:
+    long = {"model": GRANITE_H, "seq_length": 131072, "global_batch_size": 32}
+    assert choose(config(**long), GPUS, "h100-80gb").context_parallel_size > 1
+    with pytest.raises(UserError, match="nothing fits|no layout can work"):
+        choose(config(**long, document_masking=True), GPUS, "h100-80gb")
+
+
 def test_without_gpus_there_is_nothing_to_fit_into() -> None:
     assert choose(config(), Resources(ntasks_per_node=2), None) == Parallelism()
 

@@ -81,6 +81,12 @@ def test_layouts_that_work_pass(name: str, world_size: int, changes: dict[str, A
             ["columns of a rank's Mamba projection, no multiple of 32, as mxfp8", "not computed again whole in FP8"],
         ),
         (
+            "granite-tiny",
+            1,
+            {"entrypoint": "pretrain_gpt.py"},
+            ["entrypoint: Megatron-LM's scripts have no arguments for"],
+        ),
+        (
             "nemotron-h-tiny",
             2,
             {"cp": 2, "document_masking": True},
