@@ -194,7 +194,12 @@ def _add_checkpoint_commands(commands: Commands) -> None:
     )
     merge = _command(commands, "checkpoints.merge", "add checkpoints of one model, each times a weight", "json")
     merge.add_argument("sources", metavar="CHECKPOINT", nargs="+", help="two or more, of one model and format")
-    merge.add_argument("--weights", required=True, metavar="W,W", help="one a checkpoint, such as 0.15,0.85")
+    merge.add_argument(
+        "--weights",
+        required=True,
+        metavar="W,W",
+        help="one a checkpoint, such as 0.15,0.85; --weights=-0.5,1.5 where the first is negative",
+    )
     merge.add_argument("-o", "--output", required=True, metavar="DST", help="folder to write")
     merge.add_argument("--no-verify", action="store_true", help="do not read back what was written")
     for name, text in (

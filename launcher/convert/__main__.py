@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         mend = "; free some room, then run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"prism-launch: {error.filename or args.target}: {error.strerror or error}{mend}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, PermissionError) else 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -117,20 +117,20 @@ def run(
     with new_folder(target, to, [source]) as partial:
         record = convert(source, partial, to, verify, progress, config=config, fold=fold, final=target)
         if parity:
-            record["parity"] = _parity(source, partial, record)
+            record["parity"] = _parity(source, partial, record, config)
         if not (partial / target.name).is_file():  # an archive has no place for it
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def _parity(source: Path, target: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _parity(source: Path, target: Path, record: dict[str, Any], config: Path | None) -> dict[str, Any]:
     from launcher.convert.parity import compare
     from launcher.workers.checkpoints import quiet
 
     quiet()
     if {record["from"], record["to"]} != {"hf", "megatron"}:
         raise UserError(_NO_PARITY)
-    return compare(source, target) if record["to"] == "megatron" else compare(target, source)
+    return compare(source, target, config) if record["to"] == "megatron" else compare(target, source)
 
 
 def show_progress() -> Callable[[int, int], None]:

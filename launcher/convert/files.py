@@ -53,6 +53,8 @@ def in_tar(path: Path) -> Files:
     try:
         with tarfile.open(path, "r:") as archive:
             found = [m for m in archive if m.isreg()]
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}; make it readable, or copy it") from None
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{path}: not a whole uncompressed tar archive ({error}); gunzip it if it is compressed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from launcher.convert.entry import Entry
 from launcher.convert.files import Files, Span, directly_in, in_tar
 from launcher.convert.hf import INDEX, HfReader
 from launcher.convert.links import Format
-from launcher.convert.torch_dist import TRACKER, TorchDistReader, checkpoint_dir
+from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader, checkpoint_dir
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
@@ -78,6 +79,8 @@ def _look_at(path: Path) -> tuple[Format, Files]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     files = directly_in(path, CARRIED, nemo.WEIGHTS)
+    if ".metadata" in files and re.fullmatch(rf"{RELEASE}|iter_\d+", path.resolve().name):
+        raise UserError(f"{path}: an iteration of a checkpoint of format megatron; name the folder with its {TRACKER}")
     if TRACKER in files:
         return "megatron", files
     if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
@@ -111,7 +114,7 @@ def _check_backend(where: Path, files: Files) -> None:
         raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
     try:
         backend = json.loads(files["metadata.json"].read())["sharded_backend"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         backend = "unknown"
     if backend != "torch_dist":
         raise UserError(
@@ -127,7 +130,7 @@ def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape
         raise UserError(f"{path}: No such file or directory; put the model's config.json there")
     try:
         config = json.loads(side["config.json"].read())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); get the file again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a config.json of a model; get the file again")

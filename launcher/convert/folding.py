@@ -39,12 +39,23 @@ def folded_epsilon(shape: ModelShape) -> float:
 
 def fold(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The row's Hugging Face tensors with the multipliers in them, in fp32."""
-    return [t.float() * factor for t, factor in zip(tensors, _of(row, shape), strict=True)]
+    return [t.to(torch.float32, copy=True).mul_(factor) for t, factor in zip(tensors, _of(row, shape), strict=True)]
 
 
 def unfold(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The same without them, rounded to `dtype`."""
-    return [(t.float() / factor).to(dtype) for t, factor in zip(tensors, _of(row, shape), strict=True)]
+    return [_divided(t, factor, dtype) for t, factor in zip(tensors, _of(row, shape), strict=True)]
+
+
+#: Elements that are divided at a time, so that fp32 copies stay small whatever a tensor's size.
+_PIECE = 1 << 20
+
+
+def _divided(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    made = torch.empty(tensor.shape, dtype=dtype)
+    for into, of in zip(made.view(-1).split(_PIECE), tensor.reshape(-1).split(_PIECE), strict=True):
+        into.copy_(of.float() / factor)
+    return made
 
 
 def _of(row: TensorMap, shape: ModelShape) -> list[float]:

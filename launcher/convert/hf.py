@@ -101,7 +101,7 @@ def read_index(folder: Path) -> dict[str, str]:
         wrong = [name for name in places.values() if Path(name).name != name]
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not an index of safetensors files; get the checkpoint again") from None
     if wrong:
         raise UserError(f"{path}: names files outside the folder, such as {wrong[0]}")
@@ -120,6 +120,7 @@ def _absent(path: Path) -> str:
 
 def _read_header(path: Path) -> dict[str, tuple[int, Entry | str]]:
     """Tensor name to its place in the file and what it is, or the name of a type that is not covered."""
+    path.open("rb").close()  # of a file that may not be read safetensors says that there is none
     try:
         # Checks the header and the file's size. For torch it would map the file as memory of the process's own, which
         # the kernel refuses for one file larger than memory.

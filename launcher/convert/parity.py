@@ -24,16 +24,18 @@ PROMPTS = (
 _TOKENS = 64
 
 
-def compare(hf: Path, megatron: Path) -> dict[str, Any]:
+def compare(hf: Path, megatron: Path, config: Path | None = None) -> dict[str, Any]:
     """Logits of both models, in fp32, on `PROMPTS`, or on random tokens where there is no tokenizer.
 
-    Loads both models whole, one after the other. transformers keeps Mamba's dt above a bound that megatron-core does
+    `config`: the folder with config.json and tokenizer where that is not `hf`. Loads both models whole, one after the
+    other. transformers keeps Mamba's dt above a bound that megatron-core does
     not have; it is taken off, and its effect told apart. Raises WorldError where the logits differ by more than
     `TOLERANCE`.
     """
-    shape = shape_of(json.loads((hf / "config.json").read_text()))
-    rows, source = _tokens(hf, shape)
-    theirs, clamped = _hf_logits(hf, rows)
+    config = config or hf
+    shape = shape_of(json.loads((config / "config.json").read_text()))
+    rows, source = _tokens(config, shape)
+    theirs, clamped = _hf_logits(hf, config, rows)
     ours = _megatron_logits(megatron, shape, rows)
     figures: dict[str, Any] = {
         "prompts": len(rows),
@@ -82,12 +84,17 @@ def _tokens(hf: Path, shape: ModelShape) -> tuple[list[list[int]], str]:
 
 
 @torch.no_grad()
-def _hf_logits(folder: Path, rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor] | None]:
+def _hf_logits(folder: Path, config: Path, rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor] | None]:
     """Logits without a lower bound of dt, and with it where the model has one."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        folder,
+        config=AutoConfig.from_pretrained(config, local_files_only=True),
+        generation_config=GenerationConfig(),  # else it is looked for in `folder`
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
     ).eval()
 
     def logits() -> list[Tensor]:

@@ -23,6 +23,8 @@ FAMILIES: dict[str, ModuleType] = {
 
 #: No size or factor of a model is as large.
 _MOST = 1 << 40
+#: Nor has any so many layers: a table of their tensors is made.
+_MOST_LAYERS = 10_000
 #: Keys that say how many experts a model has.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -49,8 +51,11 @@ def _wrong_values(shape: ModelShape) -> Iterator[str]:
         value = getattr(shape, field.name)
         if field.type == "int":
             least = 0 if field.name.startswith("mamba_") else 1
-            if type(value) is not int or not least <= value < _MOST:
+            most = _MOST_LAYERS if field.name == "num_layers" else _MOST
+            if type(value) is not int or value < least:
                 yield f"{field.name} is {value!r}; a whole number of at least {least} is expected"
+            elif value > most:
+                yield f"{field.name} is {value!r}; at most {most} are expected"
         elif field.type.startswith("float") and value is not None and not (_is_number(value) and 0 < value < _MOST):
             yield f"{field.name} is {value!r}; a number above 0 is expected"
     heads, groups = shape.num_attention_heads, shape.num_query_groups

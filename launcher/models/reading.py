@@ -89,6 +89,8 @@ def rope(c: Config) -> dict[str, Any]:
     """RoPE's base and scaling, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) says them."""
     new = c.get("rope_parameters")
     old = c.get("rope_scaling") or {}
+    spellings = "rope_parameters and rope_scaling are both there and differ; leave the one that is meant"
+    c.refuse(bool(new) and any(dict(new).get(key) != value for key, value in dict(old).items()), spellings)
     values = dict(new) if new else {"rope_theta": c.get("rope_theta", 10000.0), **old}
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta", c.get("rope_theta", 10000.0)))

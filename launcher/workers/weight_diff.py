@@ -113,11 +113,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to safetensors file. Raises UserError where the folder is no checkpoint of that kind."""
     from safetensors import SafetensorError, safe_open
 
-    files = _weight_files(folder)
+    files = _weight_files(folder) if folder.is_dir() else []
     if not files:
         raise UserError(f"{folder}: holds no .safetensors file; a Hugging Face checkpoint is wanted")
     found = {}
     for file in files:
+        file.open("rb").close()  # of a file that may not be read safetensors says that there is none
         try:
             with safe_open(file, "pt") as opened:
                 found.update(dict.fromkeys(opened.keys(), file))
@@ -262,6 +263,9 @@ def run_by_hand(program: Callable[[], int]) -> int:
     except PrismError as error:
         print(f"prism-launch: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"prism-launch: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        return 2 if isinstance(error, PermissionError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,24 @@ def test_without_verification_the_output_says_so(
 def test_a_users_mistake_is_text_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent"), str(tmp_path / "out"), "--to", "hf"]) == 2
     assert capsys.readouterr().err == f"prism-launch: {tmp_path / 'absent'}: no such folder\n"
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_parity_takes_config_and_tokenizer_from_the_folder_that_is_named(
+    to: str, tmp_path: Path, hf_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(hf_checkpoint("llama"), tmp_path / "hf")
+    named = tmp_path / "named"
+    if to == "hf":
+        assert main([str(source), str(tmp_path / "megatron"), "--to", "megatron"]) == 0
+        source = tmp_path / "megatron"
+        (source / "hf").rename(named)
+    else:
+        named.mkdir()
+        for path in source.glob("*.json"):
+            path.rename(named / path.name)
+    assert main([str(source), str(tmp_path / "out"), "--to", to, "--parity", "--config", str(named)]) == 0
+    assert "parity: largest difference" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- worker

@@ -105,6 +105,7 @@ HF_REFUSALS: dict[str, tuple[Change, str]] = {
     "no folder": (shutil.rmtree, "hf: no such folder"),
     "no config": (remove("config.json"), "config.json: No such file or directory; put the model's config.json there"),
     "config is no JSON": (write("config.json", "{"), "config.json: not JSON"),
+    "config is too deep": (write("config.json", "[" * 200_000), "config.json: not JSON"),
     "config is a list": (write("config.json", "[]"), "config.json: not a config.json of a model"),
     "another model": (config(model_type="qwen3"), "config.json: model type qwen3 is not covered"),
     "unsupported RoPE": (config(rope_parameters={"rope_type": "yarn"}), "config.json: model type llama: RoPE of type"),
@@ -121,6 +122,12 @@ HF_REFUSALS: dict[str, tuple[Change, str]] = {
     "missing shard": (missing_shard, "model-00002.safetensors: not there, though"),
     "index outside": (index_outside, f"{INDEX}: names files outside the folder"),
     "index is no JSON": (write(INDEX, "<html>"), f"{INDEX}: not an index of safetensors files"),
+    "index is too deep": (write(INDEX, "[" * 200_000), f"{INDEX}: not an index of safetensors files"),
+    "too many layers": (config(num_hidden_layers=10**6), "num_layers is 1000000; at most 10000 are expected"),
+    "RoPE scaling added to a newer config": (
+        config(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        "rope_parameters and rope_scaling are both there and differ; leave the one that is meant",
+    ),
     "lying index": (lying_index, "nobody.weight is not there, though"),
     "missing tensor": (tensors(lambda t: t.pop(NORM)), f"{NORM} [48] is missing"),
     "unknown tensor": (tensors(lambda t: t.update(more=torch.ones(3))), "more [3] float32 is no tensor of this model"),
@@ -160,6 +167,24 @@ def test_a_hugging_face_folder_is_refused(case: str, hf: Path) -> None:
     change, message = HF_REFUSALS[case]
     change(hf)
     refused(hf, "megatron", message)
+
+
+def test_the_folder_of_one_iteration_is_refused_with_the_one_that_is_meant(megatron_format: Path) -> None:
+    refused(megatron_format / "release", "hf", "an iteration of a checkpoint of format megatron; name the folder with")
+
+
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "a.nemo"])
+def test_a_file_that_may_not_be_read_is_named(name: str, hf: Path, tmp_path: Path) -> None:
+    run(hf, tmp_path / "a.nemo", "nemo")
+    (tmp_path / name).chmod(0)
+    source, to = (tmp_path / "a.nemo", "hf") if name == "a.nemo" else (hf, "megatron")
+    # no right of root's to pass over permissions
+    drop = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    command = [*drop, sys.executable, "-m", "launcher.convert", str(source), str(tmp_path / "out"), "--to", to]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"{tmp_path / name}: Permission denied" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_all_problems_are_named_at_once(hf: Path) -> None:

@@ -205,3 +205,19 @@ def test_text_by_hand(models: dict[str, Path], capsys: pytest.CaptureFixture[str
     assert lines[0] == f"{whole.elements} elements, relative L2 {whole.relative_l2:.3g}"
     assert f"  changed by more than 1.0%: {whole.changed[2] / whole.elements:.2%}" in lines
     assert len(lines) == 2 + len(THRESHOLDS) + 1 + len(parts)
+
+
+def test_a_file_where_a_folder_is_wanted_is_a_users_mistake(
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = models["a"] / "model.safetensors"
+    assert run_by_hand(lambda: weight_diff.main([str(file), str(models["a"])])) == 2
+    assert capsys.readouterr().err.startswith(f"prism-launch: {file}: holds no .safetensors file")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    assert run_by_hand(main) == 2
+    assert capsys.readouterr().err == f"prism-launch: {tmp_path}: Permission denied\n"
