@@ -83,7 +83,8 @@ def _iteration(folder: Path) -> int | None:
 
 def _run(job: StageJob, command: list[str]) -> int:
     """Run the script, its output into this log; a request to stop reaches it as TERM."""
-    environment = {**os.environ, "PRISM_PARENT": str(os.getpid())}
+    # Megatron-LM refuses tensor and context parallelism without the first, on GPUs before Blackwell.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "PRISM_PARENT": str(os.getpid())}
     child = subprocess.Popen(
         command,
         env=environment,

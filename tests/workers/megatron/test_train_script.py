@@ -70,11 +70,11 @@ def test_a_script_trains_between_our_artifacts_and_goes_on_after_a_stop(root: Pa
     process.send_signal(signal.SIGUSR2)
     code, out = finish(process)
     assert code == 0 and stage.ending()["class"] == "time-limit", out
-    assert "mine: True tokenizer: True" in out and "--finetune" in out
+    assert "mine: True tokenizer: True" in out and "--finetune" in out and "connections: 1" in out
     done = len(stage.metrics())
     assert 0 < done < 6 and not stage.checkpoint.exists()
-    code, out = finish(start(stage, 1))
-    assert code == 0 and stage.ending(1)["class"] == "finished", out
+    code, out = finish(start(stage, 1, CUDA_DEVICE_MAX_CONNECTIONS="32"))
+    assert code == 0 and stage.ending(1)["class"] == "finished" and "connections: 32" in out, out
     assert [row["iteration"] for row in stage.metrics()] == list(range(1, 7)) and "--finetune" not in out.split(
         "others"
     )[0]
