@@ -82,6 +82,15 @@ def test_layouts_that_cannot_work_say_why(sizes: dict[str, int], message: str) -
     assert any(message in problem for problem in problems)
 
 
+def test_tensor_parallel_ranks_stay_within_a_node() -> None:
+    """Of nodes of 6 GPUs some ranks of 4 would stand astride two."""
+    six = task(gpus=24, gpus_per_node=6, global_batch_size=96)
+    assert {f.layout.tp for f in find_layouts(six)} == {1, 2}
+    layout = Layout(gpus=24, tp=4, global_batch_size=96)
+    assert layout_problems(six, layout) == ["tensor_model_parallel_size: 4 does not divide the 6 GPUs of a node"]
+    assert layout_problems(replace(six, gpus=4), replace(layout, gpus=4)) == []
+
+
 def test_long_sequences_are_split_where_short_ones_are_not() -> None:
     assert {f.layout.cp for f in find_layouts(task())} == {1}
     assert 4 in {f.layout.cp for f in find_layouts(task(seq_length=32768))}
