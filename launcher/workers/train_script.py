@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,14 @@ def _iteration(folder: Path) -> int | None:
 
 def _run(job: StageJob, command: list[str]) -> int:
     """Run the script, its output into this log; a request to stop reaches it as TERM."""
-    environment = {**os.environ, "PRISM_PARENT": str(os.getpid())}
     child = subprocess.Popen(
         command,
-        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     ended = threading.Event()
 

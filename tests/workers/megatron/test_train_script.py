@@ -35,12 +35,13 @@ def free_port() -> str:
 
 
 def start(stage: ts.TrainStage, attempt: int = 0, **variables: str) -> subprocess.Popen[str]:
+    """The worker as a supervisor on this machine starts it."""
     folder = stage.attempt(attempt)
     folder.mkdir(parents=True)
     env = {
         **os.environ, "PRISM_ROOT": str(stage.root), "PRISM_ATTEMPT_DIR": str(folder), "PRISM_STEP": "train",
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-        "PYTHONPATH": str(ts.REPOSITORY), **variables,
+        "PYTHONPATH": str(ts.REPOSITORY), "PRISM_PARENT": str(os.getpid()), **variables,
     }  # fmt: skip
     command = [sys.executable, "-m", "launcher.workers.train_script", str(stage.path)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder)
