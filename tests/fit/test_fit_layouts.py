@@ -176,5 +176,8 @@ def test_every_shipped_model_has_layouts_and_its_parameters(name: str, capsys: p
 def test_models_that_are_none_are_refused(tmp_path: Any) -> None:
     done = prism("fit", "llama-tinny", "--gpus", "1")
     assert done.returncode == 2 and "did you mean llama-tiny?" in done.stderr
-    (tmp_path / "config.json").write_text("{")
-    assert prism("fit", str(tmp_path), "--gpus", "1").returncode == 2
+    file = tmp_path / "config.json"
+    for text in ("{", "[]", '{"model_type": "gpt2"}', '{"model_type": "llama"}'):
+        file.write_text(text)
+        done = prism("fit", str(tmp_path), "--gpus", "1")
+        assert done.returncode == 2 and f"{file}: " in done.stderr
