@@ -43,7 +43,7 @@ def main(job: StageJob) -> None:
     if job.rank == 0:
         job.truncate_metrics("iteration", _iteration(save) or 0)
         print(f"entrypoint: {' '.join(command)}", flush=True)
-    code = _run(job, command)
+    code = _run(job, command, config.global_batch_size * config.seq_length)
     if code < 0:
         os.kill(os.getpid(), -code)  # whoever killed the script is dealt with as if it had killed this worker
     if code:
@@ -82,7 +82,7 @@ def _iteration(folder: Path) -> int | None:
         return None
 
 
-def _run(job: StageJob, command: list[str]) -> int:
+def _run(job: StageJob, command: list[str], step_tokens: int) -> int:
     """Run the script, its output into this log; a request to stop reaches it as TERM."""
     child = subprocess.Popen(
         command,
@@ -110,7 +110,7 @@ def _run(job: StageJob, command: list[str]) -> int:
         if figures is not None:
             step, total = figures.pop("iteration"), figures.pop("total")
             job.beat(step, total, **figures)
-            job.metric(iteration=step, **figures)
+            job.metric(iteration=step, tokens=step * step_tokens, **figures)
     code = child.wait()
     ended.set()
     return code

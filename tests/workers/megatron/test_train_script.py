@@ -76,6 +76,7 @@ def test_a_script_trains_between_our_artifacts_and_goes_on_after_a_stop(root: Pa
     assert 0 < done < 6 and not stage.checkpoint.exists()
     code, out = finish(start(stage, 1))
     assert code == 0 and stage.ending(1)["class"] == "finished", out
+    assert [row["tokens"] for row in stage.metrics()] == [i * 4 * 32 for i in range(1, 7)], "sequences x seq_length"
     assert [row["iteration"] for row in stage.metrics()] == list(range(1, 7)) and "--finetune" not in out.split(
         "others"
     )[0]
