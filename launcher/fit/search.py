@@ -114,6 +114,8 @@ def layout_problems(task: Task, layout: Layout) -> list[str]:
     found = split_problems(task.shape, parallelism_of(layout), task.seq_length)
     if tp > task.gpus_per_node:
         found.append(f"tensor_model_parallel_size: {tp} is more than the {task.gpus_per_node} GPUs of a node")
+    elif task.gpus > task.gpus_per_node and task.gpus_per_node % tp:
+        found.append(f"tensor_model_parallel_size: {tp} does not divide the {task.gpus_per_node} GPUs of a node")
     if task.gpus % (tp * pp * cp):
         found.append(f"tensor x pipeline x context parallel size {tp * pp * cp} does not divide {task.gpus} GPUs")
     elif task.global_batch_size % (layout.dp * layout.micro_batch_size):

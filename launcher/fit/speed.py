@@ -52,6 +52,8 @@ def _past_run(receipt: Receipt) -> PastRun | None:
     gpu = type_of_device(gpu) if isinstance(gpu, str) else None
     if gpu is None or record.get("cpu_mode") or not isinstance(speed, (int, float)) or not isinstance(world_size, int):
         return None
+    if world_size < 1:
+        return None
     try:
         config = decode(TrainConfig, receipt.config)
         shape = shape_of(config.model.config)

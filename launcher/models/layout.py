@@ -90,7 +90,7 @@ def _context_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -
 def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str]:
     """Both sides of every FP8 product are multiples of 16, of MXFP8's of 32: `get_fp8_align_size` of megatron-core."""
     if cpu:
-        return ["fp8_format: needs GPUs with FP8; on a CPU leave it out"]
+        return ["fp8_format: needs GPUs with FP8, and the stage has none; leave it out, or ask for gpus_per_node"]
     layout, unit = chosen_layout(config), 32 if config.fp8_recipe == "mxfp8" else 16
     tp = layout.tensor_model_parallel_size
     channels = shape.num_attention_heads * shape.kv_channels
