@@ -163,7 +163,7 @@ def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
     with torch.no_grad():
         found = _run_schedule(trainer, iter(batches), Clock(), blend.samples, forward_only=True)
     total, count = sum_over_ranks(_sums(found))
-    return total / count
+    return total / max(count, 1.0)
 
 
 def _micro_batches(trainer: Trainer, blend: Blend, first: int, last: int) -> Iterator[Batch]:
@@ -194,7 +194,10 @@ def _run_schedule(
 
 
 def _sums(losses: list[Tensor]) -> list[float]:
-    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for."""
+    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for.
+
+    The count is 0 where all that a step read are documents of one token, masked from each other.
+    """
     found: list[float] = torch.stack(losses).double().sum(0).tolist() if losses else [0.0, 0.0]
     return found
 
@@ -235,7 +238,7 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bo
     )
     readers = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
     length = square / (readers * config.global_batch_size * config.seq_length)
-    return Step(total / count, lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
+    return Step(total / max(count, 1.0), lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
 
 
 def _forward(positions: Tensor, clock: Clock, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
