@@ -19,9 +19,8 @@ from launcher.run_record import PlannedStage
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
     """Problems of a recipe that plans, one line each with file and line."""
     found = []
-    cpu = profile.scheduler == "local" and not Path("/dev/nvidiactl").exists()
     for stage in recipe.stages.values():
-        for key, message in _stage_problems(recipe, stage, cpu, profile.gpu):
+        for key, message in _stage_problems(recipe, stage, _without_gpu(stage.resources, profile), profile.gpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
@@ -30,6 +29,13 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
                 path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
     return list(dict.fromkeys(found))
+
+
+def _without_gpu(resources: Resources, profile: Profile) -> bool:
+    """Whether a stage will see no GPU: Slurm gives what is asked for, this machine what it has."""
+    if profile.scheduler == "local":
+        return not Path("/dev/nvidiactl").exists()
+    return not resources.gpus_per_node
 
 
 def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool, gpu: str | None) -> Iterator[tuple[str, str]]:
@@ -84,7 +90,10 @@ def _train_problems(stage: Stage, config: TrainConfig, cpu: bool) -> Iterator[tu
     except UserError as error:
         yield "model", f"{config.model.name}: {error}"
         return
-    world_size = stage.resources.nodes * stage.resources.ntasks_per_node
+    gpus, tasks = stage.resources.gpus_per_node, stage.resources.ntasks_per_node
+    if gpus and tasks != gpus:
+        yield "resources.ntasks_per_node", f"is {tasks}, must be gpus_per_node, {gpus}: one process a GPU"
+    world_size = stage.resources.nodes * tasks
     for problem in check_layout(shape, config, world_size, cpu=cpu):
         key, _, message = problem.partition(": ")
         yield key, message

@@ -305,7 +305,9 @@ class TrainConfig:
     )
     save_interval: int = option(500, "Steps between checkpoints to resume from.", identity=False)
     keep_last: int = option(2, "Checkpoints to resume from that are kept.", identity=False)
-    keep_every: int | None = option(None, "Keep those of every so many steps besides, until the end.", identity=False)
+    keep_every: int | None = option(
+        None, "Keep those of every so many steps besides, a multiple of save_interval, until the end.", identity=False
+    )
     log_interval: int = option(1, "Steps between lines of metrics.", identity=False)
     validation: tuple[str, ...] = option((), "STAGE/SOURCE of held-out text whose losses are measured.")
     eval_interval: int = option(500, "Steps between those measurements; one comes at the end too.", identity=False)

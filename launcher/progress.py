@@ -176,12 +176,12 @@ class StageJob:
         os.replace(temporary, path)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, so that no worker outlives its supervisor."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.environ.get("PRISM_PARENT", str(os.getppid())) != str(os.getppid()):
-        os._exit(137)  # the parent died before the call
+    if os.getppid() != parent:
+        os._exit(137)  # it died before the call
 
 
 def run_worker(main: Callable[[StageJob], None]) -> None:
@@ -193,8 +193,8 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
     for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         if slurm in os.environ:
             os.environ.setdefault(name, os.environ[slurm])
-    if os.environ.get("PRISM_DIE_WITH_PARENT"):
-        die_with_parent()
+    if parent := os.environ.get("PRISM_PARENT"):
+        die_with_parent(int(parent))
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     job = StageJob(
         spec=read_stage(sys.argv[1]),

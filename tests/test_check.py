@@ -131,3 +131,19 @@ def test_fp8_that_the_clusters_gpus_do_not_have(gpu: str | None, recipe: str, wa
     sets = ["midtrain.fp8_format=hybrid", f"midtrain.fp8_recipe={recipe}"]
     found = problems("llama-3.1-8b", *sets, profile=replace(SITE, gpu=gpu))
     assert len(found) == (wanted is not None) and all(wanted in line for line in found if wanted)
+
+
+def test_fp8_of_a_stage_that_asks_for_no_gpu() -> None:
+    found = problems("llama-3.1-8b", "midtrain.fp8_format=hybrid", "midtrain.resources.gpus_per_node=0")
+    assert any("stages.midtrain.fp8_format: needs GPUs with FP8, and the stage has none" in line for line in found)
+
+
+@pytest.mark.parametrize("tasks", [1, 16])
+def test_a_train_stage_has_one_process_a_gpu(tasks: int) -> None:
+    """One a node is the default; the other GPUs would stand idle, and with more two would share one."""
+    (problem,) = problems(
+        "llama-3.1-8b", f"midtrain.resources.ntasks_per_node={tasks}", "midtrain.resources.cpus_per_task=1"
+    )
+    assert (
+        f"stages.midtrain.resources.ntasks_per_node: is {tasks}, must be gpus_per_node, 8: one process a GPU" in problem
+    )

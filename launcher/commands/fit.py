@@ -89,7 +89,10 @@ def _shape(model: str) -> ModelShape:
         raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, Mapping):
         raise UserError(f"{file}: not a model's config.json")
-    return shape_of(config)
+    try:
+        return shape_of(config)
+    except UserError as error:
+        raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
 
 
 def _obstacles(task: Task) -> list[str]:

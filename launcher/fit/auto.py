@@ -43,6 +43,9 @@ def choose(config: TrainConfig, resources: Resources, gpu: str | None) -> Parall
         return Parallelism()
     if gpu is None:
         raise UserError("auto needs the type of the GPUs: set `gpu` in the cluster's profile, or write the sizes")
+    tasks, gpus = resources.ntasks_per_node, resources.gpus_per_node
+    if tasks != gpus:
+        raise UserError(f"auto needs one process a GPU: ntasks_per_node is {tasks}, must be gpus_per_node, {gpus}")
     if config.fp8_format is not None:
         raise UserError("auto does not count the memory of FP8; write the sizes")
     ranks, shape = resources.nodes * resources.ntasks_per_node, shape_of(config.model.config)

@@ -12,7 +12,7 @@ from launcher.configs import Parallelism
 from launcher.fit.gpus import Gpu, default_mfu
 from launcher.fit.layers import Architecture, architecture_of, flops_per_token
 from launcher.fit.memory import Layout, Memory, Precision, memory_of, needed_bytes
-from launcher.fit.speed import RECOMPUTE_FACTOR, PastRun, is_hybrid, layout_factor, measured_mfu
+from launcher.fit.speed import RECOMPUTE_FACTOR, PastRun, layout_factor, measured_mfu
 from launcher.models.families import parameter_count
 from launcher.models.layout import split_problems
 from launcher.models.shape import ModelShape
@@ -57,7 +57,7 @@ class Task:
         if self.mfu is not None:
             return "given"
         if self.past:
-            kind = "hybrid" if is_hybrid(self.shape) else "dense"
+            kind = "hybrid" if self.shape.has_mamba else "dense"
             whose = "this model" if all(r.shape == self.shape for r in self.past) else f"other {kind} models"
             count = len(self.past)
             return f"measured: {count} run{'s' if count > 1 else ''} of {whose}"
@@ -114,6 +114,8 @@ def layout_problems(task: Task, layout: Layout) -> list[str]:
     found = split_problems(task.shape, parallelism_of(layout), task.seq_length)
     if tp > task.gpus_per_node:
         found.append(f"tensor_model_parallel_size: {tp} is more than the {task.gpus_per_node} GPUs of a node")
+    elif task.gpus > task.gpus_per_node and task.gpus_per_node % tp:
+        found.append(f"tensor_model_parallel_size: {tp} does not divide the {task.gpus_per_node} GPUs of a node")
     if task.gpus % (tp * pp * cp):
         found.append(f"tensor x pipeline x context parallel size {tp * pp * cp} does not divide {task.gpus} GPUs")
     elif task.global_batch_size % (layout.dp * layout.micro_batch_size):
@@ -159,7 +161,7 @@ def base_mfu(task: Task, layout: Layout) -> float:
         return task.mfu
     if task.past:
         return measured_mfu(task.past, layout)
-    return default_mfu(task.gpu, parameter_count(task.shape), is_hybrid(task.shape))
+    return default_mfu(task.gpu, parameter_count(task.shape), task.shape.has_mamba)
 
 
 def step_seconds(task: Task, architecture: Architecture, layout: Layout) -> float:

@@ -27,11 +27,6 @@ def layout_factor(layout: Layout) -> float:
     return TP_FACTOR.get(layout.tp, 0.75) * RECOMPUTE_FACTOR[layout.recompute] / (1 + bubble)
 
 
-def is_hybrid(shape: ModelShape) -> bool:
-    """Whether some layers are Mamba-2."""
-    return "M" in (shape.hybrid_override_pattern or "")
-
-
 @dataclass(frozen=True)
 class PastRun:
     """How fast a training run was: on which GPU type, with what layout, at which MFU of the bf16 peak."""
@@ -56,6 +51,8 @@ def _past_run(receipt: Receipt) -> PastRun | None:
     gpu, speed, world_size = (record.get(name) for name in ("device", "tokens_per_s", "world_size"))
     gpu = type_of_device(gpu) if isinstance(gpu, str) else None
     if gpu is None or record.get("cpu_mode") or not isinstance(speed, (int, float)) or not isinstance(world_size, int):
+        return None
+    if world_size < 1:
         return None
     try:
         config = decode(TrainConfig, receipt.config)
@@ -102,7 +99,7 @@ def runs_like(runs: Iterable[PastRun], gpu: str, shape: ModelShape, precision: P
     dense or hybrid."""
     comparable = [r for r in runs if r.gpu == gpu and r.layout.precision == precision]
     same = [r for r in comparable if r.shape == shape]
-    return tuple(same or (r for r in comparable if is_hybrid(r.shape) == is_hybrid(shape)))
+    return tuple(same or (r for r in comparable if r.shape.has_mamba == shape.has_mamba))
 
 
 def measured_mfu(runs: Sequence[PastRun], layout: Layout) -> float:

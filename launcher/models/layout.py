@@ -15,7 +15,7 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     Each line is `field: what is wrong, the mend`, with the field's path inside the stage. `cpu` adds what cannot be
     without a GPU.
     """
-    layout = _chosen(config)
+    layout = chosen_layout(config)
     return [
         *(f"parallelism.{p}" for p in split_problems(shape, layout, config.seq_length)),
         *_data_problems(config, world_size),
@@ -26,7 +26,8 @@ def check_layout(shape: ModelShape, config: TrainConfig, world_size: int, *, cpu
     ]
 
 
-def _chosen(config: TrainConfig) -> Parallelism:
+def chosen_layout(config: TrainConfig) -> Parallelism:
+    """The layout of a stage that is planned."""
     assert config.parallelism != "auto", "`launcher.fit.auto` chooses before anything is checked"
     return config.parallelism
 
@@ -43,10 +44,6 @@ def split_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> l
     ]
 
 
-def _has_mamba(shape: ModelShape) -> bool:
-    return "M" in (shape.hybrid_override_pattern or "")
-
-
 def _tensor_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -> list[str]:
     size, both = layout.tensor_model_parallel_size, layout.tensor_model_parallel_size * layout.context_parallel_size
     counts = {
@@ -55,7 +52,7 @@ def _tensor_problems(shape: ModelShape, layout: Parallelism, seq_length: int) ->
         "rows of the padded vocabulary": shape.padded_vocab_size,
         "MLP columns": shape.ffn_hidden_size,
     }
-    if _has_mamba(shape):
+    if shape.has_mamba:
         counts |= {"Mamba heads": shape.mamba_num_heads, "Mamba groups": shape.mamba_num_groups}
     path = "tensor_model_parallel_size"
     problems = [f"{path}: {size} does not divide the model's {n} {what}" for what, n in counts.items() if n % size]
@@ -80,7 +77,7 @@ def _context_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -
     problems = []
     if seq_length % (2 * size):
         problems.append(f"{path} x 2 does not divide seq_length {seq_length}")
-    if _has_mamba(shape):
+    if shape.has_mamba:
         heads = shape.mamba_num_heads // layout.tensor_model_parallel_size
         groups = max(1, shape.mamba_num_groups // layout.tensor_model_parallel_size)
         if heads % size:
@@ -93,8 +90,8 @@ def _context_problems(shape: ModelShape, layout: Parallelism, seq_length: int) -
 def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str]:
     """Both sides of every FP8 product are multiples of 16, of MXFP8's of 32: `get_fp8_align_size` of megatron-core."""
     if cpu:
-        return ["fp8_format: needs GPUs with FP8; on a CPU leave it out"]
-    layout, unit = _chosen(config), 32 if config.fp8_recipe == "mxfp8" else 16
+        return ["fp8_format: needs GPUs with FP8, and the stage has none; leave it out, or ask for gpus_per_node"]
+    layout, unit = chosen_layout(config), 32 if config.fp8_recipe == "mxfp8" else 16
     tp = layout.tensor_model_parallel_size
     channels = shape.num_attention_heads * shape.kv_channels
     sides = {
@@ -106,7 +103,7 @@ def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str
     }
     if layout.sequence_parallel:
         sides["tokens of a rank"] //= tp
-    if _has_mamba(shape):
+    if shape.has_mamba:
         inner = shape.mamba_num_heads * shape.mamba_head_dim
         sides["Mamba channels of a rank"] = inner // tp
         projected = 2 * inner + 2 * shape.mamba_num_groups * shape.mamba_state_dim + shape.mamba_num_heads
@@ -122,7 +119,7 @@ def _fp8_problems(shape: ModelShape, config: TrainConfig, cpu: bool) -> list[str
 
 
 def _masking_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
-    if not (config.document_masking and _has_mamba(shape) and _chosen(config).context_parallel_size > 1):
+    if not (config.document_masking and shape.has_mamba and chosen_layout(config).context_parallel_size > 1):
         return []
     return [
         "document_masking: with context parallelism megatron-core's Mamba layers take only documents whose lengths "
@@ -131,7 +128,7 @@ def _masking_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
 
 
 def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
-    layout = _chosen(config)
+    layout = chosen_layout(config)
     model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     if world_size % model_ranks:
         return [
@@ -149,7 +146,7 @@ def _data_problems(config: TrainConfig, world_size: int) -> list[str]:
 
 def _trainable_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
     """Every pipeline stage must hold something to train: megatron-core's optimizer has no parameters otherwise."""
-    pattern, stages = shape.hybrid_override_pattern, _chosen(config).pipeline_model_parallel_size
+    pattern, stages = shape.hybrid_override_pattern, chosen_layout(config).pipeline_model_parallel_size
     if config.trainable == "all" or pattern is None or len(pattern) % stages:
         return []
     size = len(pattern) // stages
@@ -177,7 +174,7 @@ def script_problems(shape: ModelShape, config: TrainConfig) -> list[str]:
             f"entrypoint: Megatron-LM's scripts take no rope scaling factor but 8, and this model has {factor:g}; "
             "leave entrypoint out for this model"
         )
-    if shape.hybrid_override_pattern and _chosen(config).recompute == "full":
+    if shape.hybrid_override_pattern and chosen_layout(config).recompute == "full":
         problems.append(
             "parallelism.recompute: Megatron-LM's scripts ignored full for hybrid models up to megatron-core 0.16.1; "
             "set mlp or none, or the arguments in entrypoint_args"

@@ -47,6 +47,11 @@ class ModelShape:
     make_vocab_size_divisible_by: int = 128
 
     @property
+    def has_mamba(self) -> bool:
+        """Whether some layers are Mamba-2; a pattern may be of attention and MLP layers alone."""
+        return "M" in (self.hybrid_override_pattern or "")
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding in Megatron: a multiple of `make_vocab_size_divisible_by`, whatever TP is."""
         unit = self.make_vocab_size_divisible_by

@@ -211,8 +211,8 @@ def _training(data: Data) -> Iterator[Drawing]:
         losses = [r["loss"] for r in rows]
         colour, dash = _pick(COLOURS, i), _pick(DASHES, i)
         axes.plot(tokens, losses, color=colour, alpha=0.3, linewidth=0.6)
-        axes.plot(tokens, smoothed(losses, max(1, len(losses) // 40)), dash, color=colour, label=name)
-        rate_axes.plot(tokens, [r.get("lr") for r in rows], dash, color=colour, label=name)
+        axes.plot(tokens, smoothed(losses, max(1, len(losses) // 40)), ls=dash, color=colour, label=name)
+        rate_axes.plot(tokens, [r.get("lr") for r in rows], ls=dash, color=colour, label=name)
     for drawn in (axes, rate_axes):
         _legend(drawn)
         drawn.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
@@ -246,7 +246,7 @@ def _rl(data: Data) -> Iterator[Drawing]:
         figure, axes = _axes(ylabel=label, xlabel="step")
         for i, (name, rows) in enumerate(stages.items()):
             x, values = [r["step"] for r in rows], [r[column] for r in rows]
-            axes.plot(x, values, _pick(DASHES, i), color=_pick(COLOURS, i), label=name)
+            axes.plot(x, values, ls=_pick(DASHES, i), color=_pick(COLOURS, i), label=name)
             if column == "reward" and all(r["samples"] for r in rows):
                 errors = [math.sqrt(max(0, v * (1 - v)) / r["samples"]) for v, r in zip(values, rows, strict=True)]
                 low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))

@@ -118,7 +118,7 @@ class ThisMachine:
         if container == "none":
             inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
         if container in ("none", "charliecloud"):  # the others start their containers from another process
-            inherited |= {"PRISM_DIE_WITH_PARENT": "1", "PRISM_PARENT": str(os.getpid())}
+            inherited["PRISM_PARENT"] = str(os.getpid())
         return {"USER": _user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 
     def preflight(self, place: Place, stopped: Callable[[], bool]) -> Findings | None:

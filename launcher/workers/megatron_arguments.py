@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.configs import Parallelism, TrainConfig
+from launcher.configs import TrainConfig
 from launcher.errors import UserError
-from launcher.models.layout import script_problems
+from launcher.models.layout import chosen_layout, script_problems
 from launcher.models.shape import ModelShape
 
 
@@ -85,13 +85,8 @@ def _model(shape: ModelShape) -> dict[str, object]:
     return options
 
 
-def _chosen(config: TrainConfig) -> Parallelism:
-    assert config.parallelism != "auto", "chosen before the stage was planned"
-    return config.parallelism
-
-
 def _layout(config: TrainConfig) -> dict[str, object]:
-    layout = _chosen(config)
+    layout = chosen_layout(config)
     return {
         "tensor-model-parallel-size": layout.tensor_model_parallel_size,
         "pipeline-model-parallel-size": layout.pipeline_model_parallel_size,

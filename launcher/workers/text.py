@@ -21,6 +21,8 @@ from launcher.workers.problems import problem_text
 #: Parts of the library that are no prose of programs: tests, generated and vendored code.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
 _SUFFIXES = {".txt", ".md", ".py", ".jsonl"}
+#: Wrong lines of a file that are named one by one: a corpus may hold millions.
+_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _read_file(path: Path, problems: list[str]) -> list[str]:
 
 
 def _read_jsonl(path: Path, text: str, problems: list[str]) -> list[str]:
-    documents = []
+    documents, wrong = [], []
     # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -151,11 +153,16 @@ def _read_jsonl(path: Path, text: str, problems: list[str]) -> list[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            problems.append(f"{path}:{number}: not JSON: {error}")
+            wrong.append(f"{path}:{number}: not JSON: {error}")
             continue
         document = row.get("text") if isinstance(row, dict) else None
-        if isinstance(document, str) and document.strip():
-            documents.append(document)
+        if not isinstance(document, str):
+            wrong.append(f"{path}:{number}: expected an object whose key `text` holds text")
+        elif not document.strip():
+            wrong.append(f"{path}:{number}: its text is blank; remove the line")
         else:
-            problems.append(f"{path}:{number}: expected an object whose key `text` holds text")
+            documents.append(document)
+    problems += wrong[:_TOLD]
+    if len(wrong) > _TOLD:
+        problems.append(f"{path}: {len(wrong) - _TOLD:,} more lines are wrong")
     return documents

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main(job: StageJob) -> None:
     if job.rank == 0:
         job.truncate_metrics("iteration", _iteration(save) or 0)
         print(f"entrypoint: {' '.join(command)}", flush=True)
-    code = _run(job, command)
+    code = _run(job, command, config.global_batch_size * config.seq_length)
     if code < 0:
         os.kill(os.getpid(), -code)  # whoever killed the script is dealt with as if it had killed this worker
     if code:
@@ -81,9 +82,10 @@ def _iteration(folder: Path) -> int | None:
         return None
 
 
-def _run(job: StageJob, command: list[str]) -> int:
+def _run(job: StageJob, command: list[str], step_tokens: int) -> int:
     """Run the script, its output into this log; a request to stop reaches it as TERM."""
-    environment = {**os.environ, "PRISM_PARENT": str(os.getpid())}
+    # Megatron-LM refuses tensor and context parallelism without it, on GPUs before Blackwell.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
     child = subprocess.Popen(
         command,
         env=environment,
@@ -92,7 +94,7 @@ def _run(job: StageJob, command: list[str]) -> int:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     ended = threading.Event()
 
@@ -111,7 +113,7 @@ def _run(job: StageJob, command: list[str]) -> int:
         if figures is not None:
             step, total = figures.pop("iteration"), figures.pop("total")
             job.beat(step, total, **figures)
-            job.metric(iteration=step, **figures)
+            job.metric(iteration=step, tokens=step * step_tokens, **figures)
     code = child.wait()
     ended.set()
     return code

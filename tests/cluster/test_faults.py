@@ -216,7 +216,7 @@ def test_a_controller_that_is_silent_while_submitting(
 
 def test_daemons_that_die_while_a_run_is_watched(on: OnSlurm, prism: Prism, impatient: None) -> None:
     """Neither slurmctld nor slurmdbd: states come from the files, the work goes on, and so does who watches it."""
-    record = on.plan(("a", (), LONG), ("b", ("a",), {}))
+    record = on.plan(("a", (), {**LONG, "until": 300}), ("b", ("a",), {}))
     write_run(on.root, record)
     on.submit(record)
     on.await_step(record, 3)

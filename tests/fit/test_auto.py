@@ -51,6 +51,7 @@ def test_without_gpus_there_is_nothing_to_fit_into() -> None:
         ({}, GPUS, None, "set `gpu` in the cluster's profile"),
         ({}, Resources(ntasks_per_node=1, gpus_per_node=1), "h100-80gb", "nothing fits on 1 × h100-80gb"),
         ({"global_batch_size": 4}, replace(GPUS, nodes=3), "h100-80gb", "no layout can work on 24 GPUs"),
+        ({}, Resources(nodes=4, gpus_per_node=8), "h100-80gb", "ntasks_per_node is 1, must be gpus_per_node, 8"),
         ({"fp8_format": "hybrid"}, GPUS, "h100-80gb", "auto does not count the memory of FP8"),
         ({}, GPUS, "h100", "did you mean h100-80gb?"),
     ],

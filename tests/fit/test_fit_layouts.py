@@ -82,6 +82,15 @@ def test_layouts_that_cannot_work_say_why(sizes: dict[str, int], message: str) -
     assert any(message in problem for problem in problems)
 
 
+def test_tensor_parallel_ranks_stay_within_a_node() -> None:
+    """Of nodes of 6 GPUs some ranks of 4 would stand astride two."""
+    six = task(gpus=24, gpus_per_node=6, global_batch_size=96)
+    assert {f.layout.tp for f in find_layouts(six)} == {1, 2}
+    layout = Layout(gpus=24, tp=4, global_batch_size=96)
+    assert layout_problems(six, layout) == ["tensor_model_parallel_size: 4 does not divide the 6 GPUs of a node"]
+    assert layout_problems(replace(six, gpus=4), replace(layout, gpus=4)) == []
+
+
 def test_long_sequences_are_split_where_short_ones_are_not() -> None:
     assert {f.layout.cp for f in find_layouts(task())} == {1}
     assert 4 in {f.layout.cp for f in find_layouts(task(seq_length=32768))}
@@ -167,5 +176,8 @@ def test_every_shipped_model_has_layouts_and_its_parameters(name: str, capsys: p
 def test_models_that_are_none_are_refused(tmp_path: Any) -> None:
     done = prism("fit", "llama-tinny", "--gpus", "1")
     assert done.returncode == 2 and "did you mean llama-tiny?" in done.stderr
-    (tmp_path / "config.json").write_text("{")
-    assert prism("fit", str(tmp_path), "--gpus", "1").returncode == 2
+    file = tmp_path / "config.json"
+    for text in ("{", "[]", '{"model_type": "gpt2"}', '{"model_type": "llama"}'):
+        file.write_text(text)
+        done = prism("fit", str(tmp_path), "--gpus", "1")
+        assert done.returncode == 2 and f"{file}: " in done.stderr

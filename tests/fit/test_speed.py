@@ -88,6 +88,7 @@ def test_a_run_on_gpus_tells_its_mfu(tmp_path: Path) -> None:
         {"tokens_per_s": 0.0},
         {"tokens_per_s": float("nan")},
         {"world_size": None},
+        {"world_size": 0},
         {"model": {**LLAMA, "model_type": "mixtral"}},
         {"train_iters": "many"},
         {"entrypoint": "pretrain_gpt.py"},

@@ -42,6 +42,21 @@ def hide_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+def test_runs_of_many_training_and_rl_stages_have_figures(written: tuple[Path, dict[str, Any]]) -> None:
+    """More than there are dashes that matplotlib knows by a word."""
+    data = dict(written[1])
+    for name in ("training", "rl"):
+        first = [row for row in data[name] if row["stage"] == data[name][0]["stage"]]
+        data[name] = [{**row, "stage": f"{row['stage']}-{i}"} for i in range(8) for row in first]
+        data["stages"] = [
+            *data["stages"],
+            *({**data["stages"][0], "stage": s} for s in {r["stage"] for r in data[name]}),
+        ]
+    figures, why = draw_figures(data)
+    assert why is None, why
+    assert {"loss", "rate", "rl-reward"} <= {figure["name"] for figure in figures}
+
+
 def test_json_and_csv_hold_the_same_numbers(written: tuple[Path, dict[str, Any]]) -> None:
     folder, data = written
     assert json.loads((folder / "report.json").read_text()) == data

@@ -90,6 +90,15 @@ def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:
         "rows.jsonl:6",
     ]  # fmt: skip
     assert "byte 3 is not UTF-8" in found[0]
+    assert "its text is blank" in found[-1]
+
+
+def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n' * 3000)
+    with pytest.raises(UserError) as caught:
+        read_documents(files(tmp_path / "rows.jsonl"))
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[-1] == f"{tmp_path / 'rows.jsonl'}: 2,980 more lines are wrong"
 
 
 def test_absent_and_useless_paths(tmp_path: Path) -> None:

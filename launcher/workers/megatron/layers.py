@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -81,8 +80,7 @@ def gpt_layers(config: TransformerConfig, document_masking: bool = False) -> Tra
 
         fused = get_gpt_layer_with_transformer_engine_spec()
         if document_masking and config.context_parallel_size > 1:
-            # Transformer Engine would cut every document over the ranks, so lengths would have to be multiples.
-            fused.submodules.self_attention.submodules.core_attention = TorchAttention
+            _attend_by_torch(fused)
         return TransformerBlockSubmodules(layer_specs=[fused] * count, layer_norm=TENorm)
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -102,13 +100,13 @@ def gpt_layers(config: TransformerConfig, document_masking: bool = False) -> Tra
 def hybrid_layers(config: TransformerConfig, shape: ModelShape, document_masking: bool = False) -> ModuleSpec:
     """The three kinds of layers of a hybrid model: Mamba-2, attention, MLP, each with its own norm."""
     sizes = {"d_conv": shape.mamba_conv_kernel, "chunk_size": shape.mamba_chunk_size}
-    if not mamba_triton.has_scan():
+    if shape.has_mamba and not mamba_triton.has_scan():
         raise UserError(
             "Mamba-2 layers need mamba-ssm, which cannot be imported here: pip install --no-build-isolation mamba-ssm "
             "causal-conv1d, or without a CUDA compiler, for its Triton kernels alone: MAMBA_FORCE_BUILD=TRUE "
             "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm"
         )
-    if document_masking and mamba_mixer.causal_conv1d_fn is None:
+    if document_masking and shape.has_mamba and not mamba_triton.has_fused_kernel():
         raise UserError(
             "document_masking: Mamba-2 layers keep documents apart by causal-conv1d, which cannot be imported here: "
             "pip install --no-build-isolation causal-conv1d, or set document_masking false"
@@ -116,6 +114,8 @@ def hybrid_layers(config: TransformerConfig, shape: ModelShape, document_masking
     if kernels() == "transformer-engine":
         stack = fused_hybrid_stack()
         stack.submodules.mamba_layer.submodules.mixer.params |= sizes
+        if document_masking and config.context_parallel_size > 1:
+            _attend_by_torch(stack.submodules.attention_layer)
         return stack
     mixer = ModuleSpec(
         module=MambaMixer,
@@ -169,6 +169,11 @@ def _recomputed(layer: torch.nn.Module, forward: Any, hidden_states: torch.Tenso
     if not hidden_states.requires_grad:  # what is below is not trained: autograd would skip the layer
         hidden_states = hidden_states.detach().requires_grad_()
     return checkpoint(lambda hidden: forward(hidden_states=hidden, **further), False, hidden_states)
+
+
+def _attend_by_torch(layer: ModuleSpec) -> None:
+    """Transformer Engine would cut every document over context-parallel ranks: lengths would have to be multiples."""
+    layer.submodules.self_attention.submodules.core_attention = TorchAttention
 
 
 def _attention(config: TransformerConfig, document_masking: bool) -> ModuleSpec:

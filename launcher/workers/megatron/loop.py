@@ -26,7 +26,7 @@ from launcher.workers.megatron import checkpoint
 from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
 from launcher.workers.megatron.documents import Batch, model_inputs
-from launcher.workers.megatron.metrics import Clock, Metrics, open_metrics
+from launcher.workers.megatron.metrics import Clock, Metrics, earlier_losses, open_metrics
 from launcher.workers.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from launcher.workers.megatron.parallel import sum_over_ranks
 
@@ -98,16 +98,16 @@ def run(job: StageJob, trainer: Trainer) -> float:
     )
     start = resume(job, trainer, folder)
     metrics = open_metrics(job, config, start)
-    loss, recent = math.nan, deque[float](maxlen=_SPIKE_STEPS)
+    loss, recent = math.nan, deque(earlier_losses(job, _SPIKE_STEPS), maxlen=_SPIKE_STEPS)
     began = time.monotonic()
     for iteration in range(start + 1, config.train_iters + 1):
         step_began = time.monotonic()
         step = train_step(trainer, iteration, job.stop_requested, saver.is_written)
         loss = step.loss
         seconds = time.monotonic() - step_began
-        if _is_wrong(step, recent, config.loss_spike):
+        if wrong := _what_is_wrong(step, recent, config.loss_spike):
             metrics.close()
-            raise diverged(job, trainer, iteration, step)
+            raise diverged(job, trainer, iteration, step, wrong)
         recent.append(step.loss)
         last = iteration == config.train_iters
         held_out = evaluate(trainer) if last or iteration % config.eval_interval == 0 else {}
@@ -136,11 +136,15 @@ def _save(saver: checkpoint.Saver, iteration: int, due: bool, wait: bool) -> Non
         saver.finish()
 
 
-def _is_wrong(step: Step, recent: deque[float], factor: float) -> bool:
-    """Whether a step is not finite, or its loss far above the usual."""
+def _what_is_wrong(step: Step, recent: deque[float], factor: float) -> str | None:
+    """Why a step is divergence: it is not finite, or its loss is far above the usual; None where it is neither."""
     if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-        return True
-    return len(recent) >= _SPIKE_STEPS // 5 and step.loss > factor * statistics.median(recent)
+        return f"loss {step.loss}, gradient norm {step.grad_norm}"
+    if len(recent) < _SPIKE_STEPS // 5 or step.loss <= factor * (usual := statistics.median(recent)):
+        return None
+    return (
+        f"loss {step.loss:.4g} is more than {factor:g} (loss_spike) times {usual:.4g}, the median of the steps before"
+    )
 
 
 def evaluate(trainer: Trainer) -> dict[str, float]:
@@ -159,7 +163,7 @@ def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
     with torch.no_grad():
         found = _run_schedule(trainer, iter(batches), Clock(), blend.samples, forward_only=True)
     total, count = sum_over_ranks(_sums(found))
-    return total / count
+    return total / max(count, 1.0)
 
 
 def _micro_batches(trainer: Trainer, blend: Blend, first: int, last: int) -> Iterator[Batch]:
@@ -190,7 +194,10 @@ def _run_schedule(
 
 
 def _sums(losses: list[Tensor]) -> list[float]:
-    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for."""
+    """Sum and count of all, in one go: the host waits for a GPU at each number that it asks for.
+
+    The count is 0 where all that a step read are documents of one token, masked from each other.
+    """
     found: list[float] = torch.stack(losses).double().sum(0).tolist() if losses else [0.0, 0.0]
     return found
 
@@ -231,7 +238,7 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bo
     )
     readers = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
     length = square / (readers * config.global_batch_size * config.seq_length)
-    return Step(total / count, lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
+    return Step(total / max(count, 1.0), lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
 
 
 def _forward(positions: Tensor, clock: Clock, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -287,7 +294,7 @@ def _log(config: TrainConfig, iteration: int, step: Step, seconds: float) -> Non
     )
 
 
-def diverged(job: StageJob, trainer: Trainer, iteration: int, step: Step) -> Diverged:
+def diverged(job: StageJob, trainer: Trainer, iteration: int, step: Step, wrong: str) -> Diverged:
     """Keep the samples of a step that went wrong; returns what to raise."""
     first = (iteration - 1) * trainer.config.global_batch_size
     samples = [trainer.blend.origin(i) for i in range(first, first + trainer.config.global_batch_size)]
@@ -295,6 +302,6 @@ def diverged(job: StageJob, trainer: Trainer, iteration: int, step: Step) -> Div
         kept = [{"source": source, "sample": number} for source, number in samples]
         job.record(diverged={"iteration": iteration, "loss": str(step.loss), "samples": kept})
     return Diverged(
-        f"step {iteration}: loss {step.loss}, gradient norm {step.grad_norm}; the samples of the step stand in "
+        f"step {iteration}: {wrong}; the samples of the step stand in "
         f"{job.workdir / 'record.json'} under `diverged`; lower lr, or raise lr_warmup_fraction"
     )

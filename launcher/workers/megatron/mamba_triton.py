@@ -17,20 +17,31 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 _PACKAGE = "mamba_ssm"
 
 
 def install() -> None:
     """Import megatron-core's mixer with what there is of mamba-ssm. Does nothing where that is absent or whole."""
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    folders = _folders()
+    if not folders:
         return
     try:
         importlib.import_module(_PACKAGE)
     except (ImportError, OSError):  # OSError: a library that an extension is linked with
-        with bare_package(_PACKAGE, list(found.submodule_search_locations)):
+        with bare_package(_PACKAGE, folders):
             import megatron.core.ssm.mamba_mixer  # noqa: F401
+            from megatron.core.utils import get_mamba_version
+
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                get_mamba_version()  # kept from here on: a mixer that is given documents asks for it
+
+
+def _folders() -> list[str]:
+    """Where mamba-ssm lies, without importing it; nowhere where it is not installed."""
+    found = importlib.util.find_spec(_PACKAGE)
+    return list(found.submodule_search_locations or ()) if found else []
 
 
 @contextlib.contextmanager
@@ -52,6 +63,11 @@ def has_scan() -> bool:
     from megatron.core.ssm import mamba_mixer
 
     return bool(mamba_mixer.HAVE_MAMBA_SSM)
+
+
+def has_deterministic_mode() -> bool:
+    """Whether the scan's backward sums in one order where torch is asked to: mamba-ssm 2.3 and newer."""
+    return any(Path(folder, "utils", "determinism.py").is_file() for folder in _folders())
 
 
 def has_fused_kernel() -> bool:

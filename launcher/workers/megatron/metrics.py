@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import resource
 import time
@@ -19,8 +20,9 @@ from launcher.errors import UserError
 from launcher.fit.gpus import GPUS, type_of_device
 from launcher.fit.layers import architecture_of, flops_per_token
 from launcher.models.families import shape_of
-from launcher.progress import StageJob
+from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import cpu_mode
+from launcher.workers.megatron.parallel import sum_over_ranks
 
 #: Figures of a step that TensorBoard and W&B get too, by their names in metrics.jsonl.
 _SCALARS = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "mfu", "memory_gib", "seconds")
@@ -114,6 +116,18 @@ def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
     architecture = architecture_of(shape_of(config.model.config))
     per_token = partial(flops_per_token, architecture, trainable=config.trainable)
     return Metrics(job, per_token, peak_tflops(), boards)
+
+
+def earlier_losses(job: StageJob, most: int) -> list[float]:
+    """The last losses, at most so many, of the lines that the attempts before have left; all ranks call it.
+
+    Rank 0's word: on a network file system others may not see yet what it sees.
+    """
+    path, found = job.workdir / METRICS, list[float]()
+    if job.rank == 0 and path.exists():
+        found = [json.loads(line)["loss"] for line in path.read_text().splitlines()][-most:]
+    count, *losses = sum_over_ranks([len(found), *found, *[0.0] * (most - len(found))])
+    return losses[: int(count)]
 
 
 class TensorBoard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from launcher.configs import DETERMINISTIC, TrainConfig
 from launcher.errors import UserError
 from launcher.models.shape import ModelShape
-from launcher.workers.megatron import cpu_mode
+from launcher.workers.megatron import cpu_mode, mamba_triton
 from launcher.workers.megatron.layers import kernels
 
 #: The least compute capability that Transformer Engine has a recipe for: Ada, Hopper, Blackwell.
@@ -60,6 +59,6 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _determinism_problems(shape: ModelShape) -> list[str]:
     unset = {name: value for name, value in DETERMINISTIC.items() if os.environ.get(name) != value}
     problems = [f"deterministic_mode: the stage is started without {name}={value}" for name, value in unset.items()]
-    if shape.hybrid_override_pattern and not importlib.util.find_spec("mamba_ssm.utils.determinism"):
+    if shape.has_mamba and not mamba_triton.has_deterministic_mode():
         problems.append("deterministic_mode: the mamba-ssm here sums in any order in backward; install 2.3 or newer")
     return problems

@@ -91,6 +91,7 @@ def main() -> None:
         (Path(args.save) / tracker).write_text(str(iteration))
 
     tokens = IndexedDataset(args.data_path[1])
+    print(f"connections: {os.environ['CUDA_DEVICE_MAX_CONNECTIONS']}")
     print(f"others: {' '.join(others)} mine: {args.my_own_flag} tokenizer: {Path(args.tokenizer_model).is_dir()}")
     for iteration in range(first + 1, args.train_iters + 1):
         if os.environ.get("FAULT") == "exit" and iteration == 2:

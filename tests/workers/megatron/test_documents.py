@@ -7,9 +7,12 @@ import torch
 import train_stages as ts
 from torch import Tensor
 
+from launcher.configs import Parallelism
 from launcher.models.families import shape_of
+from launcher.workers.megatron import layers
+from launcher.workers.megatron.attention import TorchAttention
 from launcher.workers.megatron.documents import Batch, model_inputs, packed_documents
-from launcher.workers.megatron.model import build_model, initialize
+from launcher.workers.megatron.model import build_model, initialize, transformer_config
 from launcher.workers.megatron.parallel import process_groups
 
 #: Of two sequences; one document fills all of the second but one token.
@@ -97,3 +100,18 @@ def test_squares_are_of_documents_or_of_whole_sequences() -> None:
     batch = a_batch()
     assert batch.squares == 9 + 289 + 1 + 361 + 39**2 + 1
     assert Batch(batch.tokens, batch.labels).squares == 2 * 1600
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_documents_over_context_parallel_ranks_are_not_left_to_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    """Its causal attention would pass over the mask in silence. It is not installed here: a plain stack stands in."""
+    shape = shape_of(ts.model("granite-4.0-micro")["config"])  # a pattern without Mamba
+    stack = layers.hybrid_layers(transformer_config(shape), shape)
+    plain = stack.submodules.attention_layer.submodules.self_attention.submodules.core_attention
+    monkeypatch.setattr(layers, "kernels", lambda: "transformer-engine")
+    monkeypatch.setattr(layers, "fused_hybrid_stack", lambda: stack)
+    found = layers.hybrid_layers(transformer_config(shape, Parallelism(context_parallel_size=2)), shape, masked)
+    attention = found.submodules.attention_layer.submodules.self_attention.submodules.core_attention
+    assert plain is not TorchAttention and attention is (TorchAttention if masked else plain)

@@ -14,13 +14,18 @@ from launcher.models.families import shape_of
 from launcher.workers.megatron import layers, mamba_triton, model
 from tests.bench.stages import model_named
 
+# isort: split
+from megatron.core.utils import get_mamba_version
+
+UNBUILT = "import an_extension_that_was_not_built\n"
+
 
 @pytest.fixture
 def half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A package whose `__init__` fails, as mamba-ssm's does without `selective_scan_cuda`, and whose kernels do not."""
     kernels = tmp_path / "half_built" / "ops" / "triton"
     kernels.mkdir(parents=True)
-    (tmp_path / "half_built" / "__init__.py").write_text("import an_extension_that_was_not_built\n")
+    (tmp_path / "half_built" / "__init__.py").write_text(UNBUILT)
     for folder in (kernels, kernels.parent):
         (folder / "__init__.py").touch()
     (kernels / "scan.py").write_text("from half_built.ops.triton.norm import EPSILON\nscan = EPSILON\n")
@@ -45,12 +50,32 @@ def test_a_package_that_is_absent_changes_nothing() -> None:
     assert sys.modules == before
 
 
+def test_what_megatron_core_and_deterministic_mode_ask_later_needs_no_whole_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not mamba_triton.has_deterministic_mode(), "it is not installed here"
+    package = tmp_path / "mamba_ssm"
+    (package / "utils").mkdir(parents=True)
+    (package / "__init__.py").write_text(UNBUILT)
+    (tmp_path / "mamba_ssm-2.3.9.dist-info").mkdir()
+    (tmp_path / "mamba_ssm-2.3.9.dist-info" / "METADATA").write_text("Name: mamba-ssm\nVersion: 2.3.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("megatron.core.utils._mamba_ssm_version", None)
+    mamba_triton.install()
+    assert str(get_mamba_version()) == "2.3.9" and "mamba_ssm" not in sys.modules
+    assert not mamba_triton.has_deterministic_mode(), "as before 2.3"
+    (package / "utils" / "determinism.py").touch()
+    assert mamba_triton.has_deterministic_mode()
+
+
 def test_without_the_scan_a_hybrid_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = shape_of(model_named("nemotron-h-tiny")["config"])
     config = model.transformer_config(shape)
     monkeypatch.setattr("megatron.core.ssm.mamba_mixer.HAVE_MAMBA_SSM", False)
     with pytest.raises(UserError, match="pip install --no-build-isolation mamba-ssm"):
         layers.hybrid_layers(config, shape)
+    attention_alone = shape_of(model_named("granite-4.0-micro")["config"])
+    assert layers.hybrid_layers(model.transformer_config(attention_alone), attention_alone, document_masking=True)
 
 
 @pytest.mark.parametrize(

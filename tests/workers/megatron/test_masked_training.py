@@ -29,7 +29,7 @@ def test_losses_are_the_same_on_every_layout(root: Path) -> None:
     cases: list[tuple[str, bool, dict[str, Any], dict[str, dict[str, Any]]]] = [
         ("llama-tiny", True, {"num_hidden_layers": 4}, {"tp": tp_sp, "pp": PP, "dp": {}, "cp": CP}),
         ("nemotron-h-tiny", True, {}, {"tp": TP, "dp": {}}),
-        ("nemotron-h-tiny", False, {}, {"cp": CP, "dp": {}}),
+        ("nemotron-h-tiny", False, {}, {"cp": CP}),
     ]
     for model, masking, changes, layouts in cases:
         name = f"{model}-{masking}"
@@ -38,11 +38,11 @@ def test_losses_are_the_same_on_every_layout(root: Path) -> None:
         assert ts.run(one) == [0], ts.log(one)
         assert "padding" in ts.log(one)
         assert all(0 < source["padding"] < 0.2 for source in one.record()["data"])
-        single = ts.make_stage(root, f"packed-single-{name}", **settings, micro_batch_size=1)
-        assert ts.run(single) == [0], ts.log(single)
-        same_training(single, one)
         for layout, parallelism in layouts.items():
-            both = ts.make_stage(root, f"packed-{layout}-{name}", **settings, ranks=2, parallelism=parallelism)
+            rows = 1 if layout == "dp" else 2  # sequences of one micro-batch, which masking lays end to end
+            both = ts.make_stage(
+                root, f"packed-{layout}-{name}", **settings, ranks=2, parallelism=parallelism, micro_batch_size=rows
+            )
             assert ts.run(both) == [0, 0], ts.log(both)
             same_training(both, one)
             assert held_out(both) == pytest.approx(held_out(one), rel=2e-6)

@@ -10,7 +10,7 @@ import pytest
 import train_stages as ts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launcher.workers.megatron.loop import Step, _is_wrong
+from launcher.workers.megatron.loop import Step, _what_is_wrong
 from launcher.workers.megatron.metrics import Clock
 
 HELD_OUT = {"validation": ["prepare/one", "prepare/two"], "eval_interval": 3, "eval_iters": 2}
@@ -96,7 +96,19 @@ def test_a_spike_is_divergence_once_there_is_something_to_compare_with(
     loss: float, norm: float, seen: int, wrong: bool
 ) -> None:
     recent = deque([2.0] * seen, maxlen=100)
-    assert _is_wrong(Step(loss, 1e-3, norm, False), recent, 4.0) is wrong
+    assert (_what_is_wrong(Step(loss, 1e-3, norm, False), recent, 4.0) is not None) is wrong
+
+
+def test_a_spike_is_one_for_the_attempt_that_goes_on_too(root: Path) -> None:
+    """The losses before are those of all attempts: else what has diverged would pass when it is run again."""
+    learns = {"train_iters": 30, "save_interval": 5, "loss_spike": 1.0001, "lr": 1e-9, "ranks": 2}
+    stage = ts.make_stage(root, "spike", **learns)
+    for attempt in range(2):
+        assert ts.run(stage, attempt=attempt) == [1, 1], ts.log(stage, attempt)
+    first, second = (stage.ending(attempt) for attempt in range(2))
+    assert first["class"] == second["class"] == "diverged" and first["message"] == second["message"]
+    assert "is more than 1.0001 (loss_spike) times" in first["message"]
+    assert "resumed from" in ts.log(stage, 1)
 
 
 def test_wandb_that_is_not_installed_is_the_users_to_mend(root: Path) -> None:

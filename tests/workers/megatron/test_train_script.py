@@ -35,12 +35,13 @@ def free_port() -> str:
 
 
 def start(stage: ts.TrainStage, attempt: int = 0, **variables: str) -> subprocess.Popen[str]:
+    """The worker as a supervisor on this machine starts it."""
     folder = stage.attempt(attempt)
     folder.mkdir(parents=True)
     env = {
         **os.environ, "PRISM_ROOT": str(stage.root), "PRISM_ATTEMPT_DIR": str(folder), "PRISM_STEP": "train",
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-        "PYTHONPATH": str(ts.REPOSITORY), **variables,
+        "PYTHONPATH": str(ts.REPOSITORY), "PRISM_PARENT": str(os.getpid()), **variables,
     }  # fmt: skip
     command = [sys.executable, "-m", "launcher.workers.train_script", str(stage.path)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder)
@@ -70,11 +71,12 @@ def test_a_script_trains_between_our_artifacts_and_goes_on_after_a_stop(root: Pa
     process.send_signal(signal.SIGUSR2)
     code, out = finish(process)
     assert code == 0 and stage.ending()["class"] == "time-limit", out
-    assert "mine: True tokenizer: True" in out and "--finetune" in out
+    assert "mine: True tokenizer: True" in out and "--finetune" in out and "connections: 1" in out
     done = len(stage.metrics())
     assert 0 < done < 6 and not stage.checkpoint.exists()
-    code, out = finish(start(stage, 1))
-    assert code == 0 and stage.ending(1)["class"] == "finished", out
+    code, out = finish(start(stage, 1, CUDA_DEVICE_MAX_CONNECTIONS="32"))
+    assert code == 0 and stage.ending(1)["class"] == "finished" and "connections: 32" in out, out
+    assert [row["tokens"] for row in stage.metrics()] == [i * 4 * 32 for i in range(1, 7)], "sequences x seq_length"
     assert [row["iteration"] for row in stage.metrics()] == list(range(1, 7)) and "--finetune" not in out.split(
         "others"
     )[0]
