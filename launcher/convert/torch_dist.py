@@ -173,7 +173,9 @@ class TorchDistReader:
             problem = "holds another tensor than .metadata says"
         except pickle.UnpicklingError:  # torch's text advises to load it all the same
             problem = "is no tensor alone, or is damaged"
-        except (RuntimeError, ValueError, EOFError, AttributeError, KeyError, TypeError) as error:
+        except PermissionError:
+            raise
+        except Exception as error:  # whatever broken bytes lead an unpickler to
             problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise UserError(f"{span}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
 

@@ -22,9 +22,11 @@ from launcher import store
 from launcher.convert import target as written
 from launcher.convert import torch_dist
 from launcher.convert.__main__ import main, run
+from launcher.convert.files import in_folder
 from launcher.convert.folders import open_checkpoint
 from launcher.convert.hf import INDEX
 from launcher.convert.metadata import read_metadata
+from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError, WorldError
 
 Change = Callable[[Path], None]
@@ -347,6 +349,23 @@ def test_a_megatron_folder_is_refused(case: str, megatron_format: Path) -> None:
     change, message = MEGATRON_REFUSALS[case]
     change(megatron_format)
     refused(megatron_format, "hf", message)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_wrong_bit_in_a_piece_is_told_or_read(megatron_format: Path) -> None:
+    reader = TorchDistReader(megatron_format / "release", in_folder(megatron_format / "release"))
+    place = reader._pieces[NORM_KEY][0].info
+    path = megatron_format / "release" / place.relative_path
+    whole = path.read_bytes()
+    told = 0
+    for position in range(place.offset, place.offset + 300):  # torch's own pickle lies there
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            reader.read(NORM_KEY)
+        except UserError as error:
+            assert f"{path}: the piece of {NORM_KEY} at byte {place.offset}" in str(error)
+            told += 1
+    assert told > 50
 
 
 def test_a_malicious_metadata_is_refused_before_it_runs(megatron_format: Path, tmp_path: Path) -> None:
