@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return int(run_command(args) or 0)
+        code = int(run_command(args) or 0)
+        sys.stdout.flush()  # here, where a reader that has gone is no failure, and not when the interpreter ends
+        return code
     except PrismError as error:
         problems = error.problems if isinstance(error, UserError) else (str(error),)
         for line in problems:

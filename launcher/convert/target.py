@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from launcher.errors import UserError, WorldError
 
 #: The end of an archive's name, which NeMo goes by.
 ARCHIVE = ".nemo"
+#: Seconds after which a process that was to say whose its claim is has died.
+_CLAIMING_S = 60
 
 
 def check_target(target: Path, to: Format | None, sources: Sequence[Path]) -> None:
@@ -92,8 +95,15 @@ def new_folder(target: Path, to: Format | None, sources: Sequence[Path]) -> Iter
 
 
 def _remove_attempts(claim: Path) -> None:
-    """Take away what processes that were killed while they took the claim have left."""
+    """Take away what processes that were killed while they took the claim have left.
+
+    One that does not say yet whose it is may be a living process's for a moment.
+    """
     for path in claim.parent.glob(f".{glob.escape(claim.name)}.*"):
         holder = store.claim_holder(path)
-        if holder is not None and store.is_alive(holder) is False:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            dead = (
+                time.time() - path.stat().st_mtime > _CLAIMING_S if holder is None else store.is_alive(holder) is False
+            )
+            if dead:
+                shutil.rmtree(path, ignore_errors=True)

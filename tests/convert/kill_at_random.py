@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from launcher import store
 from launcher.convert.__main__ import run
 
 #: An archive is of format nemo, and its name is that of the target.
@@ -46,8 +47,8 @@ def main(source: Path, work: Path, name: str, times: int) -> None:
             remove(target)
     convert(source, target)
     wrong += content(target) != wanted
-    # one killed before it had written whose claim it is leaves an empty folder, which could be a living one's
-    left = [p.name for p in work.iterdir() if not (p.name.startswith(".") and not any(p.iterdir()))]
+    # one killed before it had written whose claim it is leaves a folder that could be a living one's
+    left = [p.name for p in work.iterdir() if not (p.name.startswith(".") and store.claim_holder(p) is None)]
     print(f"{times} killed or done, {wrong} wrong, then there is {', '.join(left)}")
     sys.exit(wrong > 0 or left != [name])
 

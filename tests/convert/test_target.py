@@ -198,6 +198,16 @@ def test_the_command_is_the_process_that_converts(hf: Path, tmp_path: Path) -> N
     assert (tmp_path / "target" / "hf").is_dir()
 
 
+def test_what_was_killed_while_it_claimed_is_taken_away_in_time(hf: Path, tmp_path: Path) -> None:
+    old, young = (tmp_path / f".out.prism-claim.{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "owner.json").touch()
+    os.utime(old, (0, 0))
+    run(hf, tmp_path / "out", "megatron")
+    assert young.exists() and not old.exists()
+
+
 @pytest.mark.parametrize("to", ["megatron", "x.nemo", "hf"])
 def test_killed_at_any_moment_it_never_passes_for_whole(to: str, hf: Path, tmp_path: Path) -> None:
     """SIGKILL at 12 moments spread over a conversion: the target is not there, or it is the whole one."""
