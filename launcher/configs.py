@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from launcher.spec import Format, SpecError
+from launcher.spec import Format, SpecError, encode
 
 #: Sources and problem sets are files of their names: no separator, no leading dot.
 _ITEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -535,12 +535,14 @@ CONFIGS: dict[str, type] = {
 
 
 def identity(value: Any) -> Any:
-    """The plain-JSON part of a config that decides what a stage computes: fields marked identity=False left out."""
-    from launcher.spec import encode
+    """The plain-JSON part of a config that decides what a stage computes.
 
+    Left out are fields marked identity=False and values equal to their default, so that a key that is added later moves
+    no fingerprint. A default that changes, or its meaning, raises the kind's VERSION.
+    """
     if hasattr(value, "__dataclass_fields__"):
         kept: list[Any] = [f for f in fields(value) if f.metadata.get("identity", True)]
-        return {f.name: identity(getattr(value, f.name)) for f in kept}
+        return {f.name: identity(v) for f in kept if (v := getattr(value, f.name)) != default_of(f)}
     if isinstance(value, Mapping):
         return {str(k): identity(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -100,9 +100,9 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare e92b3b12286cda78edf2
+submit prepare 2e667a1f7a030113c5b6
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain bf982591065240cf4d20 prepare small-052cb9-to-megatron
-submit midtrain-to-hf cbfe661354639d7ffbca midtrain
-submit evaluate f19a2160312491715dfa midtrain-to-hf prepare
-submit_array sweep sweep.held-out.0 99ed72c93e72277e62a3 sweep.held-out.1 2fb0867b6e05bae04d0c sweep.easy.0 3c39de28d5a5bba2396a sweep.easy.1 b430658098d3cdf0625d -- midtrain-to-hf prepare
+submit midtrain 1883d8aa03fa5036572a prepare small-052cb9-to-megatron
+submit midtrain-to-hf 8f43d6db0dcc2149d85f midtrain
+submit evaluate f7b490e9b7d70597ba46 midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 ad9dbe503b64be8cd8eb sweep.held-out.1 b9227568522665562a7e sweep.easy.0 72902a925ef4ad053824 sweep.easy.1 2cc89330a791a856c254 -- midtrain-to-hf prepare
