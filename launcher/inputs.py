@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from launcher import store
 from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
+from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
 from launcher.stages import kinds
 
@@ -54,11 +54,6 @@ class Inputs:
     absent: tuple[Absent, ...] = ()
 
 
-def is_external(ref: str) -> bool:
-    """Whether a checkpoint reference names a path or a hub model and not a stage."""
-    return ref.startswith(("hf:", "/", "./", "../", "~"))
-
-
 def resolve_inputs(recipe: Recipe) -> Inputs:
     """Look at everything outside the store that the recipe names.
 
@@ -71,7 +66,7 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
         place = f"{recipe.where(where)}: {where}"
         path = checkpoint_path(ref, Path(recipe.path).parent)
         try:
-            if ref.startswith("hf:") or path.exists():
+            if is_on_hub(ref) or path.exists():
                 checkpoints[ref] = read_checkpoint(ref, Path(recipe.path).parent)
                 continue
             absent.append(Absent(str(path), None, f"{place}: {path}: no such checkpoint"))
@@ -108,7 +103,7 @@ def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]
     paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind in ("files", "dataset")}
     paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items()}
     for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
-        if path and not path.startswith("hf:"):  # which the worker refuses
+        if path and not is_on_hub(path):  # which the worker refuses
             where = f"stages.{stage.name}.{key}.path"
             try:
                 facts[key] = store.tree_fingerprint(Path(path))
@@ -128,14 +123,9 @@ def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent
         return {"entrypoint": "absent"}
 
 
-def checkpoint_path(ref: str, relative_to: Path) -> Path:
-    """The full path that a checkpoint reference names."""
-    return Path(os.path.abspath(relative_to / Path(ref).expanduser()))
-
-
 def read_checkpoint(ref: str, relative_to: Path) -> External:
     """Look at a checkpoint outside the store: its format and model type. Raises UserError where it is none."""
-    if ref.startswith("hf:"):
+    if is_on_hub(ref):
         raise UserError(f"{ref}: fetching from a hub is not built yet; download it and name its folder")
     path = checkpoint_path(ref, relative_to)
     if not path.exists():

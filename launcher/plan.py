@@ -11,12 +11,14 @@ from typing import Any
 from launcher import configs
 from launcher.configs import ConvertConfig, MergeConfig, ModelConfig, PrepareConfig, Resources, TrainConfig
 from launcher.errors import UserError
-from launcher.inputs import External, Inputs, is_external
+from launcher.inputs import External, Inputs
 from launcher.recipe import Recipe, Stage
+from launcher.references import is_external, split_ref
 from launcher.run_record import PlannedStage
 from launcher.spec import Format, Input, Limits, Output, Runtime, StageSpec, did_you_mean, encode
-from launcher.stages import Need, kinds, split_ref
+from launcher.stages import kinds
 from launcher.stages.convert import CONVERSIONS
+from launcher.stages.kind import Need
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -341,3 +342,14 @@ def test_run_says_at_once_what_is_absent_and_what_is_not_built(tmp_path: Path) -
 def test_an_empty_cluster_is_refused() -> None:
     done = prism("plan", "demo", "--cluster", "")
     assert done.returncode == 2 and "--cluster: is empty" in done.stderr
+
+
+def test_a_dry_run_prints_what_render_writes_of_a_recipe_whose_data_lie_elsewhere(tmp_path: Path) -> None:
+    words = ("prism/llama-3.1-8b", "--cluster", "example-pyxis", "--root", str(tmp_path / "root"))
+    shown, rendered = prism("run", *words, "--dry-run"), prism("render", *words, "-o", str(tmp_path / "out"))
+    assert (shown.returncode, rendered.returncode) == (0, 0), shown.stderr + rendered.stderr
+    files = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.name != "run.json"}
+    parts = re.split(r"^# ---- (.*)\n", shown.stdout, flags=re.M)
+    assert {n: t.rstrip("\n") for n, t in zip(parts[1::2], parts[2::2], strict=True)} == {
+        n: t.rstrip("\n") for n, t in files.items()
+    }

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         from launcher.render import dry_run
 
         profile = slurm_profile(args)
-        for record in records_of(args, profile):
+        for record in records_of(args, profile, elsewhere=True):
             print(dry_run(record, profile, root_of(args)))
         return 0
     records = _runnable(args, profile)

@@ -16,6 +16,7 @@ from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.recipe.document import Document, join, merge_documents, parse_value, read_document
+from launcher.references import is_on_hub
 from launcher.spec import SpecError, decode, did_you_mean
 from launcher.units import parse_duration
 
@@ -333,7 +334,7 @@ def _with_absolute_paths(config: Any, folder: Path) -> Any:
     named = folder / Path(config.folder or ".").expanduser()
 
     def absolute(part: Any) -> Any:
-        if not part.path or part.path.startswith("hf:"):
+        if not part.path or is_on_hub(part.path):
             return part
         return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
 

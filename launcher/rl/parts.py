@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launcher.configs import Component, Resources, RLConfig
+from launcher.references import item_of, port_of
 from launcher.spec import Probe, Step
-from launcher.stages import split_ref
 from launcher.units import parse_duration
 
 #: Programs with a clock of their own save and end this many seconds before the time limit.
@@ -46,8 +46,7 @@ def component_step(
 
 def prompts_file(config: RLConfig) -> str:
     """The file of the stage's prompts, with a placeholder for its folder."""
-    stage, name = split_ref(config.prompts)
-    return f"{{input:{stage}.prompts}}/{name}.jsonl"
+    return f"{{input:{port_of(config.prompts, 'prompts')}}}/{item_of(config.prompts)}.jsonl"
 
 
 def data_parallel_size(config: RLConfig, resources: Resources) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.configs import AnalyzeConfig, Resources
 from launcher.spec import Format, Step
-from launcher.stages import Need, item_need, worker_step
+from launcher.stages.kind import Need, item_need, worker_step
 
 VERSION = 1
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from launcher.configs import EvaluateConfig, Resources
+from launcher.references import split_ref
 from launcher.spec import Format, Step
-from launcher.stages import Need, item_need, split_ref, worker_step
+from launcher.stages.kind import Need, item_need, worker_step
 
 VERSION = 1
 

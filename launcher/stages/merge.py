@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.configs import MergeConfig, Resources
 from launcher.spec import Format, Step
-from launcher.stages import Need, worker_step
+from launcher.stages.kind import Need, worker_step
 
 VERSION = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.configs import Resources, RLConfig
 from launcher.rl import backend, backends
 from launcher.spec import Format, Step
-from launcher.stages import Need, item_need
+from launcher.stages.kind import Need, item_need
 
 VERSION = 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher.configs import DETERMINISTIC, Resources, TrainConfig
+from launcher.references import split_ref
 from launcher.spec import Format, Step
-from launcher.stages import Need, item_need, split_ref, worker_step
+from launcher.stages.kind import Need, item_need, worker_step
 
 VERSION = 1
 

@@ -9,6 +9,7 @@ from typing import Any
 from launcher.configs import AnalyzeConfig
 from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import write_json
 
 
@@ -82,12 +83,12 @@ def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, li
     from launcher.workers.problems import problem_text, read_problems
     from launcher.workers.tokens import read_indexed
 
-    maker, _, name = config.problems.partition("/")
-    problems = read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")[: config.num_texts]
+    prompts = job.input(port_of(config.problems, "prompts"))
+    problems = read_problems(prompts / f"{item_of(config.problems)}.jsonl")[: config.num_texts]
     found = {"problems": [problem_text(p) for p in problems]}
     if config.source:
-        maker, _, name = config.source.partition("/")
-        pieces = text_pieces(read_indexed(job.input(f"{maker}.tokens") / name), config.num_texts)
+        prefix = job.input(port_of(config.source, "tokens")) / item_of(config.source)
+        pieces = text_pieces(read_indexed(prefix), config.num_texts)
         found["source"] = [tokenizer.decode(ids) for ids in pieces]
     for label, texts in found.items():
         if len(texts) < 4:

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.configs import EvaluateConfig
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import read_json, write_atomic, write_json
 
 
@@ -73,8 +74,7 @@ def _evaluate(
         loaded.clear()  # one model in memory at a time
         loaded[checkpoint] = load_model(job.input(checkpoint))
     model, tokenizer = loaded[checkpoint]
-    maker, _, name = benchmark.partition("/")
-    problems = read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")
+    problems = read_problems(job.input(port_of(benchmark, "prompts")) / f"{item_of(benchmark)}.jsonl")
 
     def after_batch(done: int) -> None:
         if job.stop_requested:
@@ -93,7 +93,7 @@ def _evaluate(
         after_batch=after_batch,
     )
     result, samples = score(problems, completions)
-    head = {"checkpoint": checkpoint, "benchmark": name, "temperature": temperature, "seed": seed}
+    head = {"checkpoint": checkpoint, "benchmark": item_of(benchmark), "temperature": temperature, "seed": seed}
     body = {
         "unit": list(unit),
         "result": {**head, **result, "seconds": round(time.monotonic() - started, 3)},

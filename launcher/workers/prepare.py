@@ -14,6 +14,7 @@ from launcher.configs import PrepareConfig
 from launcher.errors import UserError
 from launcher.models.side_files import is_tokenizer_file
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import is_on_hub
 from launcher.store import sha256_of, write_atomic
 
 
@@ -121,7 +122,7 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
 
 def _find_tokenizer(path: str) -> Path:
     """The folder of a tokenizer that exists. Raises UserError where it is none."""
-    if path.startswith("hf:"):
+    if is_on_hub(path):
         raise UserError(
             f"tokenizer.path: {path}: fetching from a hub is not built yet; download it and name its folder"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.configs import RLConfig
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import sync_tree, write_json
 from launcher.workers.problems import reward
 from launcher.workers.sampling import completion
@@ -55,8 +56,7 @@ def _version(name: str) -> str:
 def _problems(job: StageJob, config: RLConfig) -> list[dict[str, Any]]:
     from launcher.workers.problems import read_problems
 
-    maker, _, name = config.prompts.partition("/")
-    return read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")
+    return read_problems(job.input(port_of(config.prompts, "prompts")) / f"{item_of(config.prompts)}.jsonl")
 
 
 def _export(job: StageJob, model: Any, tokenizer: Any) -> None:

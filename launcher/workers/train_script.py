@@ -21,6 +21,7 @@ from launcher.configs import TrainConfig
 from launcher.errors import UserError, WorldError
 from launcher.models.families import shape_of
 from launcher.progress import StageJob, Stopped, die_with_parent, run_worker
+from launcher.references import item_of, port_of
 from launcher.workers.megatron_arguments import Paths, script_arguments
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -63,15 +64,12 @@ def main(job: StageJob) -> None:
 
 
 def _paths(job: StageJob, config: TrainConfig, save: Path) -> Paths:
-    data = {str(job.input(f"{stage}.tokens") / item): weight for stage, item, weight in _sources(config)}
+    folders = {ref: job.input(port_of(ref, "tokens")) for ref in config.data}
+    data = {str(folders[ref] / item_of(ref)): weight for ref, weight in config.data.items()}
     tokenizers = [job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer")]
     start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
     going_on = _iteration(save) is not None
     return Paths(data, tokenizers[0], save, save if going_on else start, is_start=not going_on)
-
-
-def _sources(config: TrainConfig) -> list[tuple[str, str, float]]:
-    return [(name.partition("/")[0], name.partition("/")[2], weight) for name, weight in config.data.items()]
 
 
 def _iteration(folder: Path) -> int | None:
