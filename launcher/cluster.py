@@ -392,7 +392,7 @@ def _outside(spec: StageSpec) -> list[str]:
     """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
     paths: list[str | None] = [port.path for port in spec.inputs.values()]
     if spec.kind == "prepare":
-        paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
+        paths += [part.get("path") for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
         paths.append(spec.config["tokenizer"]["path"])
     if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
         paths.append(os.path.dirname(spec.config["entrypoint"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import PrepareConfig, TrainConfig
+from launcher.configs import DatasetSource, FilesSource, PrepareConfig, PublishedSet, TrainConfig
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
@@ -100,8 +100,10 @@ def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]
         for name, source in stage.config.sources.items()
         if source.kind == "python-stdlib"
     }
-    paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind in ("files", "dataset")}
-    paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items()}
+    paths: dict[str, str | None] = {
+        f"sources.{n}": s.path for n, s in stage.config.sources.items() if isinstance(s, (FilesSource, DatasetSource))
+    }
+    paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items() if isinstance(p, PublishedSet)}
     for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
         if path and not is_on_hub(path):  # which the worker refuses
             where = f"stages.{stage.name}.{key}.path"

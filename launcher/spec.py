@@ -265,6 +265,9 @@ def _join(path: str, key: str) -> str:
 
 
 def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+    alternatives = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if len(alternatives) > 1 and isinstance(data, Mapping):
+        return _decode_alternative(alternatives, data, path, problems)
     tries: list[list[tuple[str, str]]] = []
     for arg in args:
         found: list[tuple[str, str]] = []
@@ -275,6 +278,40 @@ def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     # The alternative that got furthest is the one the author meant: deeper paths come from inside it.
     problems.extend(max(tries, key=lambda found: max(len(p) for p, _ in found)))
     return data
+
+
+def _decode_alternative(classes: list[Any], data: Mapping[str, Any], path: str, problems: list[tuple[str, str]]) -> Any:
+    """One of several dataclasses: that of the tag; without a tag, the one that wants nothing more and knows most."""
+    tag = tag_of(classes)
+    if tag is None:
+        chosen = min(classes, key=lambda cls: (len(required(cls) - set(data)) > 0, -len(set(data) & set(_hints(cls)))))
+        return _decode_dataclass(chosen, data, path, problems, classes)
+    by_value = {value: cls for cls in classes for value in typing.get_args(_hints(cls)[tag])}
+    if tag not in data:
+        problems.append((_join(path, tag), f"is required: one of {', '.join(by_value)}"))
+    elif not isinstance(data[tag], str) or data[tag] not in by_value:
+        hint = did_you_mean(str(data[tag]), by_value)
+        _expect(False, data[tag], f"one of {', '.join(map(repr, by_value))}", _join(path, tag), problems)
+        problems[-1] = (problems[-1][0], problems[-1][1] + hint)
+    else:
+        return _decode_dataclass(by_value[data[tag]], data, path, problems, classes)
+    return None
+
+
+def tag_of(classes: typing.Sequence[Any]) -> str | None:
+    """The key that tells alternatives apart, whose type is another Literal in each; None where there is none."""
+    shared = (f.name for f in dataclasses.fields(classes[0]) if all(f.name in _hints(cls) for cls in classes))
+    for name in shared:
+        values = [typing.get_args(_hints(c)[name]) for c in classes if typing.get_origin(_hints(c)[name]) is Literal]
+        if len(values) == len(classes) and len({v for of in values for v in of}) == sum(map(len, values)):
+            return name
+    return None
+
+
+def required(cls: Any) -> set[str]:
+    """The keys of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
 
 
 def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
@@ -292,19 +329,23 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_dataclass(
+    cls: Any, data: Any, path: str, problems: list[tuple[str, str]], alternatives: typing.Sequence[Any] = ()
+) -> Any:
     if not isinstance(data, Mapping):
         return _expect(False, data, "a mapping", path, problems)
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
-    hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
+    unknown = {str(key) for key in data if key not in fields} - _idle_keys(alternatives, data)
+    hints_given = {key: did_you_mean(key, fields) for key in unknown}
     not_there: Mapping[str, str] = getattr(cls, "NOT_THERE", {})  # known elsewhere, and why not here
-    problems += [(_join(path, str(key)), not_there.get(key, f"unknown key{hint}")) for key, hint in hints_given.items()]
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    for key in (str(k) for k in data if str(k) in unknown):
+        message = not_there.get(key) or _known_by(key, cls, alternatives) or f"unknown key{hints_given[key]}"
+        problems.append((_join(path, key), message))
+    for name in (n for n in fields if n in required(cls)):
         # A misspelt key is one problem and not two.
-        if required and name not in data and f", did you mean {name}?" not in hints_given.values():
+        if name not in data and f", did you mean {name}?" not in hints_given.values():
             problems.append((_join(path, name), "is required"))
     values = {k: _decode(hints[k], v, _join(path, k), problems) for k, v in data.items() if k in fields}
     if len(problems) > before:
@@ -314,6 +355,39 @@ def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, 
     except SpecError as error:
         problems.extend((_join(path, p), m) for p, m in error.problems)
     return None
+
+
+def _idle_keys(alternatives: typing.Sequence[Any], data: Mapping[str, Any]) -> set[str]:
+    """Keys of other alternatives at their defaults, which say nothing: so written, one text fits all of them."""
+    return {
+        f.name
+        for other in alternatives
+        for f in dataclasses.fields(other)
+        if f.name in data and f.name not in required(other) and _is_default(f, data[f.name])
+    }
+
+
+def _is_default(f: Any, value: Any) -> bool:
+    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    return bool(encode(default) == encode(value))
+
+
+def _known_by(key: str, cls: Any, alternatives: typing.Sequence[Any]) -> str | None:
+    """Which alternatives have a key that the chosen one has not."""
+    able = [other for other in alternatives if key in _hints(other)]
+    if not able:
+        return None
+    tag = tag_of(alternatives)
+    if tag is None:
+        return f"is no key of a {_summary(cls)}; it is one of a {' or a '.join(map(_summary, able))}"
+    names = [" or ".join(typing.get_args(_hints(other)[tag])) for other in able]
+    return f"{tag} {' or '.join(typing.get_args(_hints(cls)[tag]))} does not know it; {tag} {', '.join(names)} does"
+
+
+def _summary(cls: Any) -> str:
+    """What an alternative without a tag is called: its docstring up to the first colon or full stop, in lower case."""
+    words: str = (cls.__doc__ or cls.__name__).strip()
+    return words[: min((words + ".").index("."), (words + ":").index(":"))].lower()
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:

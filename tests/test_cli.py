@@ -72,7 +72,13 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
             "backend: open-instruct",
             ["backend open-instruct is not built yet; there is trl, nemo-aligner"],
         ),
-        ("backend: trl", "backend: nemo-aligner", ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"]),
+        (
+            "backend: trl",
+            "backend: nemo-aligner\n    max_prompt_length: 64",
+            ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"],
+        ),
+        ("backend: trl", "backend: nemo-rl", ["max_prompt_length: is required"]),
+        ("backend: trl", "backend: tlr", ["expected one of 'trl'", "did you mean trl?"]),
         ("kind: evaluate", "kind: evalute", ["evalute"]),
         ("model: llama-tiny", "model: lama-tiny", ["lama-tiny", "llama-tiny"]),
         ("seed: 0", "seed: [", ["mine.yaml:"]),
@@ -82,7 +88,7 @@ def test_a_wrong_recipe_is_one_clear_message_and_exit_2(
     tmp_path: Path, old: str, new: str, messages: list[str]
 ) -> None:
     path = recipe_file(tmp_path, new, old)
-    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if new in text)
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if new.splitlines()[0] in text)
     done = prism("check", str(path))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "mine.yaml:" in done.stderr and "Traceback" not in done.stderr

@@ -334,7 +334,8 @@ def _with_absolute_paths(config: Any, folder: Path) -> Any:
     named = folder / Path(config.folder or ".").expanduser()
 
     def absolute(part: Any) -> Any:
-        if not part.path or is_on_hub(part.path):
+        path = getattr(part, "path", None)
+        if not path or is_on_hub(path):
             return part
         return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
 

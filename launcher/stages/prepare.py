@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.configs import PrepareConfig, Resources
+from launcher.configs import DatasetSource, PrepareConfig, PublishedSet, Resources
 from launcher.spec import Format, Step
 from launcher.stages.kind import Need, worker_step
 
@@ -31,8 +31,8 @@ def steps(config: PrepareConfig, resources: Resources) -> tuple[Step, ...]:
 
 def not_built(config: PrepareConfig) -> str | None:
     """Published data sets and problem sets."""
-    sources = [name for name, source in config.sources.items() if source.kind == "dataset"]
-    sets = [name for name, problems in config.problems.items() if problems.path]
+    sources = [name for name, source in config.sources.items() if isinstance(source, DatasetSource)]
+    sets = [name for name, problems in config.problems.items() if isinstance(problems, PublishedSet)]
     missing = [f"sources of kind dataset ({', '.join(sources)})"] if sources else []
     missing += [f"published problem sets ({', '.join(sets)})"] if sets else []
     return " and ".join(missing) or None

@@ -32,5 +32,4 @@ def steps(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
 
 def not_built(config: RLConfig) -> str | None:
     """As the backend says."""
-    reason: str | None = backend(config.backend).NOT_BUILT
-    return reason
+    return backend(config.backend).NOT_BUILT

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import RLConfig
+from launcher.configs import TrlRL
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import item_of, port_of
 from launcher.store import sync_tree, write_json
@@ -26,7 +26,7 @@ def main(job: StageJob) -> None:
 
     from launcher.workers.checkpoints import load_model, quiet
 
-    config: RLConfig = job.config(RLConfig)
+    config: TrlRL = job.config(TrlRL)
     quiet()
     start = newest_checkpoint(job.workdir / "progress")
     tally = Tally.read(start) if start else Tally()
@@ -53,7 +53,7 @@ def _version(name: str) -> str:
     return version(name)
 
 
-def _problems(job: StageJob, config: RLConfig) -> list[dict[str, Any]]:
+def _problems(job: StageJob, config: TrlRL) -> list[dict[str, Any]]:
     from launcher.workers.problems import read_problems
 
     return read_problems(job.input(port_of(config.prompts, "prompts")) / f"{item_of(config.prompts)}.jsonl")
@@ -112,7 +112,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _trainer(
-    job: StageJob, config: RLConfig, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
+    job: StageJob, config: TrlRL, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
 ) -> Any:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -146,7 +146,7 @@ def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) 
     return answer_and_format
 
 
-def _arguments(job: StageJob, config: RLConfig) -> Any:
+def _arguments(job: StageJob, config: TrlRL) -> Any:
     from trl import GRPOConfig
 
     return GRPOConfig(
@@ -188,7 +188,7 @@ def _has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _callback(job: StageJob, config: RLConfig, tally: Tally) -> Any:
+def _callback(job: StageJob, config: TrlRL, tally: Tally) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
