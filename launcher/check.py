@@ -14,6 +14,7 @@ from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
+from launcher.stages import kinds
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -40,16 +41,14 @@ def _without_gpu(resources: Resources, profile: Profile) -> bool:
 
 def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool, gpu: str | None) -> Iterator[tuple[str, str]]:
     config = stage.config
-    components: tuple[str, ...] = ()
     if isinstance(config, TrainConfig):
         yield from _train_problems(stage, config, cpu)
         yield from _fp8_problems(config, gpu)
     if isinstance(config, RLConfig) and config.backend in backends():
         module = backends()[config.backend]
-        components = module.COMPONENTS
         yield from refusals(config.backend, config.algorithm, _family(recipe, config.checkpoint))
         yield from module.problems(config, stage.resources)
-    yield from _component_problems(stage.resources, components)
+    yield from _component_problems(stage.resources, kinds()[stage.kind].components(config))
 
 
 def _family(recipe: Recipe, ref: str) -> str | None:

@@ -17,6 +17,7 @@ from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
+from launcher.stages import outside_of
 from launcher.units import format_duration, parse_duration
 
 #: sbatch options that a profile's `sbatch:` may not set, and what sets them.
@@ -389,14 +390,11 @@ def image_of(spec: StageSpec, profile: Profile) -> str | None:
 
 
 def _outside(spec: StageSpec) -> list[str]:
-    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
-    paths: list[str | None] = [port.path for port in spec.inputs.values()]
-    if spec.kind == "prepare":
-        paths += [part.get("path") for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
-        paths.append(spec.config["tokenizer"]["path"])
-    if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
-        paths.append(os.path.dirname(spec.config["entrypoint"]))
-    return [path for path in paths if path and os.path.isabs(path)]
+    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script and what lies beside it."""
+    paths = [port.path for port in spec.inputs.values()]
+    for outside in outside_of(spec):
+        paths.append(os.path.dirname(outside.path) if outside.counts == "content" else outside.path)
+    return [path for path in paths if os.path.isabs(path)]
 
 
 def code_folder(spec: StageSpec, profile: Profile, root: Path) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from launcher.spec import Format, SpecError, encode
@@ -637,3 +637,11 @@ def default_of(f: Any) -> Any:
         return f.default
     factory: Callable[[], Any] = f.default_factory
     return MISSING if f.default_factory is MISSING else factory()
+
+
+def with_value(config: Any, key: tuple[str, ...], value: Any) -> Any:
+    """A config with another value at a path of field and mapping names."""
+    head, *rest = key
+    if isinstance(config, Mapping):
+        return {**config, head: with_value(config[head], tuple(rest), value) if rest else value}
+    return replace(config, **{head: with_value(getattr(config, head), tuple(rest), value) if rest else value})

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
-from launcher.configs import DatasetSource, FilesSource, PrepareConfig, PublishedSet, TrainConfig
+from launcher.configs import PrepareConfig, StdlibSource
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
 from launcher.stages import kinds
+from launcher.stages.kind import Outside
 
 
 @dataclass(frozen=True)
@@ -91,38 +92,27 @@ def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
-    if isinstance(stage.config, TrainConfig) and stage.config.entrypoint:
-        return _script_facts(recipe, stage, stage.config.entrypoint, absent)
-    if not isinstance(stage.config, PrepareConfig):
-        return {}
-    facts = {
-        f"sources.{name}": f"python {sys.version}"
-        for name, source in stage.config.sources.items()
-        if source.kind == "python-stdlib"
-    }
-    paths: dict[str, str | None] = {
-        f"sources.{n}": s.path for n, s in stage.config.sources.items() if isinstance(s, (FilesSource, DatasetSource))
-    }
-    paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items() if isinstance(p, PublishedSet)}
-    for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
-        if path and not is_on_hub(path):  # which the worker refuses
-            where = f"stages.{stage.name}.{key}.path"
-            try:
-                facts[key] = store.tree_fingerprint(Path(path))
-            except OSError as error:
-                absent.append(Absent(path, stage.name, f"{recipe.where(where)}: {where}: {path}: {error.strerror}"))
-                facts[key] = "absent"
+    facts = {}
+    if isinstance(stage.config, PrepareConfig):
+        library = [n for n, source in stage.config.sources.items() if isinstance(source, StdlibSource)]
+        facts = {f"sources.{name}": f"python {sys.version}" for name in library}
+    for outside in kinds()[stage.kind].outside(stage.config):
+        if is_on_hub(outside.path):  # which the worker refuses
+            continue
+        where = f"stages.{stage.name}.{outside.where}"
+        try:
+            facts[outside.where.removesuffix(".path")] = _fact(outside)
+        except OSError as error:
+            message = f"{recipe.where(where)}: {where}: {outside.path}: {error.strerror}"
+            absent.append(Absent(outside.path, stage.name, message))
+            facts[outside.where.removesuffix(".path")] = "absent"
     return facts
 
 
-def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent]) -> dict[str, str]:
-    """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
-    where = f"stages.{stage.name}.entrypoint"
-    try:
-        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
-    except OSError as error:
-        absent.append(Absent(script, stage.name, f"{recipe.where(where)}: {where}: {script}: {error.strerror}"))
-        return {"entrypoint": "absent"}
+def _fact(outside: Outside) -> str:
+    if outside.counts == "content":
+        return hashlib.sha256(Path(outside.path).read_bytes()).hexdigest()
+    return store.tree_fingerprint(Path(outside.path))
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:

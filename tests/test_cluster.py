@@ -270,7 +270,8 @@ def test_containers_see_the_root_the_code_and_what_is_read_outside() -> None:
     profile = replace(PYXIS, code="/code", mounts=("/tmp",))
     (step,) = placed(profile, replace(SPEC, inputs=outside)).steps
     assert step.mounts == ("/code:/code:ro", "/data/models/m:/data/models/m:ro", "/scratch/prism", "/tmp")
-    config = {"sources": {"a": {"path": "/text"}, "b": {"path": None}}, "tokenizer": {"path": "hf:org/name"}}
+    sources = {"a": {"kind": "files", "path": "/text"}, "b": {"kind": "python-stdlib"}}
+    config = {"sources": sources, "tokenizer": {"path": "hf:org/name"}}
     (step,) = placed(profile, replace(SPEC, kind="prepare", config=config, inputs={})).steps
     assert step.mounts == ("/code:/code:ro", "/scratch/prism", "/text:/text:ro", "/tmp")
 

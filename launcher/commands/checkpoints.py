@@ -15,12 +15,14 @@ from typing import NoReturn
 
 from launcher import __version__
 from launcher.cluster import Profile
+from launcher.commands.shared import lasting_name
 from launcher.configs import ConvertConfig, Resources
 from launcher.errors import UserError, WorldError
 from launcher.inputs import External
+from launcher.recipe import Stage
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import Input, Output, StageSpec, encode
-from launcher.stages import convert as convert_stage
+from launcher.spec import Input
+from launcher.stages.convert import CONVERSIONS
 
 
 def _module(name: str, arguments: Sequence[str]) -> NoReturn:
@@ -66,7 +68,7 @@ def _submit(args: argparse.Namespace) -> int:
         raise UserError(problems)
     profile, root = slurm_profile(args), store.open_root(root_of(args))
     source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
-    if (source.format, args.to) not in convert_stage.CONVERSIONS:
+    if (source.format, args.to) not in CONVERSIONS:
         raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
     config = ConvertConfig(checkpoint=source.path, source=source.format, target=args.to, verify=not args.no_verify)
     record = place_record(_run_of(config, source, profile, args.cluster), profile, root)
@@ -81,33 +83,19 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _run_of(config: ConvertConfig, source: External, profile: Profile, cluster: str) -> RunRecord:
     """A run of one stage that no recipe holds; its name is the same for the same work."""
-    from launcher.plan import fingerprint
+    from launcher.plan import plan_stage
 
+    stage = Stage("convert", "convert", config, Resources(cpus_per_task=2), seed=0)
     inputs = {"checkpoint": Input(source.path, source.format, source.fingerprint)}
-    key = fingerprint("convert", convert_stage.VERSION, replace(config, checkpoint=""), 0, inputs, {})
-    name, resources = f"convert-to-{config.target}-{key[:6]}", Resources(cpus_per_task=2)
-    spec = StageSpec(
-        run=name,
-        stage="convert",
-        kind="convert",
-        kind_version=convert_stage.VERSION,
-        fingerprint=key,
-        config=encode(config),
-        seed=0,
-        inputs=inputs,
-        outputs={"checkpoint": Output(f"artifacts/convert/{key}/checkpoint", config.target)},
-        steps=convert_stage.steps(config, resources),
-        limits=profile.limits,
-        runtime=profile.runtime,
-    )
+    spec = plan_stage(stage, inputs, {}, profile.limits, profile.runtime)
+    name = f"convert-to-{config.target}-{spec.fingerprint[:6]}"
     return RunRecord(
         run=name,
         recipe=source.path,
         overrides=(),
-        # a profile of the user's own is found again by its path, wherever the next command is typed
-        cluster=os.path.abspath(cluster) if Path(cluster).name != cluster or Path(cluster).suffix else cluster,
+        cluster=lasting_name(cluster),
         resolved={"name": name},
-        stages=(PlannedStage(spec, (), resources),),
+        stages=(PlannedStage(replace(spec, run=name), (), stage.resources),),
         created=time.time(),
         versions={"prism-launch": __version__, "python": platform.python_version()},
     )

@@ -50,11 +50,15 @@ def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = 
     """
     from launcher.recipe.load import load_recipes
 
-    # A profile of the user's own is found again by its path, wherever the next command is typed.
-    named = args.cluster or "local"
-    cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
+    cluster = lasting_name(args.cluster or "local")
     recipes = load_recipes(args.recipe, args.overrides, args.name)
     return [_record(recipe, profile, cluster, elsewhere) for recipe in recipes]
+
+
+def lasting_name(cluster: str) -> str:
+    """A cluster as a run remembers it: a profile of the user's own by its full path."""
+    own = Path(cluster).name != cluster or Path(cluster).suffix
+    return os.path.abspath(cluster) if own else cluster
 
 
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:

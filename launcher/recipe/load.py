@@ -7,17 +7,18 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources, TrainConfig
+from launcher.configs import CONFIGS, ModelConfig, Resources, with_value
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.recipe.document import Document, join, merge_documents, parse_value, read_document
 from launcher.references import is_on_hub
 from launcher.spec import SpecError, decode, did_you_mean
+from launcher.stages import kinds
 from launcher.units import parse_duration
 
 TOP_KEYS = ("name", "description", "base", "model", "seed", "secrets", "matrix", "resources", "stages")
@@ -296,7 +297,7 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
     value = reader.decode(CONFIGS[kind], config, path)
     if value is None or resources is None:
         return None
-    return Stage(name, kind, _with_absolute_paths(value, reader.folder), resources, seed)
+    return Stage(name, kind, _with_absolute_paths(kind, value, reader.folder), resources, seed)
 
 
 def _kind_problem(kind: Any) -> str:
@@ -324,24 +325,14 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
     return resources
 
 
-def _with_absolute_paths(config: Any, folder: Path) -> Any:
+def _with_absolute_paths(kind: str, config: Any, folder: Path) -> Any:
     """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
     the command is typed and the worker runs."""
-    if isinstance(config, TrainConfig) and config.entrypoint:
-        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
-    if not isinstance(config, PrepareConfig):
-        return config
-    named = folder / Path(config.folder or ".").expanduser()
-
-    def absolute(part: Any) -> Any:
-        path = getattr(part, "path", None)
-        if not path or is_on_hub(path):
-            return part
-        return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
-
-    sources = {name: absolute(source) for name, source in config.sources.items()}
-    problems = {name: absolute(problem_set) for name, problem_set in config.problems.items()}
-    return replace(config, sources=sources, problems=problems, tokenizer=absolute(config.tokenizer))
+    start = folder / Path(getattr(config, "folder", None) or ".").expanduser()
+    for outside in kinds()[kind].outside(config):
+        if not is_on_hub(outside.path):
+            config = with_value(config, outside.key, os.path.abspath(start / Path(outside.path).expanduser()))
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------ models

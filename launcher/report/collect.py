@@ -17,6 +17,7 @@ from launcher.progress import METRICS
 from launcher.report.numbers import total_cost
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import StageSpec
+from launcher.stages import kinds
 from launcher.state import StageState, State, stage_states
 
 Row = dict[str, Any]
@@ -225,17 +226,11 @@ def _problem_sets(stage: _Stage) -> list[Row]:
 
 def _engine(stage: _Stage) -> str:
     """What did the work of a stage, in words; `cpu_mode` is named plainly."""
-    config, cpu = stage.config, stage.facts.get("cpu_mode")
+    engine, cpu = kinds()[stage.spec.kind].engine(stage.config), stage.facts.get("cpu_mode")
+    if engine is None:
+        return str(stage.facts.get("engine", ""))
     where = {True: " on a CPU", False: " on GPUs"}.get(cpu, "") if isinstance(cpu, bool) else ""
-    if stage.spec.kind == "train":
-        return f"megatron-core{where}{' with reference kernels' if cpu else ''}"
-    if stage.spec.kind == "rl":
-        return f"{config['backend']} ({config.get('algorithm', 'grpo')}){where}"
-    if stage.spec.kind == "convert":
-        return f"{config['source']} to {config['target']}"
-    if stage.spec.kind == "merge":
-        return " + ".join(f"{w:g} × {ref}" for w, ref in zip(config["weights"], config["checkpoints"], strict=True))
-    return str(stage.facts.get("engine", ""))
+    return f"{engine}{where}{' with reference kernels' if cpu and stage.spec.kind == 'train' else ''}"
 
 
 def _stages(stage: _Stage) -> list[Row]:

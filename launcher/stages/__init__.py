@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 
-from launcher.stages import analyze, convert, evaluate, merge, prepare, rl, train
+from launcher.configs import CONFIGS
+from launcher.spec import StageSpec, decode
+from launcher.stages.analyze import Analyze
+from launcher.stages.convert import Convert
+from launcher.stages.evaluate import Evaluate
+from launcher.stages.kind import Outside, StageKind
+from launcher.stages.merge import Merge
+from launcher.stages.prepare import Prepare
+from launcher.stages.rl import RL
+from launcher.stages.train import Train
 
-_KINDS = {
-    "prepare": prepare,
-    "train": train,
-    "convert": convert,
-    "merge": merge,
-    "rl": rl,
-    "evaluate": evaluate,
-    "analyze": analyze,
+_KINDS: Mapping[str, StageKind] = {
+    "prepare": Prepare(),
+    "train": Train(),
+    "convert": Convert(),
+    "merge": Merge(),
+    "rl": RL(),
+    "evaluate": Evaluate(),
+    "analyze": Analyze(),
 }
 
 
-def kinds() -> Mapping[str, ModuleType]:
-    """Every stage kind's module by name."""
+def kinds() -> Mapping[str, StageKind]:
+    """Every stage kind by name."""
     return _KINDS
+
+
+def outside_of(spec: StageSpec) -> tuple[Outside, ...]:
+    """What a planned stage reads outside the store beside checkpoints."""
+    return _KINDS[spec.kind].outside(decode(CONFIGS[spec.kind], spec.config))

@@ -1,16 +1,12 @@
-"""What a stage kind's module says, and what the kinds share.
-
-Every module has `VERSION` (raised when the same config gives another artifact), `outputs(config)` (port to format),
-`needs(config)`, `steps(config, resources)` and `not_built(config)`, which says why this version can plan and render a
-stage but not run it (None: it can); one whose stages may fan out also `parts(config, seed)`.
-"""
+"""What a stage kind says of its stages, and what the kinds share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from launcher.configs import Resources
+from launcher.configs import ModelConfig, Resources
 from launcher.references import port_of
 from launcher.spec import Format, Step
 
@@ -28,6 +24,73 @@ class Need:
     where: str
     what: Literal["checkpoint", "tokens", "prompts", "tokenizer"]
     accepts: tuple[Format, ...]
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A file or folder outside the store that a config names at `key`, a path of field and mapping names.
+
+    `counts` is what of it decides the artifact: the names, sizes and times of the files, or a script's content.
+    """
+
+    key: tuple[str, ...]
+    path: str
+    counts: Literal["files", "content"] = "files"
+
+    @property
+    def where(self) -> str:
+        """The key as messages show it."""
+        return ".".join(self.key)
+
+
+class StageKind(Protocol):
+    """A kind of stage. `config` is its dataclass of `launcher.configs`.
+
+    `VERSION` is raised when the same config gives another artifact. A kind says what it has and inherits the rest.
+    """
+
+    VERSION: int = 1
+
+    def outputs(self, config: Any) -> Mapping[str, Format]:
+        """The ports that a stage fills, with their formats; one that nothing fills is none."""
+
+    def needs(self, config: Any) -> tuple[Need, ...]:
+        """What a stage reads in the store or as a checkpoint. Raises UserError for an unknown backend."""
+
+    def steps(self, config: Any, resources: Resources) -> tuple[Step, ...]:
+        """The programs that do it."""
+
+    def parts(self, config: Any, seed: int) -> Mapping[str, tuple[Any, int]]:
+        """The stages that one fans out into, with their seeds, by the ends of their names; none: it does not."""
+        return {}
+
+    def not_built(self, config: Any) -> str | None:
+        """Why this version can plan and render a stage but not run it; None: it can."""
+        return None
+
+    def outside(self, config: Any) -> tuple[Outside, ...]:
+        """What a stage reads outside the store beside checkpoints."""
+        return ()
+
+    def what_counts(self, config: Any) -> Any:
+        """The config that the fingerprint is taken of."""
+        return config
+
+    def model(self, config: Any) -> ModelConfig | None:
+        """The model that a stage trains."""
+        return None
+
+    def lineage(self, config: Any) -> tuple[str, ...]:
+        """References of the checkpoints whose model is that of what a stage makes."""
+        return ()
+
+    def components(self, config: Any) -> tuple[str, ...]:
+        """Programs beside the main one, which `resources.components` may size."""
+        return ()
+
+    def engine(self, config: Mapping[str, Any]) -> str | None:
+        """What does the work, in words, from the config in `stage.json`; None: as the receipt says."""
+        return None
 
 
 def item_need(ref: str, where: str, what: Literal["tokens", "prompts"]) -> Need:
