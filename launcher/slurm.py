@@ -64,7 +64,7 @@ class Answer:
         if self.is_silence:
             said = [line for line in self.err.splitlines() if _SILENT.search(line)] or self.err.splitlines()
             return NoAnswer(f"{what}: the controller does not answer ({said[-1]})")
-        return WorldError(f"{what}: {self.err or self.out.strip() or 'no answer'}")
+        return WorldError(f"{what}: {self.err or plain(self.out.strip()) or 'no answer'}")
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Job:
         return self.state in _STARTED
 
 
-def call(*argv: str, timeout: float = 10.0, paths: bool = False) -> Answer:
+def call(*argv: str, timeout: float = 10.0) -> Answer:
     """Run a Slurm command. Raises WorldError where it is not installed.
 
-    Bytes that are no text are replaced, or with `paths` kept as Python keeps them in names of files.
+    Bytes that are no text are kept in its output as Python keeps them in names of files (`plain` is for people).
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
     environment["SLURM_BITSTR_LEN"] = "0"  # the indices of an array in full
@@ -113,8 +113,12 @@ def call(*argv: str, timeout: float = 10.0, paths: bool = False) -> Answer:
         raise WorldError(f"no {argv[0]} here: this needs Slurm's commands, as a login node has them") from None
     except subprocess.TimeoutExpired:
         return Answer(None, "", f"{argv[0]} did not answer in {timeout:.0f} s")
-    out = os.fsdecode(done.stdout) if paths else done.stdout.decode(errors="replace")
-    return Answer(done.returncode, out, done.stderr.decode(errors="replace").strip())
+    return Answer(done.returncode, os.fsdecode(done.stdout), done.stderr.decode(errors="replace").strip())
+
+
+def plain(text: str) -> str:
+    """Text of a command's output as it can be shown anywhere: what is no character stands as `?`."""
+    return text.encode(errors="replace").decode()
 
 
 #: A job's id as squeue and sacct print it: `63`, `63+1`, `77_2`, `77_[3-9%2]`.
@@ -182,7 +186,7 @@ def parse_show_job(text: str) -> Job | None:
     job = Job(
         id=f"{array}_{index}" if array else f"{leader}+{offset}" if leader and offset != "0" else raw,
         state=state[1].split(",")[0],
-        reason=state[2],
+        reason=plain(state[2]),
         restarts=int(state[3]),
         nodes=_value(nodes[2] if nodes else ""),
         excluded=_value(nodes[1] if nodes else ""),
@@ -192,7 +196,7 @@ def parse_show_job(text: str) -> Job | None:
 
 
 def _value(text: str) -> str:
-    return "" if text.strip() in _EMPTY else text.strip()
+    return "" if text.strip() in _EMPTY else plain(text.strip())
 
 
 def _with_end(job: Job, text: str) -> Job:
@@ -216,38 +220,35 @@ def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
     A number may by now name a job of somebody else's: `launcher.submitted.told_states` tells them apart.
     """
     wanted = sorted(set(jobs))
-    found = queued_jobs(wanted)
-    found |= _with_all_nodes(job for job in found.values() if job.state == "COMPLETING")
-    missing = [job for job in wanted if job not in found]
-    return found | {name: _not_alive(job) for name, job in _in_accounts(missing).items()}
-
-
-def queued_jobs(jobs: Iterable[str]) -> dict[str, Job]:
-    """As `job_states`, of jobs that the controller knows; the nodes of one that is completing are those left of it."""
     found: dict[str, Job] = {}
-    for some in _lists(jobs):
+    for some in _lists(wanted):
         asked = ("--states=all", "--array", f"--jobs={','.join(some)}", f"--format={_SQUEUE}")
         answer = call("squeue", "--noheader", *asked)
         if not answer.ok and "Invalid job id" not in answer.err:
             raise answer.error("squeue")
-        found |= _by_asked_id(some, parse_squeue(answer.out))
+        told = parse_squeue(answer.out)
+        found |= _by_asked_id(some, told)
+        found |= _with_all_nodes(found[job] for job in some if job in found and found[job].state == "COMPLETING")
+        missing = [job for job in some if job not in found]
+        # An answer of which nothing could be read tells nothing either of what is missing in it.
+        is_told = bool(told) or not answer.ok or not answer.out.strip()
+        found |= {name: _not_alive(job) if is_told else job for name, job in _in_accounts(missing).items()}
     return found
 
 
-def _in_accounts(jobs: Iterable[str]) -> dict[str, Job]:
+def _in_accounts(jobs: Sequence[str]) -> dict[str, Job]:
     """What accounting tells of jobs; nothing where there is none."""
-    found: dict[str, Job] = {}
-    for some in _lists(jobs):
-        asked = ("--parsable2", "--allocations", f"--jobs={','.join(some)}", f"--format={_SACCT}")
-        told = call("sacct", "--noheader", *asked)
-        found |= _by_asked_id(some, parse_sacct(told.out)) if told.ok else {}
-    return found
+    if not jobs:
+        return {}
+    asked = ("--parsable2", "--allocations", f"--jobs={','.join(jobs)}", f"--format={_SACCT}")
+    told = call("sacct", "--noheader", *asked)
+    return _by_asked_id(jobs, parse_sacct(told.out)) if told.ok else {}
 
 
 def _with_all_nodes(completing: Iterable[Job]) -> dict[str, Job]:
     """Jobs with the nodes that they were started on, by accounting: squeue has those that are still completing."""
     jobs = {job.id: job for job in completing}
-    told = _in_accounts(jobs)
+    told = _in_accounts(list(jobs))
     return {name: replace(job, nodes=told[name].nodes if name in told else "") for name, job in jobs.items()}
 
 
@@ -328,7 +329,7 @@ def submit(script: str, *options: str, known: Container[str] = ()) -> str:
     if found:
         return found[-1]
     if answer.ok:
-        words = answer.out.strip()[:200] or answer.err[-200:] or "nothing"
+        words = plain(answer.out.strip()[:200]) or answer.err[-200:] or "nothing"
         raise WorldError(f"{script}: sbatch said {words!r}, which names no job, and squeue knows none of this script")
     error = answer.error(f"{script}: sbatch")
     if isinstance(error, NoAnswer):
@@ -356,7 +357,7 @@ def own_scripts() -> Mapping[str, tuple[str, ...]]:
 
     Raises NoAnswer where the controller is silent.
     """
-    answer = call("squeue", "--me", "--noheader", "--states=all", "--format=%i|%o", paths=True)
+    answer = call("squeue", "--me", "--noheader", "--states=all", "--format=%i|%o")
     if not answer.ok:
         raise answer.error("squeue")
     return parse_scripts(answer.out)
@@ -367,7 +368,7 @@ def scripts_of_jobs(jobs: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for some in _lists(re.split(r"[_+]", job)[0] for job in jobs):
         asked = ("--states=all", f"--jobs={','.join(some)}", "--format=%i|%o")
-        answer = call("squeue", "--noheader", *asked, paths=True)
+        answer = call("squeue", "--noheader", *asked)
         if not answer.ok and "Invalid job id" not in answer.err:
             raise answer.error("squeue")
         for script, there in parse_scripts(answer.out).items():
@@ -431,7 +432,9 @@ def hostnames(nodes: str, timeout: float = 5.0) -> list[str]:
     form = _form_of_names(nodes)
     names = [word for word in answer.out.split() if form.fullmatch(word)] if answer.ok else []
     if not names:
-        raise WorldError(f"scontrol show hostnames {nodes}: {answer.err or answer.out.strip()[:200] or 'no answer'}")
+        raise WorldError(
+            f"scontrol show hostnames {nodes}: {answer.err or plain(answer.out.strip()[:200]) or 'no answer'}"
+        )
     return names
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -122,31 +121,43 @@ def slurm_profile(args: argparse.Namespace) -> Profile:
 
 def jobs_of(root: Path, record: RunRecord) -> Jobs:
     """The run's jobs as Slurm tells them; none for a run that was never submitted."""
-    from launcher.submit import read_submitted, stage_jobs
-
-    if not read_submitted(root, record.run):
-        return {}
-    _speak_as(record)
-    return stage_jobs(root, record)
+    return jobs_source(root, record)({})
 
 
-def _speak_as(record: RunRecord) -> None:
-    """Ask the Slurm of the run's profile; where that is gone or damaged, the shell's own."""
-    with contextlib.suppress(UserError):
-        speak_to(load_profile(record.cluster))
+def is_on_slurm(root: Path, record: RunRecord) -> bool:
+    """Whether the run has, or may have, jobs of Slurm. Asks the Slurm of its profile from now on.
+
+    Where the profile is gone or damaged it asks the shell's own, for a run that has been submitted.
+    """
+    from launcher.submitted import read_submitted
+
+    try:
+        if speak_to(load_profile(record.cluster)).scheduler == "slurm":
+            return True
+    except UserError:
+        pass
+    return bool(read_submitted(root, record.run))
 
 
 def jobs_source(root: Path, record: RunRecord) -> Callable[[Jobs], Jobs]:
     """Asks Slurm for the run's jobs, but not again for those of which it is known how they ended."""
-    from launcher.submit import read_submitted, stage_jobs
+    from launcher.submit import stage_jobs
 
-    _speak_as(record)
-    return lambda known: stage_jobs(root, record, known) if read_submitted(root, record.run) else {}
+    if not is_on_slurm(root, record):
+        return lambda ended: {}
+    before: Jobs | None = None
+
+    def ask(ended: Jobs) -> Jobs:
+        nonlocal before
+        before = stage_jobs(root, record, ended, before)
+        return before
+
+    return ask
 
 
 def submission_times(root: Path, record: RunRecord) -> dict[str, float]:
     """When each job of a run was submitted, by its id."""
-    from launcher.submit import read_submitted
+    from launcher.submitted import read_submitted
 
     return {s.job: s.time for s in read_submitted(root, record.run)}
 
