@@ -25,7 +25,16 @@ from launcher.state import Jobs, stage_states
 from launcher.submitted import JOBS, Submitted, read_lines, read_submitted, renamed, told_states, unheard, write_down
 from launcher.users import user_name
 
-__all__ = ["JOBS", "Submitted", "cancel_jobs", "find_lost", "read_submitted", "stage_jobs", "submit_held", "submit_run"]
+__all__ = [
+    "JOBS",
+    "Submitted",
+    "cancel_jobs",
+    "cancel_submitted",
+    "read_submitted",
+    "stage_jobs",
+    "submit_held",
+    "submit_run",
+]
 
 #: How long to wait for another process, perhaps another person's, that is submitting the same run.
 PATIENCE_S = 60.0
@@ -283,6 +292,22 @@ def _submitted(stage: PlannedStage, script: Path, job: str, chain: str | None = 
 
 
 # ------------------------------------------------------------------------------------------------------------- cancel
+
+
+def cancel_submitted(root: Path, record: RunRecord) -> list[str]:
+    """`cancel_jobs` when nobody submits the run any more, with what was taken in unheard.
+
+    Raises UserError where another process goes on submitting it for too long; what it had submitted by then is ended.
+    """
+    try:
+        with claimed(root, record.run, patience_s=PATIENCE_S):
+            find_lost(root, record.run)
+            return cancel_jobs(root, record)
+    except UserError as error:
+        stopped = ", ".join(cancel_jobs(root, record)) or "nothing"
+        raise UserError(f"stopped {stopped}, but the run is still being submitted: {error}") from None
+    except OSError:  # a store that is not ours to write
+        return cancel_jobs(root, record)
 
 
 def cancel_jobs(root: Path, record: RunRecord) -> list[str]:

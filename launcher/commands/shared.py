@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, store
+from launcher.caps import damaged_held
 from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
+from launcher.submitted import damaged_lines, read_submitted
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -101,13 +103,16 @@ def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
 
 
 def find_run(root: Path, name: str | None) -> RunRecord:
-    """The run of this name, the latest where none is named."""
+    """The run of this name, the latest where none is named. What is damaged of its jobs' notes is said."""
     runs = list_runs(root)
     if name and ("/" in name or name in (".", "..")):
         raise UserError(f"{name}: not the name of a run; the runs under {root} are {', '.join(runs) or 'none'}")
     if not name and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")
-    return read_run(root, name or runs[0])
+    record = read_run(root, name or runs[0])
+    for line in (*damaged_lines(root, record.run), *damaged_held(root, record.run)):
+        print(f"prism-launch: {line}", file=sys.stderr)
+    return record
 
 
 def slurm_profile(args: argparse.Namespace) -> Profile:
@@ -129,8 +134,6 @@ def is_on_slurm(root: Path, record: RunRecord) -> bool:
 
     Where the profile is gone or damaged it asks the shell's own, for a run that has been submitted.
     """
-    from launcher.submitted import read_submitted
-
     try:
         if speak_to(load_profile(record.cluster)).scheduler == "slurm":
             return True
@@ -157,8 +160,6 @@ def jobs_source(root: Path, record: RunRecord) -> Callable[[Jobs], Jobs]:
 
 def submission_times(root: Path, record: RunRecord) -> dict[str, float]:
     """When each job of a run was submitted, by its id."""
-    from launcher.submitted import read_submitted
-
     return {s.job: s.time for s in read_submitted(root, record.run)}
 
 
