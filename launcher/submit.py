@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,17 @@ from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import Script, array_option, sbatch_text, scripts_of
 from launcher.spec import stage_text
 from launcher.state import Jobs, stage_states
-from launcher.submitted import JOBS, Submitted, read_lines, read_submitted, renamed, told_states, unheard, write_down
+from launcher.submitted import (
+    JOBS,
+    Submitted,
+    newest_by_id,
+    read_lines,
+    read_submitted,
+    renamed,
+    told_states,
+    unheard,
+    write_down,
+)
 from launcher.users import user_name
 
 __all__ = [
@@ -56,15 +66,19 @@ def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None, before:
     A job that nothing knows any more stands as state GONE. Those in `ended` are not asked for again. `before` is the
     answer of a moment ago: a look that follows another asks for what has changed since, as a rule in one question.
     """
-    lines = read_submitted(root, record.run)
     own = slurm.own_scripts() if before is None else None
-    links = _newest(record, [*lines, *(unheard(root, record.run, own) if own else ())])
+    links = _newest(record, _all_jobs(root, record.run, own or {}))
     over = {job.id: job for job in (ended or {}).values()}
     seen = {job.id for job in (before or {}).values() if job.is_active}
     asked = [s for of in links.values() for s in of if s.job not in over]
     known = over | told_states(root, record.run, asked, own, seen)
     specs = {s.spec.stage: s.spec for s in record.stages}
     return {stage: link_that_counts(root, specs[stage], [s.job for s in of], known) for stage, of in links.items()}
+
+
+def _all_jobs(root: Path, run: str, own: Mapping[str, Sequence[str]]) -> list[Submitted]:
+    """The jobs of a run that are written down and those that nobody heard of, by `slurm.own_scripts()`."""
+    return newest_by_id([*read_submitted(root, run), *unheard(root, run, own)])
 
 
 def submit_run(root: Path, record: RunRecord, profile: Profile) -> dict[str, str]:
@@ -317,7 +331,7 @@ def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
     """
     write_held(root, record.run, {})
     own = slurm.own_scripts()
-    jobs = [*read_submitted(root, record.run), *unheard(root, record.run, own)]
+    jobs = _all_jobs(root, record.run, own)
     known = told_states(root, record.run, jobs, own)
     active = [s for s in jobs if s.job in known and known[s.job].is_active]
     try:

@@ -63,7 +63,18 @@ def _number(job: str) -> str:
 
 def read_submitted(root: Path, run: str) -> list[Submitted]:
     """Every job that was submitted for a run, the oldest first; of lines with the same id the last one counts."""
-    return list({line.job: line for _, line in read_lines(store.run_dir(root, run) / JOBS) if line}.values())
+    return newest_by_id(line for _, line in read_lines(store.run_dir(root, run) / JOBS) if line)
+
+
+def newest_by_id(lines: Iterable[Submitted]) -> list[Submitted]:
+    """One line an id, the last. It stands where the first stood, unless the number was given to another job."""
+    found: dict[str, Submitted] = {}
+    for line in lines:
+        before = found.get(line.job, line)
+        if (before.stage, before.fingerprint, before.chain) != (line.stage, line.fingerprint, line.chain):
+            del found[line.job]
+        found[line.job] = line
+    return list(found.values())
 
 
 def damaged_lines(root: Path, run: str) -> list[str]:
