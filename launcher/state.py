@@ -108,7 +108,7 @@ def _tells_more(attempt: Attempt, job: Job) -> bool:
     if not _is_of(attempt, job):
         return False  # of an earlier job
     if attempt.end is None:
-        return job.state == "RUNNING"
+        return job.state == "RUNNING"  # of one that is suspended Slurm says more
     # One that wanted another life may have been cancelled while it waited for that.
     return attempt.end.get("action") != "again" or not (job.is_active or job.state in _ENDED)
 
@@ -128,7 +128,7 @@ _ENDED: Mapping[str, tuple[State, str]] = {
 def _job_facts(job: Job, last: Attempt | None, folder: Path) -> dict[str, Any]:
     """What Slurm says of a job; `last` is the stage's newest attempt, of this job or of one before it."""
     if job.is_active:
-        waits = job.state != "RUNNING"
+        waits = not job.is_started
         reason = "" if job.reason in ("None", "") else f", {job.reason}"
         before = f"; before: {last.end.get('message') or last.end.get('class')}" if waits and last and last.end else ""
         words = f"job {job.id} {job.state.lower()}{reason}{before}"

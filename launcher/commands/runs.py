@@ -15,6 +15,7 @@ from launcher import store
 from launcher.caps import read_held, waits_for_room
 from launcher.cluster import Profile, load_profile, place_record, speak_to
 from launcher.commands.shared import (
+    is_on_slurm,
     jobs_of,
     jobs_source,
     open_run,
@@ -237,12 +238,11 @@ def report(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     """Stop a run's stages; they save first."""
     from launcher.local import cancel_run
-    from launcher.submit import cancel_jobs
+    from launcher.submit import cancel_submitted
 
     root, record = open_run(args)
     print(f"stopping run {record.run}; its stages save first", file=sys.stderr)
-    submitted = jobs_of(root, record) or read_held(root, record.run)
-    stopped = cancel_jobs(root, record) if submitted else cancel_run(root, record)
+    stopped = cancel_submitted(root, record) if is_on_slurm(root, record) else cancel_run(root, record)
     if args.json:
         print_json({"run": record.run, "stopped": stopped})
     else:

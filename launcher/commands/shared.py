@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, store
+from launcher.caps import damaged_held
 from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
+from launcher.submitted import damaged_lines, read_submitted
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -106,13 +107,16 @@ def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
 
 
 def find_run(root: Path, name: str | None) -> RunRecord:
-    """The run of this name, the latest where none is named."""
+    """The run of this name, the latest where none is named. What is damaged of its jobs' notes is said."""
     runs = list_runs(root)
     if name and ("/" in name or name in (".", "..")):
         raise UserError(f"{name}: not the name of a run; the runs under {root} are {', '.join(runs) or 'none'}")
     if not name and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")
-    return read_run(root, name or runs[0])
+    record = read_run(root, name or runs[0])
+    for line in (*damaged_lines(root, record.run), *damaged_held(root, record.run)):
+        print(f"prism-launch: {line}", file=sys.stderr)
+    return record
 
 
 def slurm_profile(args: argparse.Namespace) -> Profile:
@@ -126,32 +130,40 @@ def slurm_profile(args: argparse.Namespace) -> Profile:
 
 def jobs_of(root: Path, record: RunRecord) -> Jobs:
     """The run's jobs as Slurm tells them; none for a run that was never submitted."""
-    from launcher.submit import read_submitted, stage_jobs
-
-    if not read_submitted(root, record.run):
-        return {}
-    _speak_as(record)
-    return stage_jobs(root, record)
+    return jobs_source(root, record)({})
 
 
-def _speak_as(record: RunRecord) -> None:
-    """Ask the Slurm of the run's profile; where that is gone or damaged, the shell's own."""
-    with contextlib.suppress(UserError):
-        speak_to(load_profile(record.cluster))
+def is_on_slurm(root: Path, record: RunRecord) -> bool:
+    """Whether the run has, or may have, jobs of Slurm. Asks the Slurm of its profile from now on.
+
+    Where the profile is gone or damaged it asks the shell's own, for a run that has been submitted.
+    """
+    try:
+        if speak_to(load_profile(record.cluster)).scheduler == "slurm":
+            return True
+    except UserError:
+        pass
+    return bool(read_submitted(root, record.run))
 
 
 def jobs_source(root: Path, record: RunRecord) -> Callable[[Jobs], Jobs]:
     """Asks Slurm for the run's jobs, but not again for those of which it is known how they ended."""
-    from launcher.submit import read_submitted, stage_jobs
+    from launcher.submit import stage_jobs
 
-    _speak_as(record)
-    return lambda known: stage_jobs(root, record, known) if read_submitted(root, record.run) else {}
+    if not is_on_slurm(root, record):
+        return lambda ended: {}
+    before: Jobs | None = None
+
+    def ask(ended: Jobs) -> Jobs:
+        nonlocal before
+        before = stage_jobs(root, record, ended, before)
+        return before
+
+    return ask
 
 
 def submission_times(root: Path, record: RunRecord) -> dict[str, float]:
     """When each job of a run was submitted, by its id."""
-    from launcher.submit import read_submitted
-
     return {s.job: s.time for s in read_submitted(root, record.run)}
 
 

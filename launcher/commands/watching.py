@@ -22,6 +22,7 @@ from launcher.commands.shared import (
 )
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
+from launcher.submitted import living, read_submitted, unheard
 
 if TYPE_CHECKING:
     from launcher.attempts import Attempt
@@ -180,7 +181,6 @@ def _no_such_attempt(stage: PlannedStage, name: str, found: list[Attempt]) -> li
 def _without_attempt(root: Path, stage: PlannedStage) -> Path:
     """The batch log of a job whose supervisor never began."""
     from launcher.logs import NoLogYet, batch_log
-    from launcher.submit import read_submitted
 
     spec = stage.spec
     jobs = [s.job for s in read_submitted(root, spec.run) if (s.stage, s.fingerprint) == (spec.stage, spec.fingerprint)]
@@ -239,12 +239,12 @@ def clean(args: argparse.Namespace) -> int:
 def _uses(root: Path) -> Uses:
     """Who uses what under a root, by processes and by Slurm's word."""
     from launcher import clean as cleaning
-    from launcher.submit import read_submitted
 
     names = [p.name for p in (root / "runs").glob("*") if p.is_dir()]
     submitted = {name: {s.job for s in read_submitted(root, name)} for name in names}
     claimed = {owner.job for owner in cleaning.owners(root) if owner.job}
-    return cleaning.uses(root, submitted, _active_jobs(_jobs_by_slurm(root, submitted, claimed)))
+    active = _active_jobs(root, _jobs_by_slurm(root, submitted, claimed), submitted)
+    return cleaning.uses(root, submitted, active)
 
 
 def _jobs_by_slurm(root: Path, submitted: Mapping[str, Set[str]], claimed: Set[str]) -> Mapping[str, Set[str]]:
@@ -269,8 +269,11 @@ def _slurm_conf(root: Path, run: str) -> str | None:
         return None
 
 
-def _active_jobs(asked: Mapping[str, Set[str]]) -> set[str]:
-    """Jobs that wait or run, by the Slurm of each; all of one that does not answer, so that nothing of theirs goes."""
+def _active_jobs(root: Path, asked: Mapping[str, Set[str]], submitted: Mapping[str, set[str]]) -> set[str]:
+    """Jobs that wait or run, by the Slurm of each; all of one that does not answer, so that nothing of theirs goes.
+
+    Those that a Slurm took in unheard are added to `submitted`.
+    """
     from launcher import slurm
 
     active: set[str] = set()
@@ -278,7 +281,12 @@ def _active_jobs(asked: Mapping[str, Set[str]]) -> set[str]:
         if conf:
             os.environ["SLURM_CONF"] = conf
         try:
-            active |= {job.id for job in slurm.job_states(jobs).values() if job.is_active}
+            active |= living(root, jobs)
+            own = slurm.own_scripts() if jobs else {}
+            for run, known in submitted.items():
+                lost = {line.job for line in unheard(root, run, own)}
+                known |= lost
+                active |= living(root, lost)
         except WorldError as error:
             print(f"prism-launch: {error}; runs that have jobs there are left alone", file=sys.stderr)
             active |= jobs
