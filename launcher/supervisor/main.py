@@ -89,8 +89,8 @@ def _allocation(spec: StageSpec, root: Path, stage_json: Path) -> Allocation:
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError("the supervisor is started by `prism-launch run` or by a rendered sbatch script")
     found = SlurmJob.current(spec, root, sys.executable)
-    store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
-    return found
+    folder = store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
+    return replace(found, attempt=replace(found.attempt, folder=folder.name))
 
 
 @dataclass
