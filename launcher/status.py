@@ -26,8 +26,8 @@ SCHEMA = 1
 class StageStatus:
     """A stage now. Times are seconds since the epoch, durations seconds; None is what is not known or does not apply.
 
-    `seconds` is the time of the newest attempt, or of all that made the artifact where it is done; `damage` is what could
-    not be read of the attempts' files.
+    `seconds` is the time of the newest attempt, or of all that made the artifact where it is done; `damage` is what
+    could not be read of the attempts' files.
     """
 
     stage: str
