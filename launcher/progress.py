@@ -23,7 +23,6 @@ import resource
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,8 +43,6 @@ _CLAIM_S, _CLAIMS_A_SECOND = 2.0, 8.0
 _SELDOM = 8
 #: Heartbeats a second of all ranks but the first together; and at the least in the time after which a hang is seen.
 _BEATS_A_SECOND, _BEATS_TO_A_HANG = 5.0, 4
-#: How long process groups get to be torn down after the work is done.
-_TEARDOWN_S = 60.0
 #: What each node must find in the attempt's folder before a stage starts, and what it leaves there by its own name.
 PREFLIGHT_SEEN, PREFLIGHT_LEFT = "preflight.seen", "preflight.{node}"
 
@@ -73,7 +70,6 @@ class StageJob:
     _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
     _beaten: list[float] = field(default_factory=list)
-    _teardown: list[Callable[[], None]] = field(default_factory=list)
 
     # ---- paths
 
@@ -134,13 +130,6 @@ class StageJob:
         hang_s = self.spec.limits.hang_s
         seldom = max(hang_s / 20, self.world_size / _BEATS_A_SECOND)
         return max(pause_s, min(seldom, hang_s / _BEATS_TO_A_HANG))
-
-    def at_end(self, teardown: Callable[[], None]) -> None:
-        """Have process groups torn down once this rank has said how it ended.
-
-        Only where that was well: a rank that fails alone must not wait for others that wait for it.
-        """
-        self._teardown.append(teardown)
 
     def metric(self, **figures: Any) -> None:
         """Append one line to the artifact's metrics; rank 0 alone calls it."""
@@ -203,8 +192,13 @@ class StageJob:
     def _replace(path: Path, value: Mapping[str, Any]) -> None:
         # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(json.dumps(value))
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def claim_s(spec: StageSpec) -> float:
@@ -247,22 +241,11 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
     code = _run(main, job)
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Python would go back to the default on its way out: death
-    _leave(job, code)
-
-
-def _leave(job: StageJob, code: int) -> None:
-    """Exit: after the teardown where the rank ended well, at once where its peers may be waiting for it."""
-    if code and (job.world_size > 1 or job._teardown):
+    if code and job.world_size > 1:
+        # Process groups would be torn down on the way out, which waits for the other ranks, and they for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    if job._teardown:
-        timer = threading.Timer(_TEARDOWN_S, os._exit, (code,))
-        timer.daemon = True
-        timer.start()
-    for teardown in reversed(job._teardown):
-        with contextlib.suppress(Exception):  # all is said and done
-            teardown()
     sys.exit(code)
 
 
