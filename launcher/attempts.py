@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +260,16 @@ def _beat(data: Any) -> Beat:
     step = _count(data.get("step"))
     if step is None:
         raise _Damaged("no step")
-    beat = Beat(_time(data.get("time")), step, _count(data.get("total")) or 0, _figures(data.get("figures")))
     first = data.get("first")
-    if not isinstance(first, dict) or _count(first.get("step")) is None:
-        return beat
-    return replace(beat, first_step=_count(first["step"]), first_time=_time(first.get("time")))
+    first = first if isinstance(first, dict) else {}
+    return Beat(
+        time=_time(data.get("time")),
+        step=step,
+        total=_count(data.get("total")) or 0,
+        figures=_figures(data.get("figures")),
+        first_step=_count(first.get("step")),
+        first_time=_number(first.get("time")),
+    )
 
 
 def _end(event: Mapping[str, Any]) -> End:
