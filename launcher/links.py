@@ -86,8 +86,8 @@ def link_that_counts(root: Path, spec: StageSpec, jobs: Sequence[str], known: Ma
     if len(there) == 1:
         return there[0]
     attempt = newest_attempt(root, spec)
-    tried = [job for job in there if attempt is not None and job.id == attempt.name.partition(".")[0]]
-    failed = tried if attempt is not None and (attempt.end or {}).get("action") == "stop" else []
+    tried = [job for job in there if attempt is not None and job.id == attempt.job]
+    failed = tried if attempt is not None and attempt.end and attempt.end.action == "stop" else []
     waiting = [job for job in there if job.is_active]
     running = [job for job in waiting if job.state != "PENDING"]
     return next(iter([*failed, *running[-1:], *waiting, *tried, there[-1]]))

@@ -199,10 +199,24 @@ class StageSpec:
     notify: tuple[str, ...] = ()
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        """Refuse what would be written outside its run or artifact."""
+        names = {"run": self.run, "stage": self.stage, "fingerprint": self.fingerprint}
+        wrong = [(key, f"{name!r} is no name of a folder") for key, name in names.items() if not _is_folder_name(name)]
+        for port, output in self.outputs.items():
+            if not all(_is_folder_name(part) for part in output.path.split("/")):
+                wrong.append((f"outputs.{port}.path", f"{output.path!r} is no path inside the store"))
+        if wrong:
+            raise SpecError(wrong)
+
     @property
     def artifact(self) -> str:
         """The artifact's folder, relative to the store's root."""
         return f"artifacts/{self.kind}/{self.fingerprint}"
+
+
+def _is_folder_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def encode(value: Any) -> Any:
@@ -400,14 +414,16 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def read_stage(path: str | os.PathLike[str]) -> StageSpec:
     """Read `stage.json`. Raises OSError, or SpecError where the file is not one."""
-    text = Path(path).read_text()
     try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise SpecError([("", f"{path}: not JSON: {error}")]) from None
+        data = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SpecError([("", f"{path}: not JSON: {error}; `prism-launch run` writes it anew")]) from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise SpecError([("schema", f"{path}: expected {SCHEMA}; written by another version of prism-launch")])
-    return decode(StageSpec, data)
+    try:
+        return decode(StageSpec, data)
+    except SpecError as error:
+        raise SpecError([(key, f"{path}: {message}") for key, message in error.problems]) from None
 
 
 def stage_text(spec: StageSpec) -> str:

@@ -122,7 +122,8 @@ class SlurmAttempt:
     """What Slurm tells an attempt in the batch step; the defaults are references, for scripts that are only read.
 
     `node` is the job's first node, `hosts` the first nodes of steps that start elsewhere, by step. An element of a job
-    array is known everywhere as `ARRAYJOB_INDEX`; `number` is the id that Slurm counts it by.
+    array is known everywhere as `ARRAYJOB_INDEX`; `number` is the id that Slurm counts it by. `folder` is the name of
+    the attempt's folder where another life of the same restart count has the usual one.
     """
 
     job: str = "$SLURM_JOB_ID"
@@ -130,11 +131,12 @@ class SlurmAttempt:
     node: str = "$SLURMD_NODENAME"
     number: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
 
     @property
     def name(self) -> str:
         """The attempt's folder; the restart count alone would repeat in a chain of jobs."""
-        return f"{self.job}.{self.restarts}"
+        return self.folder or f"{self.job}.{self.restarts}"
 
     def host(self, step: Step) -> str:
         """The first node of a step."""

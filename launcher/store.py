@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -59,17 +60,21 @@ def stage_dir(root: Path, run: str, stage: str) -> Path:
 
 
 def new_attempt(stage: Path, name: str | None = None) -> Path:
-    """A new folder for an attempt: `name`, or the next `local.N`. Raises FileExistsError where `name` is there."""
+    """A new folder for an attempt: the next `local.N`, or `name`, and `name.2`, `name.3` where that is taken.
+
+    Slurm starts a job twice with the same restart count where its controller was killed just after a requeue.
+    """
     stage.mkdir(parents=True, exist_ok=True)
-    if name is not None:
-        (stage / name).mkdir()
-        return stage / name
-    number = 1 + max((int(p.name[6:]) for p in stage.glob("local.*") if p.name[6:].isdigit()), default=0)
-    while True:
+    if name is None:
+        first = 1 + max((int(p.name[6:]) for p in stage.glob("local.*") if p.name[6:].isdecimal()), default=0)
+        names = (f"local.{number}" for number in itertools.count(first))
+    else:
+        names = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
+    for free in names:
         with contextlib.suppress(FileExistsError):
-            (stage / f"local.{number}").mkdir()
-            return stage / f"local.{number}"
-        number += 1
+            (stage / free).mkdir()
+            return stage / free
+    raise AssertionError("numbers do not end")
 
 
 def claim_dir(root: Path, artifact: str) -> Path:
@@ -112,7 +117,7 @@ def read_json(path: Path) -> Any | None:
     """The file's value; None where it is absent or not whole JSON."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 
@@ -165,13 +170,13 @@ def read_receipt(root: Path, artifact: str) -> Receipt | None:
         return None
     try:
         receipt = decode(Receipt, data)
-    except SpecError:
+    except (SpecError, OverflowError):
         return None
     for name, (size, _) in receipt.files.items():
         try:
             if (root / artifact / name).stat().st_size != size:
                 return None
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             return None
     return receipt
 
@@ -183,7 +188,7 @@ def receipts(root: Path, kind: str) -> list[Receipt]:
 
     found = []
     for path in (root / "artifacts" / kind).glob(f"*/{RECEIPT}"):
-        with contextlib.suppress(SpecError, OSError):
+        with contextlib.suppress(SpecError, OSError, OverflowError):
             data = None if "." in path.parent.name else read_json(path)  # .partial, .damaged
             if isinstance(data, dict) and data.get("schema") == RECEIPT_SCHEMA:
                 found.append(decode(Receipt, data))
@@ -307,11 +312,28 @@ def process_start(pid: int) -> str | None:
 
 def is_alive(owner: Owner) -> bool | None:
     """Whether the owner's process lives; None where this machine cannot tell."""
-    if owner.host != socket.gethostname() or (owner.boot == _boot_id() and owner.namespace != _pid_namespace()):
+    if owner.host != socket.gethostname():
         return None
-    if owner.boot == _boot_id() and _is_hidden(owner.pid):
+    if not (owner.boot and process_start(os.getpid())):  # one of us has no /proc
+        return _is_alive_by_pid(owner)
+    if owner.boot != _boot_id():
+        return False
+    if owner.namespace != _pid_namespace() or _is_hidden(owner.pid):
         return None
-    return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
+    return process_start(owner.pid) == owner.start
+
+
+def _is_alive_by_pid(owner: Owner) -> bool | None:
+    """Dead where nothing has its id; else nobody can tell it from a later process. None where either had a /proc."""
+    if owner.start or process_start(os.getpid()):
+        return None
+    try:
+        os.kill(owner.pid, 0)
+    except PermissionError:
+        return None
+    except (OSError, OverflowError):
+        return False
+    return None
 
 
 def _is_hidden(pid: int) -> bool:
@@ -322,7 +344,7 @@ def _is_hidden(pid: int) -> bool:
         os.kill(pid, 0)
     except PermissionError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False
 
@@ -337,9 +359,9 @@ def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    (fresh / "owner.json").write_text(json.dumps(encode(owner)))
-    share_tree(fresh)
     try:
+        (fresh / "owner.json").write_text(json.dumps(encode(owner)))
+        share_tree(fresh)
         for _ in range(3):
             try:
                 os.rename(fresh, folder)  # fails unless the target is absent or empty: the claim is all or nothing

@@ -167,7 +167,7 @@ def _look(root: Path, stage: PlannedStage, args: argparse.Namespace, goes_on: bo
         if goes_on:
             return Look(None, True)
         raise UserError(str(error)) from None
-    if goes_on and not args.component and path == supervisor_log(found[-1].folder):
+    if goes_on and not args.component and path == supervisor_log(found[-1]):
         return Look(None, True)  # its components have not been started yet
     # A named attempt that has ended gets no more lines.
     return Look(path, goes_on and not (args.attempt and found[-1].end is not None))
@@ -204,7 +204,7 @@ def _goes_on(root: Path, record: RunRecord, stage: PlannedStage, queue: Queue) -
     if driver is None or store.is_alive(driver) is False:
         return False
     newest = newest_attempt(root, stage.spec)
-    again = newest is not None and (newest.end or {"action": "again"}).get("action") == "again"
+    again = newest is not None and (newest.end is None or newest.wants_another)
     return state == "waiting" or (state != "done" and again)
 
 

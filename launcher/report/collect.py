@@ -291,12 +291,12 @@ def _attempts(stage: _Stage) -> list[Row]:
             "attempt": life.attempt.name,
             "job": life.attempt.owner.job if life.attempt.owner else None,
             "class": life.exit_class,
-            "message": str((life.attempt.end or {}).get("message", "")),
+            "message": life.attempt.end.message if life.attempt.end else "",
             "started": life.started,
             "seconds": life.seconds,
             "gpu_hours": gpus * life.seconds / 3600,
             "first_step": life.first,
-            "last_step": (life.attempt.beat or {}).get("step"),
+            "last_step": life.attempt.beat.step if life.attempt.beat else None,
             "lost_seconds": lost,
         }
         for life, lost in zip(stage.lives, lost_seconds(stage.lives), strict=True)

@@ -38,8 +38,9 @@ def run(stage_json: str) -> int:
     spec, root = read_stage(stage_json), Path(os.environ["PRISM_ROOT"])
     restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
     attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+    folder = store.new_attempt(store.stage_dir(root, spec.run, spec.stage), attempt.name)
+    attempt = replace(attempt, folder=folder.name)
     life = Life(spec, slurm_place(spec, root, sys.executable, attempt), attempt)
-    store.new_attempt(life.folder.parent, life.folder.name)
     earlier = life.folder.with_name(f"{attempt.job}.{int(restarts) - 1}") / "job.json"
     if (store.read_json(earlier) or {}).get("requeue") == "asked":
         life.note(began=time.time(), ended=True)

@@ -39,11 +39,11 @@ def is_over(root: Path, spec: StageSpec, job: str) -> tuple[int, str] | None:
         return 0, "made by an earlier job of the chain"
     earlier = [life for life in attempts_at(root, spec) if is_of(life, read_links(root, spec, job))]
     last = earlier[-1].end if earlier else None
-    if last is None or last.get("action") != "stop":
+    if last is None or last.action != "stop":
         return None
-    return 1, f"{earlier[-1].name} has failed for good: {last.get('class')}: {last.get('message')}"
+    return 1, f"{earlier[-1].name} has failed for good: {last.exit_class}: {last.message}"
 
 
 def is_of(life: Attempt, jobs: tuple[str, ...]) -> bool:
     """Whether an attempt is a life of one of these jobs."""
-    return life.name.partition(".")[0] in jobs
+    return life.job in jobs

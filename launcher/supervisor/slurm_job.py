@@ -184,8 +184,7 @@ class SlurmJob:
         if known is None or known.restarts <= int(self.attempt.restarts):
             refused = slurm.requeue(self.job)
             if refused is not None:
-                said = f"Slurm does not put the job back into its queue ({refused})"
-                return f"{said}; set `continuation: chain` under limits: of the cluster profile"
+                return _not_requeued(refused)
         if exclude:  # at once: after the requeue there is KillWait for it
             _keep_off(self.job, exclude, known)
         return None
@@ -205,6 +204,13 @@ def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
     away = [step for step in spec.steps if is_elsewhere(step)]
     nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
     return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
+
+
+def _not_requeued(refused: str) -> str:
+    if "nvalid job id" in refused:
+        return "Slurm has forgotten this job: `prism-launch run` submits another, which goes on from what is saved"
+    said = f"Slurm does not put the job back into its queue ({refused})"
+    return f"{said}; set `continuation: chain` under limits: of the cluster profile"
 
 
 def _keep_off(job: str, nodes: Sequence[str], known: Job | None) -> None:
