@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import re
@@ -202,9 +204,9 @@ def _slurm_problems(profile: Profile) -> Problems:
     if limits.continuation == "chain" and limits.chain_jobs > (profile.max_submit or limits.chain_jobs):
         yield "limits.chain_jobs", f"{limits.chain_jobs} jobs a stage, but max_submit is {profile.max_submit}"
     for key in ("partition", "cpu_partition"):
-        name = getattr(profile, key)
-        if name and profile.partitions and name not in profile.partitions:
-            yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
+        for name in alternatives(getattr(profile, key)) if profile.partitions else ():
+            if name not in profile.partitions:
+                yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
     yield from _container_problems(profile)
     if profile.slurm_conf and not profile.slurm_conf.startswith("/"):
         yield "slurm_conf", f"{profile.slurm_conf}: give the full path"
@@ -310,17 +312,31 @@ def _image_problems(resources: Resources, spec: StageSpec, profile: Profile) -> 
         yield "image", problem + (mend if problem == "no container image" else "")
 
 
-def _partition(resources: Resources, profile: Profile) -> tuple[str | None, Partition]:
-    name = profile.partition_of(resources)
-    return name, profile.partitions.get(name or "", Partition())
+def alternatives(text: str | None) -> tuple[str, ...]:
+    """The names in a value of Slurm's that may be a list, `a,b`: one of them is enough."""
+    return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
 
 
 def _limit_problems(resources: Resources, profile: Profile) -> Problems:
-    name, limits = _partition(resources, profile)
-    if profile.partitions and name not in profile.partitions:
-        known = ", ".join(profile.partitions)
-        found = f"no partition {name}{did_you_mean(name, profile.partitions)}" if name else "names no partition"
-        yield "partition", f"{found}; cluster {profile.name} has {known}"
+    """What no partition allows that the stage may go to; each of several says why not."""
+    names = alternatives(profile.partition_of(resources))
+    known = ", ".join(profile.partitions)
+    unknown = [name for name in names if profile.partitions and name not in profile.partitions]
+    for name in unknown:
+        yield (
+            "partition",
+            f"no partition {name}{did_you_mean(name, profile.partitions)}; cluster {profile.name} has {known}",
+        )
+    if profile.partitions and not names:
+        yield "partition", f"names no partition; cluster {profile.name} has {known}"
+    there = [name for name in names if name not in unknown] or [""]
+    found = [list(_beyond(resources, profile, name, profile.partitions.get(name, Partition()))) for name in there]
+    if all(found):
+        yield from dict.fromkeys(itertools.chain(*found))
+
+
+def _beyond(resources: Resources, profile: Profile, name: str, limits: Partition) -> Problems:
+    """What a stage asks for beyond a partition's limits."""
     asked = (
         ("nodes", resources.nodes, limits.max_nodes, "nodes"),
         ("gpus_per_node", resources.gpus_per_node, limits.gpus_per_node, "GPUs a node"),
@@ -329,6 +345,10 @@ def _limit_problems(resources: Resources, profile: Profile) -> Problems:
     for key, count, most, noun in asked:
         if most is not None and count > most:
             yield key, f"asks for {count} {noun}, but partition {name} of cluster {profile.name} has {most}"
+    text = profile.time_of(resources)
+    with contextlib.suppress(ValueError):  # told below
+        if limits.max_time and parse_duration(text) > parse_duration(limits.max_time):
+            yield "time", f"{text} is beyond the {limits.max_time} of partition {name} of cluster {profile.name}"
 
 
 def _time_problems(resources: Resources, profile: Profile) -> Problems:
@@ -338,9 +358,6 @@ def _time_problems(resources: Resources, profile: Profile) -> Problems:
     except ValueError as error:
         yield "time", str(error)
         return
-    name, limits = _partition(resources, profile)
-    if limits.max_time and seconds > parse_duration(limits.max_time):
-        yield "time", f"{text} is beyond the {limits.max_time} of partition {name} of cluster {profile.name}"
     least = profile.signal_lead_s + 120
     if seconds < least:
         yield "time", f"{text} is too short to save before it ends; ask for at least {format_duration(least)}"

@@ -130,7 +130,7 @@ def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent
 
 def checkpoint_path(ref: str, relative_to: Path) -> Path:
     """The full path that a checkpoint reference names."""
-    return Path(os.path.abspath(relative_to / Path(ref).expanduser()))
+    return Path(os.path.abspath(relative_to / os.path.expanduser(ref)))
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:

@@ -7,7 +7,6 @@ ROOT/runs/NAME/stages/STAGE/job.sbatch  the script that was submitted last, of a
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import time
@@ -24,6 +23,7 @@ from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.sbatch import Script, array_option, sbatch_text, scripts_of
 from launcher.spec import encode, stage_text
 from launcher.state import Jobs, stage_states
+from launcher.users import user_name
 
 JOBS = "jobs.jsonl"
 #: How long to wait for another process, perhaps another person's, that is submitting the same run.
@@ -131,7 +131,7 @@ def _lost(root: Path, script: Script, job: str, chain: str | None) -> list[Submi
     folders = [store.stage_dir(root, s.spec.run, s.spec.stage) for s in script.stages]
     prints = [(store.read_json(f / "stage.json") or {}).get("fingerprint", "") for f in folders]
     return [
-        Submitted(stage.spec.stage, fingerprint, id, time.time(), getpass.getuser(), chain)
+        Submitted(stage.spec.stage, fingerprint, id, time.time(), user_name(), chain)
         for stage, fingerprint, id in zip(script.stages, prints, ids, strict=True)
         if id in there
     ]
@@ -247,7 +247,7 @@ def _submit_stages(
 
 def _room(root: Path, profile: Profile) -> Room:
     calls = 0 if profile.submit_rate is None else _calls_since(root, time.time() - 60)
-    jobs = 0 if profile.max_submit is None else slurm.count_jobs(getpass.getuser())
+    jobs = 0 if profile.max_submit is None else slurm.count_jobs(user_name())
     return room_now(profile, calls, jobs)
 
 
@@ -290,7 +290,7 @@ def _script_file(root: Path, script: Script) -> Path:
 
 
 def _submitted(stage: PlannedStage, job: str, chain: str | None = None) -> Submitted:
-    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), getpass.getuser(), chain)
+    return Submitted(stage.spec.stage, stage.spec.fingerprint, job, time.time(), user_name(), chain)
 
 
 def _write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:
@@ -322,5 +322,5 @@ def cancel_jobs(root: Path, record: RunRecord) -> list[str]:
 
 
 def _whose(active: Iterable[Submitted]) -> str:
-    others = [f"{s.job} ({s.stage}) of {s.user}" for s in active if s.user not in ("", getpass.getuser())]
+    others = [f"{s.job} ({s.stage}) of {s.user}" for s in active if s.user not in ("", user_name())]
     return f"; not yours to cancel: job {', '.join(others)}; ask them, or an operator" if others else ""

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if profile.scheduler == "slurm":
         from launcher.limits import refuse_impossible
 
-        refuse_impossible(root, [place_record(r, profile, root) for r in records], profile)
+        _tell(refuse_impossible(root, [place_record(r, profile, root) for r in records], profile))
         records = [place_record(with_snapshot(root, r, profile), profile, root) for r in records]
         return _run_on_slurm(root, records, profile, args)
     records = [place_record(r, profile, root) for r in records]
@@ -64,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
             return code
         worst = max(worst, code)
     return worst
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
@@ -205,7 +210,7 @@ def resume(args: argparse.Namespace) -> int:
         from launcher.limits import refuse_impossible
 
         refuse_gone(root, record)
-        refuse_impossible(root, [record], profile)
+        _tell(refuse_impossible(root, [record], profile))
         return _run_on_slurm(root, [record], profile, args)
     return _run_here(root, record, profile, args)
 

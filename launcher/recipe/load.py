@@ -327,15 +327,15 @@ def _with_absolute_paths(config: Any, folder: Path) -> Any:
     """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
     the command is typed and the worker runs."""
     if isinstance(config, TrainConfig) and config.entrypoint:
-        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
+        return replace(config, entrypoint=os.path.abspath(folder / os.path.expanduser(config.entrypoint)))
     if not isinstance(config, PrepareConfig):
         return config
-    named = folder / Path(config.folder or ".").expanduser()
+    named = folder / os.path.expanduser(config.folder or ".")
 
     def absolute(part: Any) -> Any:
         if not part.path or part.path.startswith("hf:"):
             return part
-        return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
+        return replace(part, path=os.path.abspath(named / os.path.expanduser(part.path)))
 
     sources = {name: absolute(source) for name, source in config.sources.items()}
     problems = {name: absolute(problem_set) for name, problem_set in config.problems.items()}

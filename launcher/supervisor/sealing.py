@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ from launcher.errors import UserError, WorldError
 from launcher.progress import RECORD
 from launcher.spec import StageSpec, encode
 from launcher.store import Owner, Receipt
+from launcher.users import user_name
 
 #: In an unfinished artifact: what its attempts have cost so far.
 COST = "cost.json"
@@ -144,7 +144,7 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
         files=files,
         record=record,
         created=time.time(),
-        made_by=_user(),
+        made_by=user_name(),
         made_on=owner.host,
         image=next((step.image for step in spec.steps if step.image), None),
         attempts=made_in,
@@ -155,10 +155,3 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
     for name in (RECORD, COST):  # once their content stands in the receipt
         (partial / name).unlink(missing_ok=True)
     store.seal(root, spec.artifact, receipt)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that no passwd file knows
-        return ""
