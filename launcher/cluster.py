@@ -19,6 +19,7 @@ from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
+from launcher.steps import SRUN_DEFAULTS
 from launcher.units import format_duration, parse_duration
 
 #: sbatch options that a profile's `sbatch:` may not set, and what sets them.
@@ -96,7 +97,7 @@ class Profile:
     )
     gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
-    runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
+    runtime: Runtime = option(Runtime(), "How steps are started: container, `none` for none; mpi and binding.")
     limits: Limits = option(Limits(), "When the supervisor acts, and how a stage gets another life.")
     preflight: Preflight | None = option(Preflight(), "What nodes must pass before the steps start; null: nothing.")
     notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
@@ -150,7 +151,16 @@ def _profile_problems(profile: Profile) -> Problems:
             yield f"images.{kind}", f"no such kind of stage{hint}; there is {', '.join(IMAGE_NAMES)}"
     for key, names in (("env", profile.env), ("runtime.env_unset", profile.runtime.env_unset)):
         yield from ((key, f"{name!r} is no name of a variable") for name in names if not _NAME.fullmatch(name))
+    for key in ("distribution", "cpu_bind"):
+        value = getattr(profile.runtime, key)
+        if value is not None and not re.fullmatch(r"[\w:,=*.-]+", value):
+            yield f"runtime.{key}", f"{value!r} is no value of srun's --{key.replace('_', '-')}"
     for name, value in profile.env.items():
+        if name in SRUN_DEFAULTS:
+            yield (
+                f"env.{name}",
+                "srun would take it for every step, so it is unset; see `runtime` for what steps are told",
+            )
         if _SECRET.search(name):
             yield (
                 f"env.{name}",
@@ -261,7 +271,7 @@ def _read(path: Path) -> Profile:
             f"{_where(document, 'name', path)}: name: remove it; a profile is called as its file, {path.stem}"
         )
     try:
-        return decode(Profile, {**document.data, "name": path.stem})
+        return decode(Profile, {**document.data, "name": path.stem}, document.written)
     except SpecError as error:
         raise UserError(f"{_where(document, key, path)}: {key}: {message}" for key, message in error.problems) from None
 
