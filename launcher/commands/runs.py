@@ -21,6 +21,7 @@ from launcher.commands.shared import (
     print_failures,
     print_json,
     print_line,
+    print_warnings,
     profile_of,
     records_of,
     root_of,
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     records = _runnable(args, profile)
     _refuse_absent_secrets(records)
+    print_warnings(records, profile)
     root = store.open_root(root_of(args), profile.share_group)
     _refuse_elsewhere(root, records, profile)
     if profile.scheduler == "slurm":

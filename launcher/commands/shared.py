@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,15 @@ def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = 
     cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
     recipes = load_recipes(args.recipe, args.overrides, args.name)
     return [_record(recipe, profile, cluster, elsewhere) for recipe in recipes]
+
+
+def print_warnings(records: Iterable[RunRecord], profile: Profile) -> None:
+    """Tell on standard error what is most likely not meant."""
+    from launcher.check import warnings_of
+
+    told = dict.fromkeys(warning for record in records for warning in warnings_of(record.stages, profile))
+    for warning in told:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:
