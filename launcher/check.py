@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import Profile, check_resources
+from launcher.cluster import Profile, check_resources, image_of
 from launcher.configs import Component, Resources, RLConfig, TrainConfig
+from launcher.containers import image_warning
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
 from launcher.models.families import shape_of
@@ -30,6 +31,16 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
                 path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
     return list(dict.fromkeys(found))
+
+
+def warnings_of(stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
+    """What is most likely not meant, and refused by nobody before a job has waited for its turn."""
+    images: dict[str | None, list[str]] = {}
+    for stage in stages:
+        for image in (stage.resources.image or image_of(stage.spec, profile), *(s.image for s in stage.spec.steps)):
+            images.setdefault(image, []).append(stage.spec.stage)
+    found = ((names[0], image_warning(image, profile.runtime)) for image, names in images.items())
+    return [f"stages.{name}: {warning}" for name, warning in found if warning]
 
 
 def _without_gpu(resources: Resources, profile: Profile) -> bool:

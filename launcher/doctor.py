@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from launcher.data import install_command
 from launcher.units import format_bytes
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*extra *== *['\"]([\w-]+)['\"]")
@@ -60,7 +61,7 @@ def _packages(extra: Literal["local", "report"]) -> Iterator[Finding]:
         try:
             yield Finding(name, extra, True, version(name))
         except PackageNotFoundError:
-            yield Finding(name, extra, False, "not installed", f"pip install 'prism-launch[{extra}]'")
+            yield Finding(name, extra, False, "not installed", install_command(extra))
 
 
 def _programs() -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from types import FrameType
 
 from launcher import store
 from launcher.attempts import Attempt, attempts, attempts_at, newest_attempt, step_of, tail_of
+from launcher.data import install_command
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.runtimes import check_containers
@@ -86,7 +87,7 @@ def check_here(record: RunRecord) -> None:
 def _check_installed() -> None:
     absent = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if absent:
-        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
+        raise WorldError(f"not installed here: {', '.join(absent)}; {install_command('local')}")
 
 
 def _detach(root: Path, record: RunRecord, as_json: bool) -> int:

@@ -39,4 +39,4 @@ def is_external(ref: str) -> bool:
 
 def checkpoint_path(ref: str, relative_to: Path) -> Path:
     """The full path that a checkpoint reference names; `relative_to` is the recipe's folder."""
-    return Path(os.path.abspath(relative_to / Path(ref).expanduser()))
+    return Path(os.path.abspath(relative_to / os.path.expanduser(ref)))

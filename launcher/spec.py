@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -163,11 +164,17 @@ class Preflight:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How steps are started: the container runtime, srun's MPI flavour, variables removed from the environment."""
+    """How steps are started: the container runtime, srun's MPI flavour, variables removed from the environment.
+
+    distribution and cpu_bind are srun's options of that name. Ranks fill one socket after the other by default, as GPUs
+    are numbered on most nodes; Slurm's own default deals them out in turn, away from their GPUs. null: not said.
+    """
 
     container: Literal["none", "pyxis", "apptainer", "docker", "podman", "charliecloud"] = "none"
     mpi: str | None = None
     env_unset: tuple[str, ...] = ()
+    distribution: str | None = "block:block"
+    cpu_bind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -230,19 +237,28 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(cls: type[T], data: Any) -> T:
+class _Problems(list[tuple[str, str]]):
+    """What was found, (path, message); `written` as `decode` gets it."""
+
+    def __init__(self, written: Mapping[str, str]):
+        super().__init__()
+        self.written = written
+
+
+def decode(cls: type[T], data: Any, written: Mapping[str, str] = types.MappingProxyType({})) -> T:
     """Plain JSON data as `cls`; strict, no coercion but int to float and list to tuple.
 
+    `written` is, by path, the text that numbers and words such as `true` have in the file that they were read from.
     Raises SpecError with every problem found, each with its path.
     """
-    problems: list[tuple[str, str]] = []
+    problems = _Problems(written)
     value = _decode(cls, data, "", problems)
     if problems:
         raise SpecError(problems)
     return typing.cast(T, value)
 
 
-def _decode(hint: Any, data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode(hint: Any, data: Any, path: str, problems: _Problems) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return data
@@ -260,31 +276,49 @@ def _decode(hint: Any, data: Any, path: str, problems: list[tuple[str, str]]) ->
         return {k: _decode(args[1], v, _join(path, str(k)), problems) for k, v in data.items()}
     if hint is float:
         ok = isinstance(data, (int, float)) and not isinstance(data, bool)
-        return float(data) if ok else _expect(False, data, "a number", path, problems)
+        return float(data) if ok else _expect(False, data, _A_NUMBER, path, problems)
     ok = isinstance(data, hint) and not (hint is int and isinstance(data, bool))
     return _expect(ok, data, _TYPE_NAMES.get(hint, str(hint)), path, problems)
 
 
+_A_NUMBER = "a number"
 _TYPE_NAMES = {int: "a whole number", str: "a string", bool: "true or false", type(None): "null"}
 
 
-def _expect(ok: bool, data: Any, wanted: str, path: str, problems: list[tuple[str, str]]) -> Any:
+def _expect(ok: bool, data: Any, wanted: str, path: str, problems: _Problems) -> Any:
     if not ok:
-        problems.append((path, f"expected {wanted}, got {json.dumps(data, default=str)}"))
+        problems.append((path, expected(wanted, data, problems.written.get(path))))
     return data
+
+
+_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?")
+
+
+def expected(wanted: str, data: Any, written: str | None = None) -> str:
+    """That a value is not what is wanted, shown as it is written, and what to write where that is plain."""
+    text = written or json.dumps(data, default=str)
+    if wanted == _TYPE_NAMES[str] and not isinstance(data, (list, Mapping)):
+        mend = f"; put it in quotes: {json.dumps(written or ('' if data is None else text), ensure_ascii=False)}"
+    elif wanted == _TYPE_NAMES[int] and isinstance(data, float) and data.is_integer():
+        mend = f"; write {int(data)}"
+    elif wanted in (_TYPE_NAMES[int], _A_NUMBER) and isinstance(data, str) and _NUMBER.fullmatch(data):
+        mend = "; leave the quotes out"
+    else:
+        mend = ""
+    return f"expected {wanted}, got {text}{mend}"
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: _Problems) -> Any:
     alternatives = [arg for arg in args if dataclasses.is_dataclass(arg)]
     if len(alternatives) > 1 and isinstance(data, Mapping):
         return _decode_alternative(alternatives, data, path, problems)
-    tries: list[list[tuple[str, str]]] = []
+    tries: list[_Problems] = []
     for arg in args:
-        found: list[tuple[str, str]] = []
+        found = _Problems(problems.written)
         value = _decode(arg, data, path, found)
         if not found:
             return value
@@ -294,7 +328,7 @@ def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     return data
 
 
-def _decode_alternative(classes: list[Any], data: Mapping[str, Any], path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_alternative(classes: list[Any], data: Mapping[str, Any], path: str, problems: _Problems) -> Any:
     """One of several dataclasses: that of the tag; without a tag, the one that wants nothing more and knows most."""
     tag = tag_of(classes)
     if tag is None:
@@ -328,7 +362,7 @@ def required(cls: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
 
 
-def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: _Problems) -> Any:
     if not isinstance(data, (list, tuple)):
         return _expect(False, data, "a list", path, problems)
     if len(args) == 2 and args[1] is Ellipsis:
@@ -344,7 +378,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _decode_dataclass(
-    cls: Any, data: Any, path: str, problems: list[tuple[str, str]], alternatives: typing.Sequence[Any] = ()
+    cls: Any, data: Any, path: str, problems: _Problems, alternatives: typing.Sequence[Any] = ()
 ) -> Any:
     if not isinstance(data, Mapping):
         return _expect(False, data, "a mapping", path, problems)

@@ -17,6 +17,7 @@ from launcher import __version__
 from launcher.cluster import Profile
 from launcher.commands.shared import lasting_name
 from launcher.configs import ConvertConfig, Resources
+from launcher.data import install_command
 from launcher.errors import UserError, WorldError
 from launcher.inputs import External
 from launcher.recipe import Stage
@@ -29,7 +30,7 @@ def _module(name: str, arguments: Sequence[str]) -> NoReturn:
     """Become a module of the job side, which may load torch: signals, output and exit code are its own from here."""
     absent = [name for name in ("torch", "safetensors", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
-        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
+        raise WorldError(f"not installed here: {', '.join(absent)}; {install_command('local')}")
     ours = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.commands.estimates import Outlook, estimate_json, estimate_table, outlook_of, warnings_of
-from launcher.commands.shared import print_json, profile_of, records_of, root_of, slurm_profile
+from launcher.commands.shared import print_json, print_warnings, profile_of, records_of, root_of, slurm_profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord
 
 
 def check(args: argparse.Namespace) -> int:
     """Find every problem of a recipe."""
+    profile = profile_of(args)
     try:
-        records = records_of(args, profile_of(args))
+        records = records_of(args, profile)
     except UserError as error:
         if not args.json:
             raise
         print_json({"problems": list(error.problems)})
         return error.exit_code
+    print_warnings(records, profile)
     if args.json:
         print_json({"problems": []})
     else:
@@ -119,6 +121,7 @@ def render(args: argparse.Namespace) -> int:
     profile = slurm_profile(args)
     records = records_of(args, profile, elsewhere=True)
     target = Path(args.output)
+    print_warnings(records, profile)
     targets = [target if len(records) == 1 else target / record.run for record in records]
     for record, folder in zip(records, targets, strict=True):
         render_plan(record, profile, folder, root_of(args))

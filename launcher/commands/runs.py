@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from launcher.commands.shared import (
     print_failures,
     print_json,
     print_line,
+    print_warnings,
     profile_of,
     records_of,
     root_of,
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     records = _runnable(args, profile)
     _refuse_absent_secrets(records)
+    print_warnings(records, profile)
     root = store.open_root(root_of(args), profile.share_group)
     _refuse_elsewhere(root, records, profile)
     if profile.scheduler == "slurm":
         from launcher.limits import refuse_impossible
 
-        refuse_impossible(root, [place_record(r, profile, root) for r in records], profile)
+        _tell(refuse_impossible(root, [place_record(r, profile, root) for r in records], profile))
         records = [place_record(with_snapshot(root, r, profile), profile, root) for r in records]
         return _run_on_slurm(root, records, profile, args)
     records = [place_record(r, profile, root) for r in records]
@@ -65,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
             return code
         worst = max(worst, code)
     return worst
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
@@ -206,7 +213,7 @@ def resume(args: argparse.Namespace) -> int:
         from launcher.limits import refuse_impossible
 
         refuse_gone(root, record)
-        refuse_impossible(root, [record], profile)
+        _tell(refuse_impossible(root, [record], profile))
         return _run_on_slurm(root, [record], profile, args)
     return _run_here(root, record, profile, args)
 

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,15 @@ def lasting_name(cluster: str) -> str:
     """A cluster as a run remembers it: a profile of the user's own by its full path."""
     own = Path(cluster).name != cluster or Path(cluster).suffix
     return os.path.abspath(cluster) if own else cluster
+
+
+def print_warnings(records: Iterable[RunRecord], profile: Profile) -> None:
+    """Tell on standard error what is most likely not meant."""
+    from launcher.check import warnings_of
+
+    told = dict.fromkeys(warning for record in records for warning in warnings_of(record.stages, profile))
+    for warning in told:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:

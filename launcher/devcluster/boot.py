@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ from launcher.devcluster import config, daemons, nodes
 from launcher.devcluster.cluster import DevCluster, find
 from launcher.devcluster.config import Site
 from launcher.errors import UserError, WorldError
+from launcher.users import user_name
 
 #: What must be installed.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "sacctmgr", "srun", "mariadbd", "mariadb-install-db")
@@ -113,7 +113,7 @@ def _decide(folder: Path, node_count: int, gpus: int) -> Site:
         folder=str(folder),
         nodes=node_count,
         gpus=gpus,
-        user=getpass.getuser() if os.geteuid() else "root",
+        user=user_name(),
         host=socket.gethostname().partition(".")[0],
         isolation=isolation,
         gpu_files=nodes.fake_gpus(folder, gpus) if gpus else "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,14 @@ _MAX_NODES = 200_000
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`."""
+    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`.
+
+    `written` is, by the same paths, the text of what is neither a string nor empty: `12e45`, `true`.
+    """
 
     data: Mapping[str, Any]
     positions: Mapping[str, str]
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
 def join(path: str, key: str) -> str:
@@ -63,7 +67,7 @@ def parse_document(text: str, shown: str) -> Document:
     data = builder.whole(node)
     if builder.problems:
         raise UserError(builder.problems)
-    return Document(data, builder.positions)
+    return Document(data, builder.positions, builder.written)
 
 
 def parse_value(text: str, shown: str) -> Any:
@@ -98,6 +102,7 @@ class _Builder:
     def __init__(self, shown: str):
         self.shown = shown
         self.positions: dict[str, str] = {}
+        self.written: dict[str, str] = {}
         self.problems: list[str] = []
         self.count = 0
         self.open: set[int] = set()
@@ -126,7 +131,10 @@ class _Builder:
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.ScalarNode):
-                return self.scalar(node, path)
+                value = self.scalar(node, path)
+                if not isinstance(value, str) and node.value:
+                    self.written[path] = node.value
+                return value
             if isinstance(node, yaml.SequenceNode):
                 return [self.item(v, f"{path}[{i}]") for i, v in enumerate(node.value)]
             return {key: self.item(value, join(path, key)) for key, value in self.pairs(node, path)}
@@ -193,7 +201,8 @@ def merge_documents(below: Document, above: Document) -> Document:
     data = _merge(below.data, above.data, "", positions)
     for path, place in above.positions.items():
         positions[path] = place
-    return Document(data, positions)
+    kept = {path: text for path, text in below.written.items() if path in positions and path not in above.positions}
+    return Document(data, positions, {**kept, **above.written})
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any], path: str, positions: dict[str, str]) -> dict[str, Any]:

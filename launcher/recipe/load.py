@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.recipe.document import Document, join, merge_documents, parse_value, read_document
 from launcher.references import is_on_hub
-from launcher.spec import SpecError, decode, did_you_mean
+from launcher.spec import SpecError, decode, did_you_mean, expected
 from launcher.stages import kinds
 from launcher.units import parse_duration
 
@@ -133,6 +133,7 @@ class _Reader:
     shown: str
     folder: Path
     problems: list[str]
+    written: dict[str, str]
 
     def where(self, path: str) -> str:
         while path and path not in self.positions:
@@ -144,7 +145,7 @@ class _Reader:
 
     def decode(self, cls: type, data: Any, path: str) -> Any:
         try:
-            return decode(cls, data)
+            return decode(cls, data, {key.removeprefix(f"{path}."): text for key, text in self.written.items()})
         except SpecError as error:
             for inner, message in error.problems:
                 self.problem(join(path, inner) if inner else path, message)
@@ -155,7 +156,7 @@ def _load_point(
     document: Document, file: Path, shown: str, sets: list[str], name: str | None, own: Sequence[str]
 ) -> Recipe:
     document, applied = _apply_overrides(document, sets)
-    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [])
+    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [], dict(document.written))
     _check_top(reader)
     stages = _read_stages(reader)
     if reader.problems:
@@ -222,15 +223,18 @@ def _override_path(key: str, document: Document) -> str:
 
 def _with_value(document: Document, path: list[str], value: Any, place: str) -> Document:
     above: Any = value
-    positions = {".".join(path): place}
-    for key in reversed(path):
-        above = {key: above}
+    key = ".".join(path)
+    positions = {key: place}
+    for name in reversed(path):
+        above = {name: above}
     merged = merge_documents(document, Document(above, positions))
     if value is None:
         return merged
     # A value that is a mapping replaces the old one whole: `--set x={}` means empty, not unchanged.
     data = _replaced(merged.data, path, value)
-    return Document(data, merged.positions)
+    inside = (f"{key}.", f"{key}[")
+    written = {p: text for p, text in merged.written.items() if p != key and not p.startswith(inside)}
+    return Document(data, merged.positions, written)
 
 
 def _replaced(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def _check_top(reader: _Reader) -> None:
     ):
         value = reader.data.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            reader.problem(key, f"expected {noun}, got {value!r}")
+            reader.problem(key, expected(noun, value, reader.written.get(key)))
     secrets = reader.data.get("secrets") or []
     if not isinstance(secrets, list) or not all(isinstance(s, str) and _VARIABLE.fullmatch(s) for s in secrets):
         reader.problem("secrets", "expected a list of names of variables, such as [HF_TOKEN]; never their values")
@@ -285,7 +289,7 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
         return None
     seed = data.get("seed", reader.data.get("seed", 0))
     if "seed" in data and (not isinstance(seed, int) or isinstance(seed, bool)):
-        reader.problem(join(path, "seed"), f"expected a whole number, got {seed!r}")
+        reader.problem(join(path, "seed"), expected("a whole number", seed, reader.written.get(join(path, "seed"))))
     elif isinstance(seed, int) and not 0 <= seed <= _MAX_SEED:
         reader.problem(join(path, "seed") if "seed" in data else "seed", _seed_problem(seed))
     resources = _read_resources(reader, path, data.get("resources"))
@@ -328,10 +332,10 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
 def _with_absolute_paths(kind: str, config: Any, folder: Path) -> Any:
     """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
     the command is typed and the worker runs."""
-    start = folder / Path(getattr(config, "folder", None) or ".").expanduser()
+    start = folder / os.path.expanduser(getattr(config, "folder", None) or ".")
     for outside in kinds()[kind].outside(config):
         if not is_on_hub(outside.path):
-            config = with_value(config, outside.key, os.path.abspath(start / Path(outside.path).expanduser()))
+            config = with_value(config, outside.key, os.path.abspath(start / os.path.expanduser(outside.path)))
     return config
 
 
@@ -354,6 +358,7 @@ def _read_model(reader: _Reader, stage: str, model: Any) -> Any:
     document = read_document(file, os.path.relpath(file))
     for path, place in document.positions.items():
         reader.positions.setdefault(f"{stage}.model.{path}", place)
+    reader.written.update((f"{stage}.model.{path}", text) for path, text in document.written.items())
     before = len(reader.problems)
     reader.decode(ModelConfig, document.data, f"{stage}.model")
     return document.data if len(reader.problems) == before else None
@@ -366,7 +371,7 @@ def read_model(name: str) -> ModelConfig:
         known = model_names()
         raise UserError(f"no model {name}{did_you_mean(name, known)}; there is {', '.join(known)}")
     document = read_document(file, os.path.relpath(file))
-    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [])
+    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [], dict(document.written))
     model: ModelConfig | None = reader.decode(ModelConfig, document.data, "")
     if model is None:
         raise UserError(reader.problems)

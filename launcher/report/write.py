@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.data import install_command
 from launcher.report.collect import TABLES, collect
 from launcher.report.page import render_page
 from launcher.run_record import RunRecord
@@ -52,7 +53,7 @@ def draw_figures(data: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | N
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"drawing failed: {error}"
     if done.returncode == NO_MATPLOTLIB:
-        return [], "matplotlib is not installed; install the extra that draws: pip install 'prism-launch[report]'"
+        return [], f"matplotlib is not installed; install the extra that draws: {install_command('report')}"
     if done.returncode != 0:
         return [], f"drawing failed: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]}"
     figures: list[dict[str, str]] = json.loads(done.stdout)["figures"]

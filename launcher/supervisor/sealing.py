@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from launcher.progress import RECORD
 from launcher.spec import StageSpec, encode
 from launcher.store import Owner, Receipt
 from launcher.supervisor.beats import RunningTime
+from launcher.users import user_name
 
 #: In an unfinished artifact: what its attempts have cost so far.
 COST = "cost.json"
@@ -152,7 +152,7 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
         files=files,
         record=record if isinstance(record, dict) else {},
         created=time.time(),
-        made_by=_user(),
+        made_by=user_name(),
         made_on=owner.host,
         image=next((step.image for step in spec.steps if step.image), None),
         attempts=made_in,
@@ -163,10 +163,3 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
     for name in (RECORD, COST):  # once their content stands in the receipt
         (partial / name).unlink(missing_ok=True)
     store.seal(root, spec.artifact, receipt)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that no passwd file knows
-        return ""
