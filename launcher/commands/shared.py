@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import __version__, store
 from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
+from launcher.git import describe
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
 
@@ -86,12 +86,7 @@ def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> 
 @functools.cache  # the runs of a matrix are of one folder
 def _git_hash(folder: Path) -> str | None:
     """The commit of a folder, with `+` where it has changes; None outside a repository."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    return describe(folder)
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:

@@ -7,12 +7,12 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.interpreter import module_command, module_environment
 from launcher.report.collect import TABLES, collect
 from launcher.report.page import render_page
 from launcher.run_record import RunRecord
@@ -42,12 +42,16 @@ def write_report(root: Path, record: RunRecord, submitted: Mapping[str, float] |
 
 def draw_figures(data: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     """Figures by `launcher.report.draw` in a process that loads matplotlib; or none, and why in words."""
-    here = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "launcher.report.draw"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(data), capture_output=True, text=True, env=environment, timeout=DRAWING_LIMIT
+            module_command("launcher.report.draw"),
+            input=json.dumps(data),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=module_environment(os.environ),
+            cwd=os.sep,  # matplotlib reads a matplotlibrc where it starts
+            timeout=DRAWING_LIMIT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"drawing failed: {error}"
