@@ -32,10 +32,11 @@ _SHAPES = re.compile(
 )
 #: A name that says what it holds, and a value that stands there in the open.
 _NAMED = re.compile(
-    rb"""\b(?:[A-Z][A-Z0-9_]*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|SECRET_KEY|ACCESS_KEY|PRIVATE_KEY)\b
+    rb"""\b(?:[A-Z][A-Z0-9_]*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|PASS|API_?KEY|SECRET_KEY|ACCESS_KEY|PRIVATE_KEY)\b
         ['"]?\s*[=:]\s*['"]?[^\s'"$<>{}()\[\],;]{6,}
+      | \b(?:[A-Z][A-Z0-9_]*_KEY|token|secret)\b['"]?\s*[=:]\s*['"]?[\w+/=-]{16,}['"]?[,;}\s]*$
       | \b(?:[a-z][a-z0-9]*[_-])*(?:password|passwd|api[_-]?key|secret[_-]key|access[_-]key|auth[_-]token
-        |access[_-]token|client[_-]secret)\b['"]?\s*[=:]\s*['"]?[^\s'"$<>{}()\[\],;.]{6,}['"]?\s*(?:\#.*)?$""",
+        |access[_-]token|client[_-]secret)\b['"]?\s*[=:]\s*['"]?[^\s'"$<>{}()\[\],;.]{6,}['"]?[,;}\s]*(?:\#.*)?$""",
     re.VERBOSE | re.MULTILINE,
 )
 _VARIABLE = re.compile(

@@ -407,6 +407,37 @@ def open_root(path: Path, group: str | None = None) -> Path:
     return path.resolve()
 
 
+def refuse_foreign(root: Path) -> None:
+    """Raises UserError where a root could hold what somebody else wrote: runs name commands, which we would execute.
+
+    A root is its owner's, or the superuser's, or a group's where it is shared with one.
+    """
+    with contextlib.suppress(OSError):
+        found = root.stat()
+        if found.st_uid not in (os.geteuid(), 0) and not is_shared(root):
+            raise UserError(
+                f"{root}: belongs to {_user_name(found.st_uid)}, and what its runs name would be executed as you; "
+                "choose another with --root. "
+                f"To share a store on purpose: share_group in the profile, or chmod g+ws {root}"
+            )
+        inside = [*root.glob("*"), *root.glob("*/*")] if found.st_mode & stat.S_IXOTH else []
+        for path in (root, *inside):
+            if path.is_dir() and path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink():
+                raise UserError(
+                    f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
+                    f"you; look at what it holds, then close it: chmod o-w {path}; or choose another with --root"
+                )
+
+
+def _user_name(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
 def keep_shared(root: Path) -> None:
     """Where a root is shared, let what this process makes from now on be open to its group."""
     if root.is_dir() and is_shared(root):

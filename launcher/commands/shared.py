@@ -33,8 +33,10 @@ def print_json(value: Any) -> None:
 
 
 def root_of(args: argparse.Namespace) -> Path:
-    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root."""
-    return Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root. Raises UserError where it is somebody else's."""
+    root = Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    store.refuse_foreign(root)
+    return root
 
 
 def profile_of(args: argparse.Namespace) -> Profile:

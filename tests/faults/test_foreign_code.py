@@ -1,4 +1,4 @@
-"""Code that a repository, an archive or the shell's folder brought along, and that nothing in the recipe asked to run."""
+"""Code that a repository, an archive or the shell's folder brought along, and that no recipe asked to run."""
 
 from __future__ import annotations
 
