@@ -31,6 +31,7 @@ from launcher.commands.shared import (
 from launcher.errors import UserError, WorldError
 from launcher.run_record import RunRecord, list_runs, obstacles_of, read_run, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -188,9 +189,8 @@ def _finish(root: Path, record: RunRecord, args: argparse.Namespace) -> None:
     if args.json:
         print_line("report", record.run, path=str(page))
         return
-    from rich.console import Console
 
-    Console().print(render_table(collect(root, record, submitted)))
+    console().print(render_table(collect(root, record, submitted)))
     print(f"report: {page}")
 
 
