@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from launcher import store
 from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
+from launcher.files import read_bytes, read_json
 from launcher.recipe import Recipe, Stage
 from launcher.spec import Format
 from launcher.stages import kinds
@@ -122,7 +122,9 @@ def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent
     """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
     where = f"stages.{stage.name}.entrypoint"
     try:
-        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
+        return {"entrypoint": hashlib.sha256(read_bytes(Path(script))).hexdigest()}
+    except UserError as error:
+        raise UserError(f"{recipe.where(where)}: {where}: {error}") from None
     except OSError as error:
         absent.append(Absent(script, stage.name, f"{recipe.where(where)}: {where}: {script}: {error.strerror}"))
         return {"entrypoint": "absent"}
@@ -153,9 +155,10 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
 
 def _model_type(config: Path) -> str | None:
     try:
-        data: Any = json.loads(config.read_text())
+        data: Any = read_json(config)
         return str(data["model_type"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config}: not a model's config.json: {error}") from None
+    except (UserError, KeyError, TypeError, OSError) as error:
+        why = str(error).removeprefix(f"{config}: ")
+        raise UserError(f"{config}: not a model's config.json: {why}") from None

@@ -29,6 +29,7 @@ import launcher
 from launcher import store
 from launcher.cluster import Profile
 from launcher.errors import UserError, WorldError
+from launcher.files import read_bytes
 from launcher.git import Repository, repository
 from launcher.run_record import RunRecord
 from launcher.secret_files import holds_secret, is_secret_name, secret_values
@@ -48,8 +49,8 @@ def with_snapshot(root: Path, record: RunRecord, profile: Profile) -> RunRecord:
     source = _source(profile)
     values = secret_values(secret for stage in record.stages for secret in stage.spec.secrets)
     files, left_out = _package(source / _PACKAGE, values)
-    with contextlib.suppress(OSError):  # piped, or gone since it was read
-        files["recipe.yaml"] = Path(record.recipe).read_bytes()
+    with contextlib.suppress(OSError, UserError):  # piped, or gone since it was read
+        files["recipe.yaml"] = read_bytes(Path(record.recipe))
     relative = f"runs/{record.run}/snapshot/{_digest(files)}"
     if not (root / relative).is_dir():
         _write(root / relative, files | _origin(record, source, values, left_out))

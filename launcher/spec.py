@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -246,6 +247,7 @@ def _decode(hint: Any, data: Any, path: str, problems: list[tuple[str, str]]) ->
         return {k: _decode(args[1], v, _join(path, str(k)), problems) for k, v in data.items()}
     if hint is float:
         ok = isinstance(data, (int, float)) and not isinstance(data, bool)
+        ok = ok and not (isinstance(data, int) and abs(data) > sys.float_info.max)
         return float(data) if ok else _expect(False, data, "a number", path, problems)
     ok = isinstance(data, hint) and not (hint is int and isinstance(data, bool))
     return _expect(ok, data, _TYPE_NAMES.get(hint, str(hint)), path, problems)
@@ -256,8 +258,12 @@ _TYPE_NAMES = {int: "a whole number", str: "a string", bool: "true or false", ty
 
 def _expect(ok: bool, data: Any, wanted: str, path: str, problems: list[tuple[str, str]]) -> Any:
     if not ok:
-        problems.append((path, f"expected {wanted}, got {json.dumps(data, default=str)}"))
+        problems.append((path, f"expected {wanted}, got {_shortened(json.dumps(data, default=str))}"))
     return data
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _join(path: str, key: str) -> str:
@@ -287,6 +293,10 @@ def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     return tuple(_decode(a, v, f"{path}[{i}]", problems) for i, (a, v) in enumerate(zip(args, data, strict=True)))
 
 
+#: Unknown keys of one mapping that are compared with those there are, which takes a while.
+_HINTS = 20
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -298,7 +308,8 @@ def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, 
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
-    hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
+    unknown = [key for key in data if key not in fields]
+    hints_given = {key: did_you_mean(str(key), fields) if i < _HINTS else "" for i, key in enumerate(unknown)}
     not_there: Mapping[str, str] = getattr(cls, "NOT_THERE", {})  # known elsewhere, and why not here
     problems += [(_join(path, str(key)), not_there.get(key, f"unknown key{hint}")) for key, hint in hints_given.items()]
     for name, f in fields.items():

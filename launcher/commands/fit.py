@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 from launcher import store
 from launcher.commands.shared import print_json, root_of
 from launcher.errors import UserError
+from launcher.files import read_json
 from launcher.fit.gpus import Gpu, gpu_of
 from launcher.fit.layers import architecture_of, flops_per_token
 from launcher.fit.memory import Layout
@@ -83,11 +83,9 @@ def _shape(model: str) -> ModelShape:
     if file.suffix != ".json":
         return shape_of(read_model(model).config)
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; name a model, or a checkpoint's folder") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, Mapping):
         raise UserError(f"{file}: not a model's config.json")
     try:

@@ -76,7 +76,7 @@ def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
         with contextlib.suppress(UserError):
             planned = records_of(args, profile, elsewhere=True)
             unbuilt = [line for line in obstacles_of(planned) if "not built" in line]
-        raise UserError([*error.problems, *unbuilt]) from None
+        raise UserError([*unbuilt, *error.problems]) from None
     refuse_unbuilt(records)
     return records
 
