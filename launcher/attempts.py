@@ -72,7 +72,7 @@ def _read_attempt(path: Path) -> tuple[Attempt, str] | None:
 def _read_events(path: Path) -> list[dict[str, Any]]:
     """The events that are whole lines; a killed supervisor may have left half of one."""
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:

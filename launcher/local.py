@@ -269,7 +269,7 @@ class Driver:
         """What a supervisor that could not even begin left in its log."""
         logs = stage_json(self.root, stage).parent.glob("local.*/supervisor.log")
         newest = max(logs, key=lambda p: p.stat().st_mtime, default=None)
-        words = newest.read_text(errors="replace").strip().splitlines() if newest else []
+        words = newest.read_text(errors="replace", encoding="utf-8").strip().splitlines() if newest else []
         return f"its supervisor could not begin: {words[-1] if words else 'it said nothing'}"
 
     def _action(self, stage: PlannedStage, attempt: Attempt | None) -> str:

@@ -92,7 +92,14 @@ def call(*argv: str, timeout: float = 10.0) -> Answer:
     environment["SLURM_BITSTR_LEN"] = "0"  # the indices of an array in full
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=environment
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            encoding="utf-8",
+            errors="replace",
         )
     except FileNotFoundError:
         raise WorldError(f"no {argv[0]} here: this needs Slurm's commands, as a login node has them") from None

@@ -337,7 +337,7 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def read_stage(path: str | os.PathLike[str]) -> StageSpec:
     """Read `stage.json`. Raises OSError, or SpecError where the file is not one."""
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     try:
         data = json.loads(text)
     except ValueError as error:

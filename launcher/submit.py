@@ -52,7 +52,7 @@ def read_submitted(root: Path, run: str) -> list[Submitted]:
 
 def _read_jobs(path: Path) -> list[Submitted]:
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             found.append(Submitted(**json.loads(line)))
         except (ValueError, TypeError):
@@ -294,7 +294,7 @@ def _submitted(stage: PlannedStage, job: str, chain: str | None = None) -> Submi
 
 
 def _write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:
-    with (store.run_dir(root, run) / JOBS).open("a") as file:
+    with (store.run_dir(root, run) / JOBS).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(encode(job)) + "\n" for job in jobs)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import os
 import re
 import sys
 import unicodedata
@@ -71,10 +72,10 @@ def name_of(character: str) -> str:
 def plain_output() -> Iterator[None]:
     """Within the block, whatever is printed is plain and fits the terminal's encoding."""
     with contextlib.ExitStack() as stack:
-        if sys.stdout is not None:
-            stack.enter_context(contextlib.redirect_stdout(_PlainStream(sys.stdout)))
-        if sys.stderr is not None:
-            stack.enter_context(contextlib.redirect_stderr(_PlainStream(sys.stderr)))
+        # Either is None where the shell has closed it.
+        out, err = (s or stack.enter_context(open(os.devnull, "w", encoding="utf-8")) for s in (sys.stdout, sys.stderr))
+        stack.enter_context(contextlib.redirect_stdout(_PlainStream(out)))
+        stack.enter_context(contextlib.redirect_stderr(_PlainStream(err)))
         yield
 
 

@@ -93,7 +93,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--weights: {args.weights} is not numbers with commas between them") from None
     with new_folder(args.target, None, args.sources) as partial:
         record = merge(args.sources, weights, partial, not args.no_verify, show_progress())
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
@@ -120,7 +120,7 @@ def run(
         if parity:
             record["parity"] = _parity(source, partial, record, config)
         if not (partial / target.name).is_file():  # an archive has no place for it
-            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 

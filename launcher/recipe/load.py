@@ -195,7 +195,8 @@ def _load_point(
 
 def _run_name(title: str, sets: Sequence[str]) -> str:
     """The recipe's name and what was changed; safe as a folder's name and never the same for two lists of changes."""
-    raw = "-".join([title, *sets])
+    # Where the locale is not UTF-8, a file's name holds its bytes as surrogates.
+    raw = "-".join([title, *sets]).encode(errors="surrogateescape").decode(errors="surrogateescape")
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", raw).lstrip(".-")
     if safe == raw and len(safe) <= 80:
         return safe

@@ -34,7 +34,7 @@ def read_links(root: Path, spec: StageSpec, job: str) -> tuple[str, ...]:
 def _lines(root: Path, spec: StageSpec) -> list[dict[str, Any]]:
     path = store.run_dir(root, spec.run) / "jobs.jsonl"
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
