@@ -68,7 +68,7 @@ _NO_FILTER = ("unspecified", "unset")
 
 @contextlib.contextmanager
 def repository(folder: Path) -> Iterator[Repository | None]:
-    """The git repository that holds a folder, to be asked within the block; None where there is none, or no git."""
+    """The git repository that holds a folder, to be asked within the block; None where it cannot be asked."""
     finding = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith(_FINDING)}
     finding |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
 
@@ -81,9 +81,13 @@ def repository(folder: Path) -> Iterator[Repository | None]:
         yield None
         return
     commit = find("rev-parse", "--verify", "--quiet", "HEAD") or None
-    with tempfile.TemporaryDirectory(prefix="prism-git-") as apart:
-        here = Path(apart)
-        _make_apart(here, folder / own, folder / common, commit, find("config", "-z", "--list"))
+    with contextlib.ExitStack() as stack:
+        try:
+            here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prism-git-")))
+            _make_apart(here, folder / own, folder / common, commit, find("config", "-z", "--list"))
+        except OSError:  # no room for it, or the repository is damaged
+            yield None
+            return
         yield Repository(Path(top), commit, _environment(here, top))
 
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.interpreter import module_command
+from tests.report.report_run import make_run, plan_run
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher"
 POSIX = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -64,6 +66,17 @@ def test_a_name_is_the_same_run_under_every_locale(locale: dict[str, str], tmp_p
     done = prism("check", "grün.yaml", cwd=tmp_path, **locale)
     digest = hashlib.sha256("grün".encode()).hexdigest()[:8]
     assert f": run gr_n-{digest}: 9 stages".encode() in done.stdout
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_a_report_is_written_under_every_locale(terminal: str, tmp_path: Path) -> None:
+    record = replace(plan_run(), recipe=str(tmp_path / "grün.yaml"))
+    make_run(tmp_path / "root", record)
+    (tmp_path / "root").chmod(0o700)
+    done = prism("report", "demo", "--root", "root", cwd=tmp_path, **TERMINALS[terminal])
+    assert done.returncode == 0 and b"+-" in done.stdout + b"+-" * (terminal == "latin-1"), done.stderr
+    page = (tmp_path / "root" / "runs" / "demo" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "\u00b1" in page
 
 
 def test_a_terminal_that_is_not_there_is_no_error(tmp_path: Path) -> None:
