@@ -80,7 +80,7 @@ def _programs() -> Iterator[Finding]:
 
 def _first_line(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, encoding="utf-8", errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return f"{command[0]} does not answer"
     return (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from launcher import store
 from launcher.configs import PrepareConfig, StdlibSource
 from launcher.errors import UserError
+from launcher.files import read_bytes, read_json
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
@@ -102,6 +102,8 @@ def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]
         where = f"stages.{stage.name}.{outside.where}"
         try:
             facts[outside.where.removesuffix(".path")] = _fact(outside)
+        except UserError as error:
+            raise UserError(f"{recipe.where(where)}: {where}: {error}") from None
         except OSError as error:
             message = f"{recipe.where(where)}: {where}: {outside.path}: {error.strerror}"
             absent.append(Absent(outside.path, stage.name, message))
@@ -111,7 +113,7 @@ def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]
 
 def _fact(outside: Outside) -> str:
     if outside.counts == "content":
-        return hashlib.sha256(Path(outside.path).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(Path(outside.path))).hexdigest()
     return store.tree_fingerprint(Path(outside.path))
 
 
@@ -135,9 +137,10 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
 
 def _model_type(config: Path) -> str | None:
     try:
-        data: Any = json.loads(config.read_text())
+        data: Any = read_json(config)
         return str(data["model_type"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config}: not a model's config.json: {error}") from None
+    except (UserError, KeyError, TypeError, OSError) as error:
+        why = str(error).removeprefix(f"{config}: ")
+        raise UserError(f"{config}: not a model's config.json: {why}") from None

@@ -496,7 +496,7 @@ def _refused(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> It
     with tempfile.TemporaryDirectory(prefix="prism-launch.") as folder:
         for script in reversed(different.values()):
             path = Path(folder, "job.sbatch")
-            path.write_text(script.text(profile, root))
+            path.write_text(script.text(profile, root), encoding="utf-8", errors="surrogateescape")
             why = slurm.test_only(str(path))
             if why is not None:
                 yield script.name.partition(".")[0], why

@@ -24,6 +24,7 @@ from launcher import store
 from launcher.attempts import Attempt, attempts, attempts_at, newest_attempt, step_of, tail_of
 from launcher.data import install_command
 from launcher.errors import UserError, WorldError
+from launcher.interpreter import module_command, module_environment
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.runtimes import check_containers
 from launcher.spec import stage_text
@@ -94,10 +95,15 @@ def _detach(root: Path, record: RunRecord, as_json: bool) -> int:
     with claimed(root, record.run):
         _write(root, record)
     log = store.run_dir(root, record.run) / "driver.log"
-    command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
+    command = module_command("launcher.cli", "resume", record.run, "--root", str(root))
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=module_environment(os.environ),
         )
     # In its name, so that who watches or runs at once finds the run driven.
     store.claim(store.driver_claim(root, record.run), store.this_process(child.pid))
@@ -107,12 +113,6 @@ def _detach(root: Path, record: RunRecord, as_json: bool) -> int:
         at = f"{shlex.quote(record.run)} --root {shlex.quote(str(root))}"
         print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {at}")
     return 0
-
-
-def _environment() -> dict[str, str]:
-    package = str(Path(store.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def _write(root: Path, record: RunRecord) -> None:
@@ -233,8 +233,8 @@ class Driver:
         variables = {"PRISM_ROOT": str(self.root), "PRISM_ATTEMPT": str(folder)}
         with (folder / "supervisor.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "launcher.supervisor", str(path)],
-                env={**_environment(), **variables},
+                module_command("launcher.supervisor", str(path)),
+                env={**module_environment(os.environ), **variables},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -133,7 +133,7 @@ class StageJob:
 
     def metric(self, **figures: Any) -> None:
         """Append one line to the artifact's metrics; rank 0 alone calls it."""
-        with (self.workdir / METRICS).open("a") as file:
+        with (self.workdir / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures, sort_keys=True) + "\n")
 
     def truncate_metrics(self, key: str, last: int) -> None:
@@ -142,7 +142,7 @@ class StageJob:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 if row.get(key, 0) <= last:
@@ -193,7 +193,7 @@ class StageJob:
         # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(value))
+            temporary.write_text(json.dumps(value), encoding="utf-8")
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -82,7 +82,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a new folder")
     script = folder / "submit.sh"
-    mine = script.is_file() and _MARK in script.read_text(errors="replace")
+    mine = script.is_file() and _MARK in script.read_text(errors="replace", encoding="utf-8")
     ours = ("run.json", "submit.sh") if mine else ()
     endings = (".sbatch", ".stage.json") if mine else ()
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.endswith(endings))

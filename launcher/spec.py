@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -276,6 +277,7 @@ def _decode(hint: Any, data: Any, path: str, problems: _Problems) -> Any:
         return {k: _decode(args[1], v, _join(path, str(k)), problems) for k, v in data.items()}
     if hint is float:
         ok = isinstance(data, (int, float)) and not isinstance(data, bool)
+        ok = ok and not (isinstance(data, int) and abs(data) > sys.float_info.max)
         return float(data) if ok else _expect(False, data, _A_NUMBER, path, problems)
     ok = isinstance(data, hint) and not (hint is int and isinstance(data, bool))
     return _expect(ok, data, _TYPE_NAMES.get(hint, str(hint)), path, problems)
@@ -296,7 +298,7 @@ _NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?")
 
 def expected(wanted: str, data: Any, written: str | None = None) -> str:
     """That a value is not what is wanted, shown as it is written, and what to write where that is plain."""
-    text = written or json.dumps(data, default=str)
+    text = _shortened(written or json.dumps(data, default=str))
     if wanted == _TYPE_NAMES[str] and not isinstance(data, (list, Mapping)):
         mend = f"; put it in quotes: {json.dumps(written or ('' if data is None else text), ensure_ascii=False)}"
     elif wanted == _TYPE_NAMES[int] and isinstance(data, float) and data.is_integer():
@@ -306,6 +308,10 @@ def expected(wanted: str, data: Any, written: str | None = None) -> str:
     else:
         mend = ""
     return f"expected {wanted}, got {text}{mend}"
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _join(path: str, key: str) -> str:
@@ -372,6 +378,10 @@ def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: _Proble
     return tuple(_decode(a, v, f"{path}[{i}]", problems) for i, (a, v) in enumerate(zip(args, data, strict=True)))
 
 
+#: Unknown keys of one mapping that are compared with those there are, which takes a while.
+_HINTS = 20
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -385,10 +395,11 @@ def _decode_dataclass(
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
-    unknown = {str(key) for key in data if key not in fields} - _idle_keys(alternatives, data)
-    hints_given = {key: did_you_mean(key, fields) for key in unknown}
+    idle = _idle_keys(alternatives, data)
+    unknown = [str(key) for key in data if key not in fields and str(key) not in idle]
+    hints_given = {key: did_you_mean(key, fields) if i < _HINTS else "" for i, key in enumerate(unknown)}
     not_there: Mapping[str, str] = getattr(cls, "NOT_THERE", {})  # known elsewhere, and why not here
-    for key in (str(k) for k in data if str(k) in unknown):
+    for key in unknown:
         message = not_there.get(key) or _known_by(key, cls, alternatives) or f"unknown key{hints_given[key]}"
         problems.append((_join(path, key), message))
     for name in (n for n in fields if n in required(cls)):

@@ -95,7 +95,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -116,7 +116,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """The file's value; None where it is absent or not whole JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
@@ -296,7 +296,7 @@ def _pid_namespace() -> str:
 
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -304,7 +304,7 @@ def _boot_id() -> str:
 def process_start(pid: int) -> str | None:
     """Start time of a living process in clock ticks since boot, or None. A zombie is not living."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
@@ -360,7 +360,7 @@ def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        (fresh / "owner.json").write_text(json.dumps(encode(owner)))
+        (fresh / "owner.json").write_text(json.dumps(encode(owner)), encoding="utf-8")
         share_tree(fresh)
         for _ in range(3):
             try:
@@ -427,6 +427,37 @@ def open_root(path: Path, group: str | None = None) -> Path:
         raise kind(f"{path}: the store's root cannot be written: {error.strerror}; {hint}") from None
     keep_shared(path)
     return path.resolve()
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raises UserError where a root could hold what somebody else wrote: runs name commands, which we would execute.
+
+    A root is its owner's, or the superuser's, or a group's where it is shared with one.
+    """
+    with contextlib.suppress(OSError):
+        found = root.stat()
+        if found.st_uid not in (os.geteuid(), 0) and not is_shared(root):
+            raise UserError(
+                f"{root}: belongs to {_user_name(found.st_uid)}, and what its runs name would be executed as you; "
+                "choose another with --root. "
+                f"To share a store on purpose: share_group in the profile, or chmod g+ws {root}"
+            )
+        inside = [*root.glob("*"), *root.glob("*/*")] if found.st_mode & stat.S_IXOTH else []
+        for path in (root, *inside):
+            if path.is_dir() and path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink():
+                raise UserError(
+                    f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
+                    f"you; look at what it holds, then close it: chmod o-w {path}; or choose another with --root"
+                )
+
+
+def _user_name(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def keep_shared(root: Path) -> None:

@@ -23,6 +23,7 @@ from launcher.spec import encode
 from launcher.state import Jobs
 from launcher.status import SCHEMA, RunStatus, StageStatus, run_status
 from launcher.status_table import StatusTable
+from launcher.terminal import console
 from launcher.units import format_count, format_duration
 
 #: A plain line of each running stage at most this often, in seconds.
@@ -43,10 +44,9 @@ class Follower:
 
     def __enter__(self) -> Follower:
         if sys.stdout.isatty() and not self.as_json:
-            from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(console=Console(), refresh_per_second=4)
+            self.live = Live(console=console(), refresh_per_second=4)
             self.live.__enter__()
         return self
 

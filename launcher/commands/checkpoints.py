@@ -20,6 +20,7 @@ from launcher.configs import ConvertConfig, Resources
 from launcher.data import install_command
 from launcher.errors import UserError, WorldError
 from launcher.inputs import External
+from launcher.interpreter import module_command, module_environment
 from launcher.recipe import Stage
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import Input
@@ -31,12 +32,9 @@ def _module(name: str, arguments: Sequence[str]) -> NoReturn:
     absent = [name for name in ("torch", "safetensors", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
         raise WorldError(f"not installed here: {', '.join(absent)}; {install_command('local')}")
-    ours = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     sys.stdout.flush()
-    # -P: a torch.py or a checkout of transformers in the folder where the command is typed is none of ours.
-    os.execve(sys.executable, [sys.executable, "-P", "-m", name, *arguments], environment)
+    os.execve(sys.executable, module_command(name, *arguments), module_environment(environment))
 
 
 def convert(args: argparse.Namespace) -> int:

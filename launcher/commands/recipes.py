@@ -10,6 +10,7 @@ from launcher.commands.estimates import Outlook, estimate_json, estimate_table, 
 from launcher.commands.shared import print_json, print_warnings, profile_of, records_of, root_of, slurm_profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord
+from launcher.terminal import console
 
 
 def check(args: argparse.Namespace) -> int:
@@ -39,12 +40,11 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print_json([_plan_json(record, outlook) for record, outlook in outlooks])
         return 0
-    from rich.console import Console
 
     for record, outlook in outlooks:
-        Console().print(_plan_table(record, outlook.done))
+        console().print(_plan_table(record, outlook.done))
         if table := estimate_table(outlook):
-            Console().print(table)
+            console().print(table)
     return 0
 
 
@@ -144,7 +144,6 @@ def backends(args: argparse.Namespace) -> int:
         print_json([{**dict(zip(keys, row, strict=True)), "models": models.get(row[2], [])} for row in rows])
         return 0
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     families: dict[tuple[str, ...], list[str]] = {}
@@ -154,7 +153,7 @@ def backends(args: argparse.Namespace) -> int:
     for (backend, algorithm, state, reason), names in families.items():
         table.add_row(backend, algorithm, ", ".join(names), state, reason)
     table.caption = "rendered: planned and rendered in full, and refused by run"
-    Console().print(table)
+    console().print(table)
     return 0
 
 
@@ -177,13 +176,12 @@ def recipes(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "stages", "what it is")
     for recipe in found:
         table.add_row(recipe["name"], str(len(recipe["stages"])), recipe["description"])
-    Console().print(table)
+    console().print(table)
     return 0
 
 

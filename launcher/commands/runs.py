@@ -33,6 +33,7 @@ from launcher.commands.shared import (
 from launcher.errors import UserError, WorldError
 from launcher.run_record import RunRecord, list_runs, obstacles_of, read_run, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -83,7 +84,7 @@ def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
         with contextlib.suppress(UserError):
             planned = records_of(args, profile, elsewhere=True)
             unbuilt = [line for line in obstacles_of(planned) if "not built" in line]
-        raise UserError([*error.problems, *unbuilt]) from None
+        raise UserError([*unbuilt, *error.problems]) from None
     refuse_unbuilt(records)
     return records
 
@@ -196,9 +197,8 @@ def _finish(root: Path, record: RunRecord, args: argparse.Namespace) -> None:
     if args.json:
         print_line("report", record.run, path=str(page))
         return
-    from rich.console import Console
 
-    Console().print(render_table(collect(root, record, submitted)))
+    console().print(render_table(collect(root, record, submitted)))
     print(f"report: {page}")
 
 

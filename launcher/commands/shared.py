@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from launcher import __version__, store
 from launcher.caps import damaged_held
 from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
+from launcher.git import describe
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
 from launcher.submitted import damaged_lines, read_submitted
@@ -34,8 +34,10 @@ def print_json(value: Any) -> None:
 
 
 def root_of(args: argparse.Namespace) -> Path:
-    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root."""
-    return Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root. Raises UserError where it is somebody else's."""
+    root = Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    store.refuse_foreign(root)
+    return root
 
 
 def profile_of(args: argparse.Namespace) -> Profile:
@@ -100,12 +102,7 @@ def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> 
 @functools.cache  # the runs of a matrix are of one folder
 def _git_hash(folder: Path) -> str | None:
     """The commit of a folder, with `+` where it has changes; None outside a repository."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    return describe(folder)
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:

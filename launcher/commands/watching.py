@@ -23,6 +23,7 @@ from launcher.commands.shared import (
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
 from launcher.submitted import living, read_submitted, unheard
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.attempts import Attempt
@@ -49,11 +50,10 @@ def status(args: argparse.Namespace) -> int:
             print(f"prism-launch: {trouble}", file=sys.stderr)
         print_json(encode(now))
         return 0
-    from rich.console import Console
 
     from launcher.status_table import StatusTable
 
-    Console().print(StatusTable(now))
+    console().print(StatusTable(now))
     sys.stdout.flush()
     print_failures(now)
     return 0

@@ -97,7 +97,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the folder's index; empty where there is none. Raises UserError."""
     path = folder / INDEX
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         wrong = [name for name in places.values() if Path(name).name != name]
     except FileNotFoundError:
         return {}
@@ -162,7 +162,7 @@ class HfWriter:
                 "metadata": {"total_size": sum(e.nbytes for e in entries.values())},
                 "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
             }
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _start(self, path: Path, entries: Mapping[str, Entry]) -> None:
         # Wider types first, as safetensors itself orders them, so that every tensor lies at a multiple of its width.

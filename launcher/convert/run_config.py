@@ -36,7 +36,7 @@ def write(folder: Path, shape: ModelShape, entries: Mapping[str, Entry], config:
 
     weights = entries["embedding.word_embeddings.weight"].dtype
     found = run_config(shape, weights, config.get("initializer_range"))
-    (folder / RUN_CONFIG).write_text(yaml.safe_dump(found, sort_keys=False))
+    (folder / RUN_CONFIG).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
 
 
 def run_config(shape: ModelShape, dtype: torch.dtype, initializer_range: Any = None) -> dict[str, Any]:

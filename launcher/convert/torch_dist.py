@@ -203,7 +203,7 @@ def checkpoint_dir(folder: Path) -> Path:
     """The folder of the newest checkpoint, which the tracker file names. Raises UserError."""
     tracker = folder / TRACKER
     try:
-        text = tracker.read_text(errors="replace").strip()
+        text = tracker.read_text(errors="replace", encoding="utf-8").strip()
     except OSError:
         raise UserError(f"{folder}: no {TRACKER}; a checkpoint of format megatron is wanted") from None
     if text != RELEASE and not re.fullmatch("[0-9]{1,18}", text):
@@ -323,7 +323,7 @@ class TorchDistWriter:
         (self._path / ".metadata").write_bytes(pickle.dumps(metadata))
         kinds: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kinds |= {"common_backend": "torch", "common_backend_version": 1}
-        (self._path / "metadata.json").write_text(json.dumps(kinds))
+        (self._path / "metadata.json").write_text(json.dumps(kinds), encoding="utf-8")
         with (self._path / "common.pt").open(
             "wb"
         ) as file:  # by its path torch would say no more of a full disk than "iostream"

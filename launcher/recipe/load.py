@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,10 @@ STAGE_KINDS = tuple(kind for kind in CONFIGS if kind != "convert")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: numpy takes no negative seed and none beyond 32 bits, and ranks add to it; the stages before would have run by then.
 _MAX_SEED = 2**31 - 1
+#: Runs of one matrix, files that `base:` leads to, and levels of a key of --set.
+_MAX_RUNS = 1000
+_MAX_FILES = 100
+_MAX_LEVELS = 64
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("-to-hf", "-to-megatron", "-to-nemo")
 
@@ -38,8 +43,7 @@ def load_recipes(path: str | Path, overrides: Sequence[str] = (), name: str | No
     file = find_recipe(str(path))
     document = _with_bases(file, str(path) if Path(path).exists() else str(file), ())
     return tuple(
-        _load_point(document, file, str(path), [*point, *overrides], name, overrides)
-        for point in _matrix_points(document, str(path))
+        _load_point(document, file, str(path), point, overrides, name) for point in _matrix_points(document, str(path))
     )
 
 
@@ -77,13 +81,16 @@ def list_recipes() -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _with_bases(path: Path, shown: str, chain: tuple[Path, ...]) -> Document:
-    """The document with everything that its `base:` names laid below it."""
-    real = path.resolve()
+def _with_bases(path: Path, shown: str, chain: tuple[Path, ...], read: list[Path] | None = None) -> Document:
+    """The document with everything that its `base:` names laid below it; `read` are the files read so far."""
+    real, read = path.resolve(), [] if read is None else read
+    read.append(real)
+    if len(read) > _MAX_FILES:
+        raise UserError(f"{shown}: base: more than {_MAX_FILES} files are read, one again for each that names it")
     if real in chain:
         circle = " -> ".join(str(p.name) for p in (*chain[chain.index(real) :], real))
         raise UserError(f"{shown}: base: files name one another in a circle: {circle}")
-    document = read_document(path, shown)
+    document = read_document(path, shown, piped=not chain)
     bases = document.data.get("base")
     names = [bases] if isinstance(bases, str) else bases or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -95,7 +102,7 @@ def _with_bases(path: Path, shown: str, chain: tuple[Path, ...]) -> Document:
             file = beside if beside.exists() else find_recipe(name)
         except UserError as error:
             raise UserError(f"{document.positions['base']}: base: {error}") from None
-        below = merge_documents(below, _with_bases(file, os.path.relpath(file), (*chain, real)))
+        below = merge_documents(below, _with_bases(file, os.path.relpath(file), (*chain, real), read))
     return merge_documents(below, document) if names else document
 
 
@@ -107,10 +114,19 @@ def _matrix_points(document: Document, shown: str) -> list[list[str]]:
     place = document.positions.get("matrix", shown)
     if not isinstance(matrix, Mapping) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise UserError(f"{place}: matrix: expected keys with lists of values, such as `seed: [0, 1, 2]`")
+    runs = math.prod(len(values) for values in matrix.values())
+    if runs > _MAX_RUNS:
+        raise UserError(
+            f"{place}: matrix: {_exactly(runs)} runs; at most {_MAX_RUNS:,}, so leave out values, or split it"
+        )
     import json
 
     axes = [[f"{key}={v if _is_plain(v) else json.dumps(v)}" for v in values] for key, values in matrix.items()]
     return [list(point) for point in itertools.product(*axes)]
+
+
+def _exactly(count: int) -> str:
+    return f"{count:,}" if count < 1e15 else "more than 10^15"
 
 
 def _is_plain(value: Any) -> bool:
@@ -153,16 +169,19 @@ class _Reader:
 
 
 def _load_point(
-    document: Document, file: Path, shown: str, sets: list[str], name: str | None, own: Sequence[str]
+    document: Document, file: Path, shown: str, point: list[str], own: Sequence[str], name: str | None
 ) -> Recipe:
-    document, applied = _apply_overrides(document, sets)
+    sets = [*point, *own]
+    place = document.positions.get("matrix", shown)
+    labels = [*(f"{place}: matrix: {text}" for text in point), *(f"--set {text}" for text in own)]
+    document, applied = _apply_overrides(document, list(zip(sets, map(_shortened, labels), strict=True)))
     reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [], dict(document.written))
     _check_top(reader)
     stages = _read_stages(reader)
     if reader.problems:
         raise UserError(list(dict.fromkeys(reader.problems)))
     title = reader.data.get("name") or file.stem
-    run = _run_name(name, sets[: len(sets) - len(own)]) if name else _run_name(title, sets)
+    run = _run_name(name, point) if name else _run_name(title, sets)
     return Recipe(
         name=run,
         path=shown if Path(shown).exists() else str(file),
@@ -177,21 +196,29 @@ def _load_point(
 
 def _run_name(title: str, sets: Sequence[str]) -> str:
     """The recipe's name and what was changed; safe as a folder's name and never the same for two lists of changes."""
-    raw = "-".join([title, *sets])
+    # Where the locale is not UTF-8, a file's name holds its bytes as surrogates.
+    raw = "-".join([title, *sets]).encode(errors="surrogateescape").decode(errors="surrogateescape")
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", raw).lstrip(".-")
     if safe == raw and len(safe) <= 80:
         return safe
-    return f"{safe[:70] or 'run'}-{hashlib.sha256(raw.encode()).hexdigest()[:8]}"
+    return f"{safe[:70] or 'run'}-{hashlib.sha256(raw.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _apply_overrides(document: Document, sets: Sequence[str]) -> tuple[Document, list[str]]:
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _apply_overrides(document: Document, sets: Sequence[tuple[str, str]]) -> tuple[Document, list[str]]:
+    """The document with changes `KEY=VALUE`, each with the place where it stands."""
     problems: list[str] = []
     applied = []
-    for text in sets:
+    for text, place in sets:
         key, equals, value = text.partition("=")
-        place = f"--set {text}"
         if not equals or not key:
             problems.append(f"{place}: expected KEY=VALUE")
+            continue
+        if key.count(".") >= _MAX_LEVELS:
+            problems.append(f"{place}: a key of more than {_MAX_LEVELS} levels; no recipe has one")
             continue
         try:
             path = _override_path(key, document)

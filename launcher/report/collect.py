@@ -165,7 +165,7 @@ def _read_lines(path: Path) -> list[Row]:
     """Rows of a JSON-lines file; a half-written last line, or no file, is no error."""
     rows = []
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]

@@ -400,5 +400,5 @@ def _interfaces() -> Iterator[str]:
     for folder in sorted(Path("/sys/class/net").glob("*")):
         inner = folder.name == "lo" or (folder / "bridge").exists() or (folder / "brport").exists()
         with contextlib.suppress(OSError):
-            if not inner and (folder / "operstate").read_text().strip() == "up":
+            if not inner and (folder / "operstate").read_text(encoding="utf-8").strip() == "up":
                 yield folder.name

@@ -237,7 +237,7 @@ def read_outcome(trial: Trial, job: slurm.Job | None) -> Outcome:
         for path in folder.glob("*.json")
         if path.name != "job.json" and (report := store.read_json(path)) is not None
     }
-    logs = [path.read_text(errors="replace") for path in trial.folder.glob(f"{trial.job}_0_log.*")]
+    logs = [path.read_text(errors="replace", encoding="utf-8") for path in trial.folder.glob(f"{trial.job}_0_log.*")]
     return Outcome(
         trial=trial,
         state=job.state if job else "UNKNOWN",

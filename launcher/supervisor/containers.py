@@ -45,7 +45,11 @@ class Contained(Process):
 
     def _not_started(self) -> Said:
         log = self.attempt_dir / f"{self.step.name}.{self.rank}.log"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(_COMPLAINTS)]
+        lines = [
+            line
+            for line in log.read_text(errors="replace", encoding="utf-8").splitlines()
+            if line.startswith(_COMPLAINTS)
+        ]
         words = lines[-1] if lines else f"see {log}"
         return Said("crashed", f"{self.runtime} could not start the container: {words}")
 
@@ -77,7 +81,16 @@ def remove_leftovers(runtime: str, artifact: str, attempt_dir: Path) -> None:
 def _call(argv: tuple[str, ...]) -> str:
     """What the command prints. Raises WorldError with what it says where it fails."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_CALL_S, cwd=os.sep, check=False)
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=_CALL_S,
+            cwd=os.sep,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
     except FileNotFoundError:
         raise WorldError(f"{argv[0]}: no such program here") from None
     except subprocess.TimeoutExpired:

@@ -383,7 +383,7 @@ class Supervisor:
 
     def _event(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), "event": event, **facts})
-        with (self.attempt_dir / EVENTS).open("a") as file:
+        with (self.attempt_dir / EVENTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def _end(self, result: Outcome) -> None:

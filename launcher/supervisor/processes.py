@@ -127,7 +127,7 @@ class SrunStep(Process):
         assert self.popen.stderr is not None
         text = (self.popen.stderr.read() or b"").decode(errors="replace")
         if text:
-            with (self.attempt_dir / f"{self.step.name}.srun.log").open("a") as log:
+            with (self.attempt_dir / f"{self.step.name}.srun.log").open("a", encoding="utf-8") as log:
                 log.write(text)
         return complaints(text)
 

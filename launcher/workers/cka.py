@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(path: Path) -> list[str]:
     """One text a line. Raises UserError where there are fewer than four."""
     try:
-        texts = [line for line in path.read_text().splitlines() if line.strip()]
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     if len(texts) < 4:

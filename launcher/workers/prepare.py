@@ -136,7 +136,7 @@ def _find_tokenizer(path: str) -> Path:
 def _end_token(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     try:
-        token = json.loads(path.read_text()).get("eos_token")
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no tokenizer's settings: {error}") from None
     content = token.get("content") if isinstance(token, dict) else token

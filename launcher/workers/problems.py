@@ -136,7 +136,7 @@ def problem_text(problem: Problem, terse: bool = False) -> str:
 def read_problems(path: Path) -> list[dict[str, Any]]:
     """The problems of a SET.jsonl. Raises UserError naming every line that is none."""
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     rows: list[dict[str, Any]] = []

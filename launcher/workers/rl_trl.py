@@ -76,7 +76,7 @@ class Tally:
     @classmethod
     def read(cls, folder: Path) -> Tally:
         """The tally as it was at a checkpoint."""
-        return cls(**json.loads((folder / WHOLE).read_text()))
+        return cls(**json.loads((folder / WHOLE).read_text(encoding="utf-8")))
 
     def values(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -75,7 +75,7 @@ def _paths(job: StageJob, config: TrainConfig, save: Path) -> Paths:
 def _iteration(folder: Path) -> int | None:
     """The last iteration that the script has saved; None where there is none."""
     try:
-        return int((folder / _TRACKER).read_text())
+        return int((folder / _TRACKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -93,6 +93,7 @@ def _run(job: StageJob, command: list[str], step_tokens: int) -> int:
         text=True,
         errors="replace",
         preexec_fn=partial(die_with_parent, os.getpid()),
+        encoding="utf-8",
     )
     ended = threading.Event()
 
@@ -140,7 +141,7 @@ def _deliver(job: StageJob, config: TrainConfig, save: Path) -> None:
         raise WorldError(f"{save / name}: named by {_TRACKER}, but it is not there")
     # The original stays until the artifact is whole: an attempt that is cut off before that starts from it again.
     shutil.copytree(save / name, target / name, copy_function=_link)
-    (target / _TRACKER).write_text(str(config.train_iters))
+    (target / _TRACKER).write_text(str(config.train_iters), encoding="utf-8")
     start = job.input("checkpoint") / "hf" if "checkpoint" in job.spec.inputs else None
     tokenizer = next(job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer"))
     hf_files.write(target / "hf", start, tokenizer, config.model.config, config.precision)
