@@ -6,6 +6,7 @@ UTF-8, with or without a byte order mark. Standard library only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from launcher.errors import UserError
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
 TOLD = 20
+#: Half of a pair of escapes that make one character.
+_HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]..")
 
 
 def decode(content: bytes, where: str) -> str:
@@ -23,9 +26,7 @@ def decode(content: bytes, where: str) -> str:
         return content.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{where}:{line}: not text: byte {error.start} is not UTF-8; remove it or convert it"
-        ) from None
+        raise UserError(f"{where}:{line}: not text: byte {error.start} is not UTF-8; remove it or convert it") from None
 
 
 def parse(text: str, where: str, *, strict: bool = False) -> Any:
@@ -33,25 +34,31 @@ def parse(text: str, where: str, *, strict: bool = False) -> Any:
 
     `strict` refuses NaN and Infinity, which JSON does not have and configs of models do.
     """
+    place, several = where, "\n" in text.strip()
     try:
-        value = json.loads(text, parse_constant=_refuse_constant if strict else None)
+        value = (_STRICT if strict else _USUAL).decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
         problem = "nested too deeply"
-    except UnicodeEncodeError as error:
-        problem = f"holds half a character, \\u{ord(error.object[error.start]):04x}, which UTF-8 cannot; remove it"
+    except UnicodeEncodeError:
+        half = _HALF.search(text)
+        place += f":{text.count(chr(10), 0, half.start()) + 1}" if half and several else ""
+        problem = f"holds half a character, {half[0] if half else 'a surrogate'}, which UTF-8 cannot; remove it"
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        problem = f"not JSON: {error.msg}, {place}"
+        place += f":{error.lineno}" if several else ""
+        problem = f"not JSON: {error.msg}, column {error.colno}"
     except ValueError as error:
-        problem = f"not JSON: {'a number of too many digits' if 'digits' in str(error) else error}"
-    raise UserError(f"{where}: {problem}")
+        problem = f"not JSON: {'a number of thousands of digits' if 'digits' in str(error) else error}"
+    raise UserError(f"{place}: {problem}")
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON; write null or leave it out")
+
+
+_USUAL, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def read_json(path: Path) -> Any:
