@@ -523,6 +523,10 @@ class EvaluateConfig:
         )
 
 
+#: CKA by the unbiased estimator needs so many texts.
+LEAST_TEXTS = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig:
     """Weight change and representation similarity between pairs of checkpoints: port `analysis`. PRISM, section 10."""
@@ -540,7 +544,7 @@ class AnalyzeConfig:
             (not self.pairs, "pairs", "names no pair"),
             (not self.thresholds, "thresholds", "names no threshold"),
             (any(t <= 0 for t in self.thresholds), "thresholds", "must be above 0"),
-            (self.num_texts < 4, "num_texts", "must be at least 4"),
+            (self.num_texts < LEAST_TEXTS, "num_texts", f"must be at least {LEAST_TEXTS}"),
         )
 
 

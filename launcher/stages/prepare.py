@@ -6,7 +6,8 @@ from launcher.configs import PrepareConfig, Resources
 from launcher.spec import Format, Step
 from launcher.stages import Need, worker_step
 
-VERSION = 1
+#: 2: special tokens that text spells are text, a tokenizer's truncation counts for nothing, links and .gz are read.
+VERSION = 2
 
 
 def outputs(config: PrepareConfig) -> dict[str, Format]:

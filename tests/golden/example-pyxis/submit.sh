@@ -100,9 +100,9 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare e92b3b12286cda78edf2
+submit prepare 1ab6ba810e07d7338a86
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain bf982591065240cf4d20 prepare small-052cb9-to-megatron
-submit midtrain-to-hf cbfe661354639d7ffbca midtrain
-submit evaluate f19a2160312491715dfa midtrain-to-hf prepare
-submit_array sweep sweep.held-out.0 99ed72c93e72277e62a3 sweep.held-out.1 2fb0867b6e05bae04d0c sweep.easy.0 3c39de28d5a5bba2396a sweep.easy.1 b430658098d3cdf0625d -- midtrain-to-hf prepare
+submit midtrain 791cd286ddd154c39c44 prepare small-052cb9-to-megatron
+submit midtrain-to-hf 738c42aa067fb025c157 midtrain
+submit evaluate 02225a9c5a98393c30ed midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 8972e6dca6da4141a5dd sweep.held-out.1 983fe9f233fd2a549d5e sweep.easy.0 7a89426af0e12d8f3af3 sweep.easy.1 fc0a470fb1e6844863f6 -- midtrain-to-hf prepare
