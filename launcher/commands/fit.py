@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
 from launcher.models.shape import ModelShape
 from launcher.units import format_count, format_duration, significant
+from launcher.user_json import read_json
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
 _FIXED = {
@@ -82,11 +82,9 @@ def _shape(model: str) -> ModelShape:
     if file.suffix != ".json":
         return shape_of(read_model(model).config)
     try:
-        config = json.loads(file.read_text())
-    except OSError as error:
+        config = read_json(file)
+    except FileNotFoundError as error:
         raise UserError(f"{file}: {error.strerror}; name a model, or a checkpoint's folder") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, Mapping):
         raise UserError(f"{file}: not a model's config.json")
     try:

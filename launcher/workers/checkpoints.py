@@ -105,9 +105,10 @@ def _config(raw: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     wanted |= {key: 0.0 for key, value in config.to_dict().items() if _is_dropout(key) and value}
     chooses = GenerationConfig().to_dict().keys() - _RUN.keys() - set(_IDS) - {f.name for f in fields(config)}
     wanted |= {key: None for key in chooses if raw.get(key) is not None}
-    instead = {key: getattr(config, key) for key in sorted(wanted)}
+    instead = {key: raw[key] if key in raw else getattr(config, key) for key in sorted(wanted)}
     for key, value in wanted.items():
-        setattr(config, key, value)
+        if hasattr(config, key):  # transformers leaves some of them out itself
+            setattr(config, key, value)
     return config, instead
 
 
@@ -129,10 +130,10 @@ def save_checkpoint(loaded: Loaded, source: Path, target: Path) -> None:
 
     Its generation_config.json ends completions where training did, and is otherwise that of `source`.
     """
-    for key in _RUN.keys() | {key for key in loaded.config if _is_dropout(key)}:
-        if key in loaded.config:
-            setattr(loaded.model.config, key, loaded.config[key])
     loaded.model.save_pretrained(target)
+    kept = {key: value for key, value in loaded.config.items() if key in _RUN or _is_dropout(key)}
+    if kept:
+        write_json(target / "config.json", {**(read_object(target / "config.json") or {}), **kept})
     write_json(target / "generation_config.json", dict(loaded.generation))
     copy_tokenizer(source, target)
 
