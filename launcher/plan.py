@@ -208,11 +208,8 @@ def _add(
     inserted: bool,
     part_of: str | None = None,
 ) -> None:
-    spec = replace(
-        plan_stage(stage, inputs, facts, builder.limits, builder.runtime),
-        run=builder.recipe.name,
-        secrets=builder.recipe.secrets,
-    )
+    spec = plan_stage(builder.recipe.name, stage, inputs, facts, builder.limits, builder.runtime)
+    spec = replace(spec, secrets=builder.recipe.secrets)
     absent = {a.path for a in builder.inputs.absent if a.stage in (part_of or stage.name, None)}
     read = {i.path for i in inputs.values()}
     read |= {a.path for a in builder.inputs.absent if a.stage == (part_of or stage.name)}
@@ -228,13 +225,13 @@ def _add(
 
 
 def plan_stage(
-    stage: Stage, inputs: Mapping[str, Input], facts: Mapping[str, str], limits: Limits, runtime: Runtime
+    run: str, stage: Stage, inputs: Mapping[str, Input], facts: Mapping[str, str], limits: Limits, runtime: Runtime
 ) -> StageSpec:
-    """One stage whose inputs are found, of no run yet."""
+    """One stage whose inputs are found."""
     kind = kinds()[stage.kind]
     key = fingerprint(stage.kind, kind.VERSION, kind.what_counts(stage.config), stage.seed, inputs, facts)
     return StageSpec(
-        run="",
+        run=run,
         stage=stage.name,
         kind=stage.kind,
         kind_version=kind.VERSION,

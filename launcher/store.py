@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import corpus
 from launcher.errors import UserError, WorldError
+from launcher.users import user_name
 
 RECEIPT = "artifact.json"
 RECEIPT_SCHEMA = 1
@@ -210,10 +212,9 @@ def sha256_of(path: Path) -> str:
 
 
 def tree_fingerprint(path: Path) -> str:
-    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """A digest of the names, sizes and modification times of a file or of all files in a folder, links followed."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in corpus.walk(path).files:
         stat = file.stat()
         line = f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         digest.update(line.encode(errors="surrogateescape"))  # a name need not be UTF-8
@@ -438,7 +439,7 @@ def refuse_foreign(root: Path) -> None:
         found = root.stat()
         if found.st_uid not in (os.geteuid(), 0) and not is_shared(root):
             raise UserError(
-                f"{root}: belongs to {_user_name(found.st_uid)}, and what its runs name would be executed as you; "
+                f"{root}: belongs to {user_name(found.st_uid)}, and what its runs name would be executed as you; "
                 "choose another with --root. "
                 f"To share a store on purpose: share_group in the profile, or chmod g+ws {root}"
             )
@@ -449,15 +450,6 @@ def refuse_foreign(root: Path) -> None:
                     f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
                     f"you; look at what it holds, then close it: chmod o-w {path}; or choose another with --root"
                 )
-
-
-def _user_name(number: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def keep_shared(root: Path) -> None:

@@ -6,12 +6,13 @@ import os
 import pwd
 
 
-def user_name() -> str:
-    """The name of this process's user; the number as text where no name belongs to it, as in a container.
+def user_name(number: int | None = None) -> str:
+    """The name of a user, this process's by default; the number as text where it has no name, as in a container.
 
     Slurm's commands take either. USER and LOGNAME are not asked: they are whatever a shell left there.
     """
+    number = os.geteuid() if number is None else number
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(number)

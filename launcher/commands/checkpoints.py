@@ -86,7 +86,7 @@ def _run_of(config: ConvertConfig, source: External, profile: Profile, cluster: 
 
     stage = Stage("convert", "convert", config, Resources(cpus_per_task=2), seed=0)
     inputs = {"checkpoint": Input(source.path, source.format, source.fingerprint)}
-    spec = plan_stage(stage, inputs, {}, profile.limits, profile.runtime)
+    spec = plan_stage(stage.name, stage, inputs, {}, profile.limits, profile.runtime)
     name = f"convert-to-{config.target}-{spec.fingerprint[:6]}"
     return RunRecord(
         run=name,

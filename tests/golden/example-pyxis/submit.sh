@@ -122,9 +122,9 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare 2e667a1f7a030113c5b6
+submit prepare 9341e5352afc6c4e6acd
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain 1883d8aa03fa5036572a prepare small-052cb9-to-megatron
-submit midtrain-to-hf 8f43d6db0dcc2149d85f midtrain
-submit evaluate f7b490e9b7d70597ba46 midtrain-to-hf prepare
-submit_array sweep sweep.held-out.0 ad9dbe503b64be8cd8eb sweep.held-out.1 b9227568522665562a7e sweep.easy.0 72902a925ef4ad053824 sweep.easy.1 2cc89330a791a856c254 -- midtrain-to-hf prepare
+submit midtrain c65f18f3f333a36d4040 prepare small-052cb9-to-megatron
+submit midtrain-to-hf db098e9ad648ae45fbc9 midtrain
+submit evaluate b5a40414ec4bdd4db4a1 midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 fd5d849b5b42ff9207f3 sweep.held-out.1 357589bf26e08d25dcba sweep.easy.0 3f4430f5205f0a1c191b sweep.easy.1 d787e37ccb300bd59a08 -- midtrain-to-hf prepare
