@@ -31,9 +31,11 @@ def steps(config: PrepareConfig, resources: Resources) -> tuple[Step, ...]:
 
 
 def not_built(config: PrepareConfig) -> str | None:
-    """Published data sets and problem sets."""
+    """Published data sets and problem sets, and tokenizers from a hub."""
     sources = [name for name, source in config.sources.items() if source.kind == "dataset"]
     sets = [name for name, problems in config.problems.items() if problems.path]
     missing = [f"sources of kind dataset ({', '.join(sources)})"] if sources else []
     missing += [f"published problem sets ({', '.join(sets)})"] if sets else []
+    if (config.tokenizer.path or "").startswith("hf:"):
+        missing.append(f"fetching a tokenizer ({config.tokenizer.path}); download it and name its folder")
     return " and ".join(missing) or None
