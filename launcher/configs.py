@@ -130,6 +130,7 @@ class ModelConfig:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
+_HALF = "holds half a character, which UTF-8 cannot"
 #: The padding and end tokens of a trained tokenizer, and the special tokens that text may spell.
 PAD, END = "<pad>", "<eos>"
 ALLOWED_SPECIAL = ("<think>", "</think>")
@@ -148,7 +149,13 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         names = ("special_tokens", "allowed_special")
-        _refuse(*(("" in getattr(self, name), name, "holds an empty token") for name in names))
+        _refuse(
+            *(("" in getattr(self, name), name, "holds an empty token") for name in names),
+            *(
+                (any("\ud800" <= c <= "\udfff" for token in getattr(self, name) for c in token), name, _HALF)
+                for name in names
+            ),
+        )
 
     @property
     def too_small(self) -> str | None:

@@ -121,6 +121,11 @@ def look(path: Path) -> Corpus:
 
 def told(passed: Mapping[Path, str], root: Path, most: int = 5) -> str:
     """The files that are passed over, in words: how many, and the first of them."""
-    names = [str(path.relative_to(root)) for path in passed]
+    names = [shown(path, root) for path in passed]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{root}: {len(names):,} files are not read: {', '.join(names[:most])}{more}"
+    return f"{root}: {len(names):,} file{'s' if len(names) != 1 else ''} not read: {', '.join(names[:most])}{more}"
+
+
+def shown(path: Path, root: Path) -> str:
+    """A file's name below `root` as text that can be printed: a name need not be UTF-8."""
+    return os.fsencode(path.relative_to(root)).decode(errors="replace")

@@ -311,6 +311,7 @@ def test_what_is_built_is_not_marked() -> None:
     [
         ("prepare", {"sources": {"text": {"kind": "dataset", "path": "/d"}}}, "sources of kind dataset (text)"),
         ("prepare", {"problems": {"held-out": {"count": 5, "path": "/p"}}}, "published problem sets (held-out)"),
+        ("prepare", {"tokenizer": {"path": "hf:a/b"}}, "fetching a tokenizer (hf:a/b)"),
         ("evaluate", {"samples": 4}, "several samples"),
         ("evaluate", {"top_p": 0.95}, "top_p"),
     ],

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.models.side_files import side_files
-from launcher.user_json import TOLD, read_object
+from launcher.user_json import TOLD, decode, read_object
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 #: What tokenizer_config.json may ask for and no stage does: a stage says itself what begins and ends a text.
@@ -52,7 +52,10 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         )
     set_aside = [f"tokenizer.json: {words}" for words in _baked_in(data)]
     set_aside += [f"tokenizer_config.json: {key}" for key in _SET_ASIDE if settings.get(key)]
-    set_aside += [name for name in side_files(folder) if name.endswith(".jinja")]
+    templates = {name: path for name, path in side_files(folder).items() if name.endswith(".jinja")}
+    for path in templates.values():
+        decode(path.read_bytes(), str(path))
+    set_aside += templates
     model = {**data["model"], "dropout": None} if "dropout" in data["model"] else data["model"]
     plain = {**data, "truncation": None, "padding": None, "post_processor": None, "model": model}
     lacking = {content: number for content, number in added.items() if content not in ids}
@@ -80,11 +83,15 @@ def _adds(processor: Any) -> list[str]:
     if not isinstance(processor, dict):
         return []
     if processor.get("type") == "Sequence":
-        return [token for part in processor.get("processors", ()) for token in _adds(part)]
+        return [token for part in _rows(processor.get("processors")) for token in _adds(part)]
     if processor.get("type") == "TemplateProcessing":
-        parts = [p.get("SpecialToken") for p in processor.get("single", ()) if isinstance(p, dict)]
-        return [str(p.get("id")) for p in parts if isinstance(p, dict)]
+        parts = [part.get("SpecialToken") for part in _rows(processor.get("single"))]
+        return [str(part.get("id")) for part in parts if isinstance(part, dict)]
     return [str(processor[k][0]) for k in ("cls", "sep") if isinstance(processor.get(k), list) and processor[k]]
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _added(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -99,11 +106,14 @@ def _added(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens by role, as transformers reads them: special_tokens_map.json counts where the tokens are not
-    listed in tokenizer_config.json. Raises UserError."""
+    """The special tokens by role. Raises UserError.
+
+    As transformers reads them, special_tokens_map.json counts first where tokenizer_config.json lists no tokens.
+    """
     settings = read_object(folder / "tokenizer_config.json") or {}
-    older = {} if "added_tokens_decoder" in settings else read_object(folder / "special_tokens_map.json") or {}
-    both = {role: _content(older.get(role)) or _content(settings.get(role)) for role in NAMED}
+    older = read_object(folder / "special_tokens_map.json") or {}
+    first, second = (settings, older) if "added_tokens_decoder" in settings else (older, settings)
+    both = {role: _content(first.get(role)) or _content(second.get(role)) for role in NAMED}
     return {role: content for role, content in both.items() if content is not None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.configs import DatasetSource, PrepareConfig, PublishedSet, Resources
+from launcher.references import is_on_hub
 from launcher.spec import Format, Step
 from launcher.stages.kind import Need, Outside, StageKind, worker_step
 
@@ -33,11 +34,13 @@ class Prepare(StageKind):
         return (worker_step("prepare", resources),)
 
     def not_built(self, config: PrepareConfig) -> str | None:
-        """Published data sets and problem sets."""
+        """Published data sets and problem sets, and tokenizers from a hub."""
         sources = [name for name, source in config.sources.items() if isinstance(source, DatasetSource)]
         sets = [name for name, problems in config.problems.items() if isinstance(problems, PublishedSet)]
         missing = [f"sources of kind dataset ({', '.join(sources)})"] if sources else []
         missing += [f"published problem sets ({', '.join(sets)})"] if sets else []
+        if config.tokenizer.path and is_on_hub(config.tokenizer.path):
+            missing.append(f"fetching a tokenizer ({config.tokenizer.path}); download it and name its folder")
         return " and ".join(missing) or None
 
     def outside(self, config: PrepareConfig) -> tuple[Outside, ...]:

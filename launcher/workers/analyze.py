@@ -27,10 +27,11 @@ def main(job: StageJob) -> None:
         head = {"from": a, "to": b}
         weights += rows(whole, head)
         modules += module_rows(parts, head)
-    cka = _cka(job, config, names, total)
+    set_aside: dict[str, list[str]] = {}
+    cka = _cka(job, config, names, total, set_aside)
     body = {"weights": weights, "weights_by_module": modules, "cka": cka, "dtypes": _dtypes(job, names)}
     write_json(job.output("analysis") / "analysis.json", body)
-    job.record(versions=_versions())
+    job.record(versions=_versions(), settings={"added_to_every_text": None, "set_aside": set_aside})
 
 
 def _versions() -> dict[str, str]:
@@ -57,15 +58,18 @@ def _dtypes(job: StageJob, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: sorted(types) for name, types in found.items()}
 
 
-def _cka(job: StageJob, config: AnalyzeConfig, names: Sequence[str], total: int) -> list[dict[str, Any]]:
-    """Rows of every pair on problem texts and, as a control, on the source."""
-    from launcher.workers.checkpoints import load_model, quiet
+def _cka(
+    job: StageJob, config: AnalyzeConfig, names: Sequence[str], total: int, set_aside: dict[str, list[str]]
+) -> list[dict[str, Any]]:
+    """Rows of every pair on problem texts and, as a control, on the source; `set_aside` is filled by checkpoint."""
+    from launcher.workers.checkpoints import load_checkpoint, quiet
     from launcher.workers.cka import cka_rows, pooled_states
 
     quiet()
     states: dict[tuple[str, str], Any] = {}
     for number, name in enumerate(names):
-        model, tokenizer = load_model(job.input(name))
+        loaded = load_checkpoint(job.input(name))
+        model, tokenizer, set_aside[name] = loaded.model, loaded.tokenizer, list(loaded.set_aside)
         for label, texts in _texts(job, config, tokenizer).items():
             _beat(job, len(config.pairs) + number, total)
             states[name, label] = pooled_states(model, tokenizer, texts)
@@ -88,7 +92,7 @@ def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, li
     if config.source:
         prefix = job.input(port_of(config.source, "tokens")) / item_of(config.source)
         pieces = text_pieces(read_indexed(prefix), config.num_texts)
-        found["source"] = [tokenizer.decode(ids) for ids in pieces]
+        found["source"] = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in pieces]
     for label, texts in found.items():
         if len(texts) < LEAST_TEXTS:
             where = config.problems if label == "problems" else config.source

@@ -77,7 +77,7 @@ def cka_rows(before: torch.Tensor, after: torch.Tensor, head: dict[str, Any]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`cka A B --texts FILE [--json]`."""
-    from launcher.workers.checkpoints import load_model, quiet
+    from launcher.workers.checkpoints import load_checkpoint, quiet
 
     parser = argparse.ArgumentParser(prog="prism-launch cka", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
@@ -89,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     states = []
     for folder in (args.before, args.after):
-        model, tokenizer = load_model(folder)
-        states.append(pooled_states(model, tokenizer, texts))
+        loaded = load_checkpoint(folder)
+        for setting in loaded.set_aside:
+            print(f"{folder}: counts for nothing: {setting}", file=sys.stderr)
+        states.append(pooled_states(loaded.model, loaded.tokenizer, texts))
     found = cka_rows(states[0], states[1], {"from": str(args.before), "to": str(args.after), "texts": str(args.texts)})
     if args.json:
         print(json.dumps({"cka": found}, indent=2))

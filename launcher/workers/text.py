@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.configs import SourceConfig
-from launcher.corpus import form, look, told
+from launcher.corpus import form, look, shown, told
 from launcher.errors import UserError
 from launcher.user_json import TOLD, bounded, decode, parse, rows
 from launcher.workers.problems import problem_text
@@ -130,7 +130,7 @@ def _read_files(name: str) -> Source:
         "not_read": {
             "files": len(corpus.passed),
             "bytes": sum(p.stat().st_size for p in corpus.passed if p.is_file()),
-            "names": {str(p.relative_to(path)): why for p, why in list(corpus.passed.items())[:TOLD]},
+            "names": {shown(p, path): why for p, why in list(corpus.passed.items())[:TOLD]},
         },
     }
     return Source(tuple(documents), origin)

@@ -96,7 +96,7 @@ def test_what_is_not_read_is_counted_and_named(corpus: Path, tmp_path: Path, cap
     (corpus / "deep" / "picture.png").write_bytes(b"123")
     os.mkfifo(corpus / "pipe")
     stage = prepare(tmp_path / "stage", write_tokenizer(tmp_path / "mine"), corpus)
-    assert "3 files are not read: README, deep/picture.png, pipe" in capsys.readouterr().out
+    assert "3 files not read: README, deep/picture.png, pipe" in capsys.readouterr().out
     origin = stage.record()["sources"][0]["origin"]
     assert (origin["files"], origin["documents"]) == (10, 12)
     assert origin["bytes"] == sum(file.stat().st_size for file in look(corpus).read)
@@ -112,7 +112,7 @@ def test_check_names_it_before_anything_runs(corpus: Path, tmp_path: Path, capsy
     )
     (corpus / "notes.bin").write_bytes(b"x")
     assert cli.main(["check", str(recipe)]) == 0
-    assert f"stages.prepare.sources.t: {corpus}: 1 files are not read: notes.bin" in capsys.readouterr().out
+    assert f"stages.prepare.sources.t: {corpus}: 1 file not read: notes.bin" in capsys.readouterr().out
     assert cli.main(["check", str(recipe), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["notes"]) == 1
     (corpus / "shard.parquet").write_bytes(b"x")
@@ -122,6 +122,14 @@ def test_check_names_it_before_anything_runs(corpus: Path, tmp_path: Path, capsy
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     assert cli.main(["check", str(recipe)]) == 2
     assert f"r.yaml:1: stages.prepare.sources.t.path: {corpus}: holds no" in capsys.readouterr().err
+
+
+def test_names_need_not_be_utf8(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(os.fsencode(corpus) + b"/na\xefve.bin", "wb"), open(os.fsencode(corpus) + b"/na\xefve.txt", "wb") as text:
+        text.write(b"read all the same")
+    stage = prepare(tmp_path / "stage", write_tokenizer(tmp_path / "mine"), corpus)
+    assert "1 file not read: na\ufffdve.bin" in capsys.readouterr().out
+    assert stage.record()["sources"][0]["documents"] == len(ALL) + 1
 
 
 def test_the_fingerprint_sees_the_files_that_are_read(corpus: Path) -> None:

@@ -30,7 +30,7 @@ stages:
   prepare:
     kind: prepare
     sources: {text: {kind: files, path: text.txt}}
-    problems: {rl: {task: chain_sum, count: 10}}
+    problems: {rl: {task: chain_sum, count: 16}}
   mid:
     kind: train
     data: {prepare/text: 1.0}
