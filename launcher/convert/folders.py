@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from launcher.convert import nemo
-from launcher.convert.entry import Entry
+from launcher.convert.entry import Entry, raw_bytes
 from launcher.convert.files import Files, Span, directly_in, in_tar
-from launcher.convert.hf import INDEX, HfReader
-from launcher.convert.links import Format
+from launcher.convert.hf import HfReader
 from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader, checkpoint_dir
 from launcher.errors import UserError
-from launcher.models.families import shape_of
+from launcher.models import headers
+from launcher.models.formats import Format
+from launcher.models.headers import INDEX, Held
+from launcher.models.matching import match
 from launcher.models.shape import ModelShape
 from launcher.models.side_files import is_side_file
 
@@ -27,9 +30,13 @@ CARRIED = "hf"
 
 
 class Reader(Protocol):
-    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages."""
+    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages.
+
+    `held` are all tensors, `entries` those that can be read.
+    """
 
     where: Path
+    held: Mapping[str, Held]
     entries: dict[str, Entry]
     paths: Sequence[Path]
 
@@ -42,7 +49,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to read: `config` is its config.json as read, `side` the files carried along, by name."""
+    """A checkpoint to read: `config` is its config.json as read, `side` the files carried along, by name.
+
+    `notes` tell what of its files is left out.
+    """
 
     format: Format
     where: Path
@@ -50,6 +60,7 @@ class Checkpoint:
     shape: ModelShape
     side: Files
     reader: Reader
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint:
@@ -70,6 +81,46 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
         span = files[nemo.CONFIG]
         nemo.check_config(span.read().decode(errors="replace"), str(span), shape)
     return Checkpoint(name, path, config, shape, side, _reader(name, path, files))
+
+
+def model_alone(found: Checkpoint) -> Checkpoint:
+    """The checkpoint with the model's tensors alone, under the model's names. Raises UserError where one is missing or
+    does not fit, and for a tensor beside them that could be another model's."""
+    fit = match(found.reader.held, found.shape, found.format, found.reader.where, found.config)
+    if fit.copy:
+        _check_copy(found.reader, *fit.copy, found.shape.vocab_size)
+    return replace(found, reader=_Model(found.reader, fit.names), notes=fit.notes)
+
+
+def _check_copy(reader: Reader, copy: str, original: str, rows: int) -> None:
+    """Raise UserError where a second output weight is another one; padding rows do not count."""
+    if not same_values(*(reader.read(name)[:rows] for name in (copy, original))):
+        raise UserError(
+            f"{reader.where}: {copy} differs from {original}, to which config.json ties it (tie_word_embeddings); set "
+            f"that to false if the model has output weights of its own, or take {copy} out"
+        )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bytes, or in different types the same values."""
+    return raw_bytes(a) == raw_bytes(b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
+
+
+class _Model:
+    """A reader's tensors under the model's names, without what lies beside them."""
+
+    def __init__(self, reader: Reader, names: Mapping[str, str]):
+        self.where, self.paths, self._reader, self._names = reader.where, reader.paths, reader, names
+        self.held = {name: reader.held[held] for name, held in names.items()}
+        self.entries = {name: reader.entries[held] for name, held in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._reader.read(self._names[name])
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors of one type."""
+        return self._reader.read_together([self._names[name] for name in names])
 
 
 def _look_at(path: Path) -> tuple[Format, Files]:
@@ -128,16 +179,8 @@ def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape
     path = where / "config.json"
     if "config.json" not in side:
         raise UserError(f"{path}: No such file or directory; put the model's config.json there")
-    try:
-        config = json.loads(side["config.json"].read())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); get the file again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a config.json of a model; get the file again")
-    try:
-        return config, shape_of(config)
-    except UserError as error:
-        raise UserError(f"{path}: {problem}" for problem in error.problems) from None
+    config = headers.parse_config(side["config.json"].read(headers.MOST_CONFIG + 1), path)
+    return config, headers.shape_in(config, path)
 
 
 def _side(files: Files, folder: str = "") -> Files:

@@ -38,7 +38,8 @@ from launcher.convert.entry import Entry, Shape
 from launcher.convert.files import Files, Member, begin_writing
 from launcher.convert.lanes import LANES
 from launcher.convert.metadata import parse_metadata
-from launcher.errors import UserError
+from launcher.errors import UserError, bounded
+from launcher.models.headers import Held
 from launcher.models.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,6 +93,7 @@ class TorchDistReader:
     def __init__(self, where: Path, files: Files, prefix: str = ""):
         self.where, self._files = where, files
         self.entries: dict[str, Entry] = {}
+        self.held: dict[str, Held] = {}
         self._keys: dict[str, tuple[str, int | None]] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         if ".metadata" not in files:
@@ -109,7 +111,8 @@ class TorchDistReader:
                 self._pieces.setdefault(index.fqn, []).append(_piece(tensors[index.fqn], index, info))
         problems = [*self._holes(tensors), *self._broken_files()]
         if problems:
-            raise UserError(problems)
+            raise UserError(bounded(problems, where))
+        self.held = {n: Held(str(e.dtype).removeprefix("torch."), e.shape) for n, e in self.entries.items()}
         used = {piece.info.relative_path for pieces in self._pieces.values() for piece in pieces}
         self.paths = sorted({files[name].path for name in (".metadata", *used)})
 
@@ -258,7 +261,7 @@ class TorchDistWriter:
             if len(t) > 1
         ]
         if mixed:
-            raise UserError(mixed)
+            raise UserError(bounded(mixed, self._path))
 
     def _place(self, name: str) -> tuple[str, int | None]:
         match = _LAYER.fullmatch(name)
