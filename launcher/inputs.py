@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher import store
 from launcher.configs import PrepareConfig, TrainConfig
 from launcher.errors import UserError
+from launcher.models.checkpoints import CARRIED
+from launcher.models.headers import adapter_problem, read_config
+from launcher.models.torch_dist import TRACKER
 from launcher.recipe import Recipe, Stage
 from launcher.spec import Format
-from launcher.stages import kinds
+from launcher.stages import Need, kinds
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
     problems: list[str] = []
     absent: list[Absent] = []
     checkpoints: dict[str, External] = {}
-    for where, ref in _external_refs(recipe):
+    for stage, need in external_checkpoints(recipe):
+        where, ref = f"stages.{stage.name}.{need.where}", need.ref
         place = f"{recipe.where(where)}: {where}"
         path = checkpoint_path(ref, Path(recipe.path).parent)
         try:
@@ -84,15 +86,14 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
     return Inputs(checkpoints, facts, tuple(absent))
 
 
-def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for name, stage in recipe.stages.items():
+def external_checkpoints(recipe: Recipe) -> Iterator[tuple[Stage, Need]]:
+    """Every checkpoint outside the store that a stage of the recipe reads."""
+    for stage in recipe.stages.values():
         try:
             needs = kinds()[stage.kind].needs(stage.config)
         except UserError:
             continue  # an unknown backend: reported by the plan, with its place
-        for need in needs:
-            if need.what == "checkpoint" and is_external(need.ref):
-                yield f"stages.{name}.{need.where}", need.ref
+        yield from ((stage, need) for need in needs if need.what == "checkpoint" and is_external(need.ref))
 
 
 def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
@@ -140,22 +141,22 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
     path = checkpoint_path(ref, relative_to)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    if (path / "latest_checkpointed_iteration.txt").exists():
-        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / "hf" / "config.json"))
+    if (path / TRACKER).exists():
+        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / CARRIED))
     if (path / "config.json").exists():
         if not list(path.glob("*.safetensors")):
             raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
-        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path / "config.json"))
+        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path))
     raise UserError(
-        f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one (latest_checkpointed_iteration.txt)"
+        adapter_problem(path) or f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one ({TRACKER})"
     )
 
 
-def _model_type(config: Path) -> str | None:
-    try:
-        data: Any = json.loads(config.read_text())
-        return str(data["model_type"])
-    except FileNotFoundError:
+def _model_type(folder: Path) -> str | None:
+    """The model type of a folder's config.json; None where there is none."""
+    if not (folder / "config.json").exists():
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config}: not a model's config.json: {error}") from None
+    found = read_config(folder).get("model_type")
+    if not isinstance(found, str):
+        raise UserError(f"{folder / 'config.json'}: not a model's config.json: it has no model_type")
+    return found

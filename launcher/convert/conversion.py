@@ -19,9 +19,7 @@ from launcher.convert.links import Link, links
 from launcher.convert.moving import Job, Progress, check_written, target_entries
 from launcher.convert.target import ARCHIVE, check_room
 from launcher.convert.torch_dist import (
-    RELEASE,
     RELEASE_COMMON,
-    TRACKER,
     TorchDistReader,
     TorchDistWriter,
     extra_states,
@@ -29,6 +27,7 @@ from launcher.convert.torch_dist import (
 from launcher.errors import UserError, bounded
 from launcher.models.formats import Format
 from launcher.models.shape import ModelShape
+from launcher.models.torch_dist import RELEASE, TRACKER
 
 #: Bytes beside a tensor's own in any format, at most, and of the files around them.
 _TENSOR_OVERHEAD, _FOLDER_OVERHEAD = 4096, 64 << 20

@@ -16,7 +16,7 @@ from launcher.convert import nemo
 from launcher.convert.entry import Entry, raw_bytes
 from launcher.convert.files import Files, Span, directly_in, in_tar
 from launcher.convert.hf import HfReader
-from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader, checkpoint_dir
+from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
 from launcher.models import headers
 from launcher.models.formats import Format
@@ -24,6 +24,7 @@ from launcher.models.headers import INDEX, Held
 from launcher.models.matching import match
 from launcher.models.shape import ModelShape
 from launcher.models.side_files import is_side_file
+from launcher.models.torch_dist import RELEASE, TRACKER, checkpoint_dir
 
 #: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
 CARRIED = "hf"

@@ -18,8 +18,9 @@ from launcher.convert.folders import CARRIED, Checkpoint, copy_side_files, model
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.moving import Progress, Reporter, check_unchanged, check_written, is_finite, stamps
 from launcher.convert.target import check_room
-from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader
+from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError, WorldError, bounded, listed
+from launcher.models.torch_dist import RELEASE, TRACKER
 
 _ROOM_BESIDE = 64 << 20
 

@@ -48,9 +48,9 @@ class Held:
 # ------------------------------------------------------------------------------------------------------------- config
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises UserError."""
-    path = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or that of a folder. Raises UserError."""
+    path = path / "config.json" if path.is_dir() else path
     return parse_config(_read_small(path, MOST_CONFIG, "put the model's config.json there"), path)
 
 
