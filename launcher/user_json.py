@@ -23,9 +23,7 @@ def decode(content: bytes, where: str) -> str:
         return content.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{where}:{line}: not text: byte {error.start} is not UTF-8; remove it or convert it"
-        ) from None
+        raise UserError(f"{where}:{line}: not text: byte {error.start} is not UTF-8; remove it or convert it") from None
 
 
 def parse(text: str, where: str, *, strict: bool = False) -> Any:

@@ -141,7 +141,8 @@ def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[s
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
         (target / TRACKER).write_text(RELEASE)
-        run_config.write(target / RELEASE, found.shape, wanted, found.config)
+        weights = wanted["embedding.word_embeddings.weight"].dtype
+        run_config.write(target / RELEASE, found.shape, weights, found.config)
     if to == "nemo":
         import yaml
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,13 @@ from launcher.convert.hf import HfReader
 from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
 from launcher.models import headers
-from launcher.models.formats import Format
-from launcher.models.headers import INDEX, Held
+from launcher.models.checkpoints import CARRIED, carried_in, format_of
+from launcher.models.formats import Format, tensors_of
+from launcher.models.headers import INDEX, Held, adapter_problem
 from launcher.models.matching import match
 from launcher.models.shape import ModelShape
-from launcher.models.side_files import is_side_file
+from launcher.models.side_files import TEMPLATES, is_side_file
 from launcher.models.torch_dist import RELEASE, TRACKER, checkpoint_dir
-
-#: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
-CARRIED = "hf"
 
 
 class Reader(Protocol):
@@ -72,7 +71,11 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
     name, files = _look_at(path)
     if config_folder is not None and not config_folder.is_dir():
         raise UserError(f"--config: {config_folder}: no such folder")
-    side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(directly_in(config_folder))
+    side = (
+        _side(files, CARRIED if name != "hf" else "")
+        if config_folder is None
+        else _side(directly_in(config_folder, TEMPLATES))
+    )
     where = config_folder or (path if name == "hf" else path / CARRIED)
     if "config.json" not in side and name != "hf" and config_folder is None:
         mend = "put the model's there, or name a folder that has it with --config"
@@ -100,6 +103,26 @@ def _check_copy(reader: Reader, copy: str, original: str, rows: int) -> None:
             f"{reader.where}: {copy} differs from {original}, to which config.json ties it (tie_word_embeddings); set "
             f"that to false if the model has output weights of its own, or take {copy} out"
         )
+
+
+def check_beside(folder: Path) -> tuple[str, ...]:
+    """Raise UserError where a whole checkpoint has tensors that the library which loads it would drop, and that could
+    be another model's.
+
+    Returns notes on what is dropped without harm. Families and settings that are not covered here are passed over, as
+    is what is not whole: the library says so itself.
+    """
+    try:
+        config, shape = read_config(_side(directly_in(carried_in(folder))), carried_in(folder))
+        form = format_of(folder)
+        reader = _reader(form, folder, {})
+    except UserError:
+        return ()
+    held = reader.held
+    whole = all(name in held and held[name].shape in fit for name, fit in tensors_of(shape, form).items())
+    if "quantization_config" in config or not whole:
+        return ()
+    return model_alone(Checkpoint(form, folder, config, shape, {}, reader)).notes
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -130,13 +153,15 @@ def _look_at(path: Path) -> tuple[Format, Files]:
         return "nemo", in_tar(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    files = directly_in(path, CARRIED, nemo.WEIGHTS)
+    files = directly_in(path, CARRIED, nemo.WEIGHTS, TEMPLATES, f"{CARRIED}/{TEMPLATES}")
     if ".metadata" in files and re.fullmatch(rf"{RELEASE}|iter_\d+", path.resolve().name):
         raise UserError(f"{path}: an iteration of a checkpoint of format megatron; name the folder with its {TRACKER}")
     if TRACKER in files:
         return "megatron", files
     if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
         return "nemo", files
+    if "config.json" not in files and (problem := adapter_problem(path)):
+        raise UserError(problem)
     if "config.json" in files or INDEX in files or any(name.endswith(".safetensors") for name in files):
         return "hf", files
     raise UserError(
@@ -165,7 +190,7 @@ def _check_backend(where: Path, files: Files) -> None:
         kind = f"{pickle} is a pickle, which is never loaded" if pickle else "no metadata.json"
         raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
     try:
-        backend = json.loads(files["metadata.json"].read())["sharded_backend"]
+        backend = json.loads(files["metadata.json"].read(headers.MOST_CONFIG))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError):
         backend = "unknown"
     if backend != "torch_dist":
@@ -187,18 +212,22 @@ def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape
 def _side(files: Files, folder: str = "") -> Files:
     prefix = f"{folder}/" if folder else ""
     names = {n.removeprefix(prefix): s for n, s in files.items() if n.startswith(prefix)}
-    return {n: s for n, s in names.items() if is_side_file(n) and "/" not in n}
+    return {n: s for n, s in names.items() if is_side_file(n)}
 
 
 def copy_side_files(side: Files, target: Path) -> list[str]:
     """Write config, generation config and tokenizer; returns their names."""
     target.mkdir(exist_ok=True)
     for name, span in side.items():
+        (target / name).parent.mkdir(exist_ok=True)
         _copy(span, target / name)
     return sorted(side)
 
 
 def _copy(span: Span, target: Path) -> None:
+    if target.suffix == ".json":  # with a byte-order mark no other program reads it
+        target.write_bytes(span.read().removeprefix(codecs.BOM_UTF8))
+        return
     with span.path.open("rb") as source, target.open("wb") as file:
         source.seek(span.start)
         left = span.size

@@ -53,7 +53,8 @@ def merge(
     writer: Any = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
     if not hf:
         (target / TRACKER).write_text(RELEASE)
-        run_config.write(target / RELEASE, first.shape, entries, first.config)
+        weights_type = entries["embedding.word_embeddings.weight"].dtype
+        run_config.write(target / RELEASE, first.shape, weights_type, first.config)
     files = copy_side_files(first.side, target if hf else target / CARRIED)
     before = [stamps(one.reader) for one in found]
     sums, not_finite = _sum_all(found, weights, writer, verify, progress)

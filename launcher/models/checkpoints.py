@@ -17,13 +17,18 @@ from launcher.models.headers import read_config, read_headers, shape_in
 from launcher.models.matching import match
 from launcher.models.shape import ModelShape
 
-#: Where the format `megatron` keeps config.json and the tokenizer.
+#: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
 CARRIED = "hf"
 
 
 def format_of(folder: Path) -> Format:
     """The format of a folder that holds a checkpoint of format hf or megatron."""
     return "megatron" if (folder / torch_dist.TRACKER).exists() else "hf"
+
+
+def carried_in(folder: Path) -> Path:
+    """Where such a folder has config.json and the tokenizer."""
+    return folder if format_of(folder) == "hf" else folder / CARRIED
 
 
 def obstacles(folder: Path, to: str | None = None, wanted: ModelShape | None = None) -> list[str]:
@@ -48,7 +53,7 @@ def _unreadable(error: OSError, folder: Path) -> str:
 
 def _obstacles(folder: Path, to: str | None, wanted: ModelShape | None) -> Iterator[str]:
     form = format_of(folder)
-    carried = folder if form == "hf" else folder / CARRIED
+    carried = carried_in(folder)
     if form == "megatron" and not (carried / "config.json").is_file():
         yield f"{folder}: no {CARRIED}/config.json in it; put the model's there"
         return

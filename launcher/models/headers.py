@@ -19,6 +19,7 @@ from launcher.errors import UserError, bounded
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import Shape
+from launcher.user_json import decode
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,7 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def parse_config(content: bytes, path: Path) -> dict[str, Any]:
     """The content of a config.json; a byte-order mark before it does no harm. Raises UserError."""
     try:
-        config = json.loads(content) if len(content) <= MOST_CONFIG else None
+        config = json.loads(decode(content, str(path))) if len(content) <= MOST_CONFIG else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); get the file again") from None
     if not isinstance(config, dict):

@@ -21,16 +21,17 @@ def main(job: StageJob) -> None:
     total = len(config.pairs) + len(names)
     weights: list[dict[str, Any]] = []
     modules: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
     for number, (a, b) in enumerate(config.pairs):
         _beat(job, number, total)
-        whole, parts = weight_change(job.input(a), job.input(b), config.thresholds)
+        whole, parts = weight_change(job.input(a), job.input(b), config.thresholds, notes.setdefault)
         head = {"from": a, "to": b}
         weights += rows(whole, head)
         modules += module_rows(parts, head)
     cka = _cka(job, config, names, total)
     body = {"weights": weights, "weights_by_module": modules, "cka": cka, "dtypes": _dtypes(job, names)}
     write_json(job.output("analysis") / "analysis.json", body)
-    job.record(versions=_versions())
+    job.record(versions=_versions(), notes=list(notes))
 
 
 def _versions() -> dict[str, str]:

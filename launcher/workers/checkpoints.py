@@ -23,6 +23,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _tell_beside(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -42,6 +43,14 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _tell_beside(folder: Path) -> None:
+    """Print what the folder holds beside the model; transformers drops it without a word. Raises UserError."""
+    from launcher.convert.folders import check_beside
+
+    for note in check_beside(folder):
+        print(f"{folder}: {note}", flush=True)
 
 
 def quiet() -> None:
