@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster import Profile, check_resources, image_of
-from launcher.configs import Component, Resources, RLConfig, TrainConfig
+from launcher.configs import (
+    LEAST_TEXTS,
+    AnalyzeConfig,
+    Component,
+    GeneratedSet,
+    PrepareConfig,
+    Resources,
+    RLConfig,
+    TrainConfig,
+)
 from launcher.containers import image_warning
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
+from launcher.inputs import text_problems
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
+from launcher.references import split_ref
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
 from launcher.stages import kinds
@@ -30,6 +41,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
             for key, message in check_resources(resources, planned.spec, profile):
                 path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
+    found += text_problems(recipe)
     return list(dict.fromkeys(found))
 
 
@@ -59,7 +71,21 @@ def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool, gpu: str | None) ->
         module = backends()[config.backend]
         yield from refusals(config.backend, config.algorithm, _family(recipe, config.checkpoint))
         yield from module.problems(config, stage.resources)
+        yield from _too_few(recipe, "prompts", config.prompts, config.prompts_per_step, "prompts_per_step")
+    if isinstance(config, AnalyzeConfig):
+        yield from _too_few(recipe, "problems", config.problems, LEAST_TEXTS, "CKA")
+    if isinstance(config, PrepareConfig) and config.tokenizer.too_small:
+        yield "tokenizer.vocab_size", config.tokenizer.too_small
     yield from _component_problems(stage.resources, kinds()[stage.kind].components(config))
+
+
+def _too_few(recipe: Recipe, key: str, ref: str, least: int, what: str) -> Iterator[tuple[str, str]]:
+    """A problem set of the recipe's own with fewer problems than what reads it takes at once."""
+    maker, name = split_ref(ref)
+    config = recipe.stages[maker].config if maker in recipe.stages else None
+    problems = config.problems.get(name or "") if isinstance(config, PrepareConfig) else None
+    if isinstance(problems, GeneratedSet) and problems.count < least:
+        yield key, f"{ref} has {problems.count} problems, and {what} takes {least}; ask for more problems"
 
 
 def _family(recipe: Recipe, ref: str) -> str | None:

@@ -130,6 +130,11 @@ class ModelConfig:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
+#: The padding and end tokens of a trained tokenizer, and the special tokens that text may spell.
+PAD, END = "<pad>", "<eos>"
+ALLOWED_SPECIAL = ("<think>", "</think>")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """The tokenizer: one that exists (`path`), or a byte-level BPE trained on the stage's own sources."""
@@ -137,6 +142,21 @@ class TokenizerConfig:
     path: str | None = option(None, "A folder with tokenizer.json, or hf:ORG/NAME. None: train one.")
     vocab_size: int = option(512, "Size of a trained vocabulary.")
     special_tokens: tuple[str, ...] = option(("<think>", "</think>"), "Added to a trained tokenizer.")
+    allowed_special: tuple[str, ...] = option(
+        ALLOWED_SPECIAL, "Special tokens that become tokens where a text spells them; all others stay text."
+    )
+
+    def __post_init__(self) -> None:
+        names = ("special_tokens", "allowed_special")
+        _refuse(*(("" in getattr(self, name), name, "holds an empty token") for name in names))
+
+    @property
+    def too_small(self) -> str | None:
+        """What is wrong where a trained vocabulary has no room for all bytes and the special tokens."""
+        least = 256 + len({PAD, END, *self.special_tokens})
+        if self.path is not None or self.vocab_size >= least:
+            return None
+        return f"{self.vocab_size} is below the {least} that bytes and specials take"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +219,7 @@ class FilesSource(SourceConfig):
     """Files of text, or of jsonl with the key `text`."""
 
     kind: Literal["files"] = option(..., "Where the text comes from.")
-    path: str = option(..., "A file or folder, .txt, .py, .md or .jsonl (key `text`).")
+    path: str = option(..., "A file or folder, .txt, .py, .md, .jsonl or .json (key `text`), each also as .gz.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,6 +603,10 @@ class EvaluateConfig:
         )
 
 
+#: CKA by the unbiased estimator needs so many texts.
+LEAST_TEXTS = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig:
     """Weight change and representation similarity between pairs of checkpoints: port `analysis`. PRISM, section 10."""
@@ -600,7 +624,7 @@ class AnalyzeConfig:
             (not self.pairs, "pairs", "names no pair"),
             (not self.thresholds, "thresholds", "names no threshold"),
             (any(t <= 0 for t in self.thresholds), "thresholds", "must be above 0"),
-            (self.num_texts < 4, "num_texts", "must be at least 4"),
+            (self.num_texts < LEAST_TEXTS, "num_texts", f"must be at least {LEAST_TEXTS}"),
         )
 
 

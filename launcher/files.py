@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import select
 import stat
-import sys
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import UserError
 
@@ -22,8 +19,6 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-#: Digits of the largest whole number that is also a floating-point number.
-_DIGITS = sys.float_info.max_10_exp
 
 
 def read_bytes(path: Path, most: int = MOST, *, piped: bool = False) -> bytes:
@@ -59,22 +54,3 @@ def _read(handle: int, path: Path, most: int, is_pipe: bool) -> bytes:
         count += len(piece)
         if count > most:
             raise UserError(f"{path}: is larger than {most >> 20} MiB, which is more than is read of such a file")
-
-
-def read_json(path: Path, most: int = MOST) -> Any:
-    """The value of a JSON file. Raises OSError as `read_bytes`, and UserError where it holds none that can be used."""
-    content = read_bytes(path, most)
-    try:
-        return json.loads(content, parse_int=_whole)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not JSON: byte {error.start} is not UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not JSON that can be read: nested too deeply") from None
-
-
-def _whole(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"{text[:8]}... has {len(text)} digits and is too large for a number")
-    return int(text)

@@ -6,18 +6,21 @@ import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from launcher import store
-from launcher.configs import PrepareConfig, StdlibSource
+from launcher.configs import AnalyzeConfig, EvaluateConfig, PrepareConfig, RLConfig, StdlibSource
+from launcher.corpus import look, told
 from launcher.errors import UserError
-from launcher.files import read_bytes, read_json
+from launcher.files import read_bytes
+from launcher.models.tokenizer_files import end_of, read_tokenizer_files
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
 from launcher.stages import kinds
 from launcher.stages.kind import Outside
+from launcher.user_json import read_object
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,78 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
 
 def _model_type(config: Path) -> str | None:
     try:
-        data: Any = read_json(config)
-        return str(data["model_type"])
-    except FileNotFoundError:
+        data = read_object(config)
+    except UserError as error:
+        raise UserError(f"{error}; not a model's config.json") from None
+    if data is None:
         return None
-    except (UserError, KeyError, TypeError, OSError) as error:
-        why = str(error).removeprefix(f"{config}: ")
-        raise UserError(f"{config}: not a model's config.json: {why}") from None
+    if not isinstance(data.get("model_type"), str):
+        raise UserError(f"{config}: not a model's config.json: no model_type in it")
+    return str(data["model_type"])
+
+
+# ------------------------------------------------------------------------------------------------ text and tokenizers
+
+
+def text_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the corpora and tokenizers that a recipe names, by names and headers; none that is absent."""
+    found = []
+    for stage, config in _prepare_stages(recipe):
+        for name, path in _corpora(config):
+            where = f"stages.{stage.name}.sources.{name}.path"
+            found += [f"{recipe.where(where)}: {where}: {problem}" for problem in look(path).problems]
+    for where, folder in _tokenizers(recipe):
+        problems = _tokenizer_problems(folder, store.tree_fingerprint(folder))
+        found += [f"{recipe.where(where)}: {where}: {problem}" for problem in problems]
+    return found
+
+
+def _tokenizers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The folders outside the store whose tokenizer a job of this package loads, with the places that name them."""
+    for stage, config in _prepare_stages(recipe):
+        name = config.tokenizer.path
+        if name and not name.startswith("hf:") and Path(name).exists():
+            yield f"stages.{stage.name}.tokenizer.path", Path(name)
+    for where, ref in _external_refs(recipe):
+        config = recipe.stages[where.split(".")[1]].config
+        folder = checkpoint_path(ref, Path(recipe.path).parent)
+        loads = isinstance(config, (EvaluateConfig, AnalyzeConfig)) or (
+            isinstance(config, RLConfig) and config.backend == "trl"
+        )
+        # One without a tokenizer.json is left to transformers.
+        if loads and (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
+            yield where, folder
+
+
+def text_notes(recipe: Recipe) -> tuple[str, ...]:
+    """What lies beside the text of a recipe's corpora and is not read, a line each."""
+    notes = [
+        f"stages.{stage.name}.sources.{name}: {told(passed, path)}"
+        for stage, config in _prepare_stages(recipe)
+        for name, path in _corpora(config)
+        if (passed := look(path).passed)
+    ]
+    return tuple(notes)
+
+
+def _prepare_stages(recipe: Recipe) -> Iterator[tuple[Stage, PrepareConfig]]:
+    for stage in recipe.stages.values():
+        if isinstance(stage.config, PrepareConfig):
+            yield stage, stage.config
+
+
+def _corpora(config: PrepareConfig) -> Iterator[tuple[str, Path]]:
+    """Sources of files that are there; those that are not are absent inputs."""
+    for name, source in config.sources.items():
+        if source.kind == "files" and source.path and Path(source.path).exists():
+            yield name, Path(source.path)
+
+
+@lru_cache
+def _tokenizer_problems(folder: Path, fingerprint: str) -> tuple[str, ...]:
+    """As the job will find them; read once for all runs of a matrix."""
+    try:
+        end_of(read_tokenizer_files(folder))
+    except UserError as error:
+        return error.problems
+    return ()

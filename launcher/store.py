@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import corpus
 from launcher.errors import UserError, WorldError
 
 RECEIPT = "artifact.json"
@@ -210,10 +211,9 @@ def sha256_of(path: Path) -> str:
 
 
 def tree_fingerprint(path: Path) -> str:
-    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """A digest of the names, sizes and modification times of a file or of all files in a folder, links followed."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in corpus.walk(path).files:
         stat = file.stat()
         line = f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         digest.update(line.encode(errors="surrogateescape"))  # a name need not be UTF-8

@@ -281,6 +281,8 @@ def data(folder: Path, recipe: str) -> list[str]:
     (folder / "model").mkdir()
     (folder / "model" / "model.safetensors").write_text("")
     (folder / "model" / "config.json").write_text(json.dumps({"model_type": PRISM[recipe][0]}))
+    (folder / "model" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"</s>": 0}}}))
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     paths = {"prepare.folder": "data", "prepare.tokenizer.path": "model", "midtrain.checkpoint": "model"}
     sets = [f"{key}={folder / name}" for key, name in paths.items()]
     if any(stage["kind"] == "merge" for stage in plan["stages"]):

@@ -12,7 +12,6 @@ from typing import Any
 from launcher import store
 from launcher.commands.shared import print_json, root_of
 from launcher.errors import UserError
-from launcher.files import read_json
 from launcher.fit.gpus import Gpu, gpu_of
 from launcher.fit.layers import architecture_of, flops_per_token
 from launcher.fit.memory import Layout
@@ -22,6 +21,7 @@ from launcher.models.families import parameter_count, shape_of
 from launcher.models.shape import ModelShape
 from launcher.terminal import console
 from launcher.units import format_count, format_duration, significant
+from launcher.user_json import read_json
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
 _FIXED = {

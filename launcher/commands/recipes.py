@@ -21,12 +21,14 @@ def check(args: argparse.Namespace) -> int:
     except UserError as error:
         if not args.json:
             raise
-        print_json({"problems": list(error.problems)})
+        print_json({"problems": list(error.problems), "notes": []})
         return error.exit_code
     print_warnings(records, profile)
     if args.json:
-        print_json({"problems": []})
+        print_json({"problems": [], "notes": list(dict.fromkeys(n for record in records for n in record.notes))})
     else:
+        for note in dict.fromkeys(n for record in records for n in record.notes):
+            print(f"note: {note}")
         for record in records:
             print(f"{record.recipe}: run {record.run}: {len(record.stages)} stages, no problem found")
     return 0
@@ -111,6 +113,7 @@ def _mark(stage: PlannedStage) -> str:
 def _caption(record: RunRecord) -> list[str]:
     inserted = any(stage.inserted for stage in record.stages)
     lines = [f"{s.spec.stage}: {why}" for s in record.stages for why in s.obstacles]
+    lines += [f"note: {note}" for note in record.notes]
     return [*(["Conversions are inserted by the plan."] if inserted else []), *lines]
 
 

@@ -76,7 +76,7 @@ def print_warnings(records: Iterable[RunRecord], profile: Profile) -> None:
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:
     from launcher.check import check_recipe
     from launcher.fit.auto import with_layouts
-    from launcher.inputs import resolve_inputs
+    from launcher.inputs import resolve_inputs, text_notes
     from launcher.plan import build_plan
 
     recipe = with_layouts(recipe, profile.gpu)
@@ -96,6 +96,7 @@ def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> 
         created=time.time(),
         versions={"prism-launch": __version__, "python": platform.python_version()},
         git=_git_hash(Path(recipe.path).parent),
+        notes=text_notes(recipe),
     )
 
 

@@ -12,6 +12,9 @@ from launcher.stages.kind import Need, Outside, StageKind, worker_step
 class Prepare(StageKind):
     """prepare: tokenizer, token files and problem sets. Reads nothing that another stage made."""
 
+    #: 2: special tokens that text spells are text, a tokenizer's truncation counts for nothing, links and .gz are read.
+    VERSION = 2
+
     def outputs(self, config: PrepareConfig) -> dict[str, Format]:
         """The ports that it fills; one that nothing fills is none: an empty one is taken for a fault of the worker."""
         ports: dict[str, Format] = {"tokenizer": "tokenizer"}

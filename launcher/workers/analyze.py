@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from launcher.configs import AnalyzeConfig
+from launcher.configs import LEAST_TEXTS, AnalyzeConfig
 from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import item_of, port_of
@@ -91,9 +90,9 @@ def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, li
         pieces = text_pieces(read_indexed(prefix), config.num_texts)
         found["source"] = [tokenizer.decode(ids) for ids in pieces]
     for label, texts in found.items():
-        if len(texts) < 4:
-            where = Path(config.problems if label == "problems" else config.source or "")
-            raise UserError(f"{where}: only {len(texts)} texts for CKA; at least 4 are needed")
+        if len(texts) < LEAST_TEXTS:
+            where = config.problems if label == "problems" else config.source
+            raise UserError(f"{where}: only {len(texts)} texts for CKA; at least {LEAST_TEXTS} are needed")
     return found
 
 

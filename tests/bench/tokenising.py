@@ -15,8 +15,8 @@ BUDGET = 20.0
 
 def measure(scratch: Path) -> list[Row]:
     """CPU seconds of the per-document paths over ours. Raises RuntimeError where files differ in any byte."""
-    from launcher.configs import TokenizerConfig
-    from launcher.workers.tokens import END, save_tokenizer, token_dtype, train_tokenizer
+    from launcher.configs import END, TokenizerConfig
+    from launcher.workers.tokens import save_tokenizer, token_dtype, train_tokenizer
 
     texts = {"library text": _library_text(), "short problems": _problems()}
     tokenizer = train_tokenizer([t[:6000] for t in texts["library text"][:300]], TokenizerConfig(vocab_size=8192))

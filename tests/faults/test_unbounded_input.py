@@ -13,9 +13,10 @@ import pytest
 
 from launcher.cli import main
 from launcher.errors import UserError
-from launcher.files import read_bytes, read_json
+from launcher.files import read_bytes
 from launcher.interpreter import module_command
 from launcher.spec import SpecError, decode
+from launcher.user_json import read_json
 
 MERGES = "x0: &x0 {" + ", ".join(f"k{i}: 1" for i in range(50)) + "}\n"
 MERGES += "".join(f"x{i}: &x{i}\n  <<: [" + ", ".join([f"*x{i - 1}"] * 10) + "]\n" for i in range(1, 25))

@@ -86,7 +86,7 @@ def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:
         read_documents(files(tmp_path))
     found = [p.removeprefix(f"{tmp_path}/") for p in caught.value.problems]
     assert [p.partition(": ")[0] for p in found] == [
-        "binary.txt", "empty.txt", "nulls.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5",
+        "binary.txt:1", "empty.txt", "nulls.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5",
         "rows.jsonl:6",
     ]  # fmt: skip
     assert "byte 3 is not UTF-8" in found[0]
@@ -105,7 +105,7 @@ def test_absent_and_useless_paths(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\0")
     with pytest.raises(UserError, match="no such file or folder"):
         read_documents(files(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"holds no \.jsonl, \.md, \.py, \.txt file"):
+    with pytest.raises(UserError, match=r"holds no \.json, \.jsonl, \.md, \.ndjson, \.py, \.txt file"):
         read_documents(files(tmp_path))
     with pytest.raises(UserError, match=r"weights\.bin: is no "):
         read_documents(files(tmp_path / "weights.bin"))
