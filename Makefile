@@ -82,10 +82,11 @@ bench-gpu:
 	$(PYTHON) tests/bench/gpu_setup.py .venv-gpu
 	.venv-gpu/bin/python -W ignore -m tests.bench.gpu $(if $(MEGATRON_LM),--megatron-lm $(MEGATRON_LM)) $(BENCH)
 
-# Accepts changed scripts, references and losses: writes tests/golden/ and docs anew; look at the difference before you
-# commit.
+# Accepts changed scripts, fingerprints, references and losses: writes tests/golden/ and docs anew; look at the difference
+# before you commit.
 golden: $(STAMP)
 	$(BIN)/python tests/test_render.py
+	$(BIN)/python tests/test_fingerprints.py
 	$(BIN)/python tests/test_docs.py
 	PYTHONPATH=tests $(BIN)/python tests/workers/megatron/test_golden_losses.py
 

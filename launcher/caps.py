@@ -68,6 +68,13 @@ def read_held(root: Path, run: str) -> Mapping[str, str]:
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
+def damaged_held(root: Path, run: str) -> list[str]:
+    """What is wrong with the note, as a message."""
+    path = store.run_dir(root, run) / HELD
+    is_whole = not path.exists() or isinstance(store.read_json(path), dict)
+    return [] if is_whole else [f"{path}: damaged, so nothing counts as held back; `prism-launch run` writes it anew"]
+
+
 def write_held(root: Path, run: str, held: Mapping[str, str]) -> None:
     """Note what is held back now."""
     path = store.run_dir(root, run) / HELD

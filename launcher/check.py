@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import Profile, check_resources
-from launcher.configs import Component, Resources, RLConfig, TrainConfig
+from launcher.cluster import Profile, check_resources, image_of
+from launcher.configs import (
+    LEAST_TEXTS,
+    AnalyzeConfig,
+    Component,
+    GeneratedSet,
+    PrepareConfig,
+    Resources,
+    RLConfig,
+    TrainConfig,
+)
+from launcher.containers import image_warning
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
-from launcher.inputs import checkpoint_path, external_checkpoints
+from launcher.inputs import external_checkpoints, text_problems
 from launcher.models.checkpoints import format_of, obstacles, unreadable
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
+from launcher.references import checkpoint_path, split_ref
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
-from launcher.stages import Need
+from launcher.stages import kinds
 from launcher.stages.convert import CONVERSIONS
+from launcher.stages.kind import Need
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -33,6 +45,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
             for key, message in check_resources(resources, planned.spec, profile):
                 path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
+    found += text_problems(recipe)
     return list(dict.fromkeys(found))
 
 
@@ -60,6 +73,16 @@ def _obstacles(stage: Stage, need: Need, folder: Path) -> list[str]:
     return obstacles(folder, target, wanted)
 
 
+def warnings_of(stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
+    """What is most likely not meant, and refused by nobody before a job has waited for its turn."""
+    images: dict[str | None, list[str]] = {}
+    for stage in stages:
+        for image in (stage.resources.image or image_of(stage.spec, profile), *(s.image for s in stage.spec.steps)):
+            images.setdefault(image, []).append(stage.spec.stage)
+    found = ((names[0], image_warning(image, profile.runtime)) for image, names in images.items())
+    return [f"stages.{name}: {warning}" for name, warning in found if warning]
+
+
 def _without_gpu(resources: Resources, profile: Profile) -> bool:
     """Whether a stage will see no GPU: Slurm gives what is asked for, this machine what it has."""
     if profile.scheduler == "local":
@@ -69,16 +92,28 @@ def _without_gpu(resources: Resources, profile: Profile) -> bool:
 
 def _stage_problems(recipe: Recipe, stage: Stage, cpu: bool, gpu: str | None) -> Iterator[tuple[str, str]]:
     config = stage.config
-    components: tuple[str, ...] = ()
     if isinstance(config, TrainConfig):
         yield from _train_problems(stage, config, cpu)
         yield from _fp8_problems(config, gpu)
     if isinstance(config, RLConfig) and config.backend in backends():
         module = backends()[config.backend]
-        components = module.COMPONENTS
         yield from refusals(config.backend, config.algorithm, _family(recipe, config.checkpoint))
         yield from module.problems(config, stage.resources)
-    yield from _component_problems(stage.resources, components)
+        yield from _too_few(recipe, "prompts", config.prompts, config.prompts_per_step, "prompts_per_step")
+    if isinstance(config, AnalyzeConfig):
+        yield from _too_few(recipe, "problems", config.problems, LEAST_TEXTS, "CKA")
+    if isinstance(config, PrepareConfig) and config.tokenizer.too_small:
+        yield "tokenizer.vocab_size", config.tokenizer.too_small
+    yield from _component_problems(stage.resources, kinds()[stage.kind].components(config))
+
+
+def _too_few(recipe: Recipe, key: str, ref: str, least: int, what: str) -> Iterator[tuple[str, str]]:
+    """A problem set of the recipe's own with fewer problems than what reads it takes at once."""
+    maker, name = split_ref(ref)
+    config = recipe.stages[maker].config if maker in recipe.stages else None
+    problems = config.problems.get(name or "") if isinstance(config, PrepareConfig) else None
+    if isinstance(problems, GeneratedSet) and problems.count < least:
+        yield key, f"{ref} has {problems.count} problems, and {what} takes {least}; ask for more problems"
 
 
 def _family(recipe: Recipe, ref: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,6 +27,8 @@ from launcher.store import Owner
 KEPT_LOGS = 2
 _ASIDE = ".removed."
 _YOUNG_S = 3600.0
+#: What `store` and `progress` call a file or claim before it gets its name, and `_remove` a folder that it removes.
+_HALF_WRITTEN = re.compile(r"\.(?!told\.).+\.([a-z0-9_]{8}|\d+)")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,23 @@ def find_waste(found: Store, busy: Set[str], run: str | None = None, artifacts: 
     if run is None:
         waste += _of_artifacts(found, artifacts)
         waste += _of_snapshots(found, busy)
+        waste += _litter(found.root)
     return waste
+
+
+def _litter(root: Path) -> Iterator[Waste]:
+    """Files and claims that were being written when their process was killed. Writing takes no hour."""
+    for folder in ("artifacts/*", "runs", "runs/*", "runs/*/snapshot", "runs/*/stages/*", "runs/*/stages/*/*"):
+        for path in sorted(root.glob(f"{folder}/.*")):
+            aside = folder == "artifacts/*" and path.name.startswith(_ASIDE)
+            if _HALF_WRITTEN.fullmatch(path.name) and not aside and _is_old(path):
+                yield Waste(path, size_of(path), "half written by a process that was cut off")
+
+
+def _is_old(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # whole by now
+        return time.time() - path.lstat().st_mtime > _YOUNG_S
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- uses

@@ -7,6 +7,7 @@ quick on a login node; what a command does stands in `launcher.commands`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
@@ -16,24 +17,36 @@ from typing import TYPE_CHECKING
 
 from launcher import __version__
 from launcher.errors import PrismError, UserError
+from launcher.terminal import plain_output, raw_output
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+#: Problems that are printed one by one; a list that is longer hides its beginning.
+_SHOWN = 20
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    with plain_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        code = int(run_command(args) or 0)
+        with raw_output() if getattr(args, "raw", False) else contextlib.nullcontext():
+            code = int(run_command(args) or 0)
         sys.stdout.flush()  # here, where a reader that has gone is no failure, and not when the interpreter ends
         return code
     except PrismError as error:
         problems = error.problems if isinstance(error, UserError) else (str(error),)
-        for line in problems:
+        for line in problems[:_SHOWN]:
             print(f"prism-launch: {line}" if len(problems) == 1 else line, file=sys.stderr)
         if len(problems) > 1:
-            print(f"prism-launch: {len(problems)} problems", file=sys.stderr)
+            first = f", the first {_SHOWN} shown" if len(problems) > _SHOWN else ""
+            print(f"prism-launch: {len(problems)} problems{first}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -162,6 +175,7 @@ def _add_logs_command(commands: Commands) -> None:
     logs.add_argument("--rank", metavar="N", type=int, help="a process of the component; default: 0")
     logs.add_argument("--attempt", metavar="NAME", help="an attempt as `status` names it; default: the newest")
     logs.add_argument("-n", "--lines", type=_count, default=50, help="last lines to print; default: 50")
+    logs.add_argument("--raw", action="store_true", help="leave control characters, such as colours, as they are")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into the next attempts")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import re
@@ -17,6 +19,8 @@ from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
+from launcher.stages import outside_of
+from launcher.steps import SRUN_DEFAULTS
 from launcher.units import format_duration, parse_duration
 
 #: sbatch options that a profile's `sbatch:` may not set, and what sets them.
@@ -94,7 +98,7 @@ class Profile:
     )
     gpu: str | None = option(None, "Type of the GPUs, such as h100-80gb: `prism-launch fit` lists them.")
     mounts: tuple[str, ...] = option((), "SRC, SRC:DST or SRC:DST:ro; the root, `code` and inputs are mounted anyway.")
-    runtime: Runtime = option(Runtime(), "How containers are started, `none` for none; mpi; env_unset.")
+    runtime: Runtime = option(Runtime(), "How steps are started: container, `none` for none; mpi and binding.")
     limits: Limits = option(Limits(), "When the supervisor acts, and how a stage gets another life.")
     preflight: Preflight | None = option(Preflight(), "What nodes must pass before the steps start; null: nothing.")
     notify: tuple[str, ...] = option((), "Command, word by word, that gets every change of state as JSON on its stdin.")
@@ -148,7 +152,16 @@ def _profile_problems(profile: Profile) -> Problems:
             yield f"images.{kind}", f"no such kind of stage{hint}; there is {', '.join(IMAGE_NAMES)}"
     for key, names in (("env", profile.env), ("runtime.env_unset", profile.runtime.env_unset)):
         yield from ((key, f"{name!r} is no name of a variable") for name in names if not _NAME.fullmatch(name))
+    for key in ("distribution", "cpu_bind"):
+        value = getattr(profile.runtime, key)
+        if value is not None and not re.fullmatch(r"[\w:,=*.-]+", value):
+            yield f"runtime.{key}", f"{value!r} is no value of srun's --{key.replace('_', '-')}"
     for name, value in profile.env.items():
+        if name in SRUN_DEFAULTS:
+            yield (
+                f"env.{name}",
+                "srun would take it for every step, so it is unset; see `runtime` for what steps are told",
+            )
         if _SECRET.search(name):
             yield (
                 f"env.{name}",
@@ -202,9 +215,9 @@ def _slurm_problems(profile: Profile) -> Problems:
     if limits.continuation == "chain" and limits.chain_jobs > (profile.max_submit or limits.chain_jobs):
         yield "limits.chain_jobs", f"{limits.chain_jobs} jobs a stage, but max_submit is {profile.max_submit}"
     for key in ("partition", "cpu_partition"):
-        name = getattr(profile, key)
-        if name and profile.partitions and name not in profile.partitions:
-            yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
+        for name in alternatives(getattr(profile, key)) if profile.partitions else ():
+            if name not in profile.partitions:
+                yield key, f"{name} is not under partitions{did_you_mean(name, profile.partitions)}"
     yield from _container_problems(profile)
     if profile.slurm_conf and not profile.slurm_conf.startswith("/"):
         yield "slurm_conf", f"{profile.slurm_conf}: give the full path"
@@ -259,7 +272,7 @@ def _read(path: Path) -> Profile:
             f"{_where(document, 'name', path)}: name: remove it; a profile is called as its file, {path.stem}"
         )
     try:
-        return decode(Profile, {**document.data, "name": path.stem})
+        return decode(Profile, {**document.data, "name": path.stem}, document.written)
     except SpecError as error:
         raise UserError(f"{_where(document, key, path)}: {key}: {message}" for key, message in error.problems) from None
 
@@ -310,17 +323,31 @@ def _image_problems(resources: Resources, spec: StageSpec, profile: Profile) -> 
         yield "image", problem + (mend if problem == "no container image" else "")
 
 
-def _partition(resources: Resources, profile: Profile) -> tuple[str | None, Partition]:
-    name = profile.partition_of(resources)
-    return name, profile.partitions.get(name or "", Partition())
+def alternatives(text: str | None) -> tuple[str, ...]:
+    """The names in a value of Slurm's that may be a list, `a,b`: one of them is enough."""
+    return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
 
 
 def _limit_problems(resources: Resources, profile: Profile) -> Problems:
-    name, limits = _partition(resources, profile)
-    if profile.partitions and name not in profile.partitions:
-        known = ", ".join(profile.partitions)
-        found = f"no partition {name}{did_you_mean(name, profile.partitions)}" if name else "names no partition"
-        yield "partition", f"{found}; cluster {profile.name} has {known}"
+    """What no partition allows that the stage may go to; each of several says why not."""
+    names = alternatives(profile.partition_of(resources))
+    known = ", ".join(profile.partitions)
+    unknown = [name for name in names if profile.partitions and name not in profile.partitions]
+    for name in unknown:
+        yield (
+            "partition",
+            f"no partition {name}{did_you_mean(name, profile.partitions)}; cluster {profile.name} has {known}",
+        )
+    if profile.partitions and not names:
+        yield "partition", f"names no partition; cluster {profile.name} has {known}"
+    there = [name for name in names if name not in unknown] or [""]
+    found = [list(_beyond(resources, profile, name, profile.partitions.get(name, Partition()))) for name in there]
+    if all(found):
+        yield from dict.fromkeys(itertools.chain(*found))
+
+
+def _beyond(resources: Resources, profile: Profile, name: str, limits: Partition) -> Problems:
+    """What a stage asks for beyond a partition's limits."""
     asked = (
         ("nodes", resources.nodes, limits.max_nodes, "nodes"),
         ("gpus_per_node", resources.gpus_per_node, limits.gpus_per_node, "GPUs a node"),
@@ -329,6 +356,10 @@ def _limit_problems(resources: Resources, profile: Profile) -> Problems:
     for key, count, most, noun in asked:
         if most is not None and count > most:
             yield key, f"asks for {count} {noun}, but partition {name} of cluster {profile.name} has {most}"
+    text = profile.time_of(resources)
+    with contextlib.suppress(ValueError):  # told below
+        if limits.max_time and parse_duration(text) > parse_duration(limits.max_time):
+            yield "time", f"{text} is beyond the {limits.max_time} of partition {name} of cluster {profile.name}"
 
 
 def _time_problems(resources: Resources, profile: Profile) -> Problems:
@@ -338,9 +369,6 @@ def _time_problems(resources: Resources, profile: Profile) -> Problems:
     except ValueError as error:
         yield "time", str(error)
         return
-    name, limits = _partition(resources, profile)
-    if limits.max_time and seconds > parse_duration(limits.max_time):
-        yield "time", f"{text} is beyond the {limits.max_time} of partition {name} of cluster {profile.name}"
     least = profile.signal_lead_s + 120
     if seconds < least:
         yield "time", f"{text} is too short to save before it ends; ask for at least {format_duration(least)}"
@@ -389,14 +417,11 @@ def image_of(spec: StageSpec, profile: Profile) -> str | None:
 
 
 def _outside(spec: StageSpec) -> list[str]:
-    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script."""
-    paths: list[str | None] = [port.path for port in spec.inputs.values()]
-    if spec.kind == "prepare":
-        paths += [part["path"] for key in ("sources", "problems") for part in spec.config.get(key, {}).values()]
-        paths.append(spec.config["tokenizer"]["path"])
-    if spec.config.get("entrypoint"):  # and what lies beside it, which it may import
-        paths.append(os.path.dirname(spec.config["entrypoint"]))
-    return [path for path in paths if path and os.path.isabs(path)]
+    """What a stage reads outside the store: checkpoints, text, a tokenizer, a user's script and what lies beside it."""
+    paths = [port.path for port in spec.inputs.values()]
+    for outside in outside_of(spec):
+        paths.append(os.path.dirname(outside.path) if outside.counts == "content" else outside.path)
+    return [path for path in paths if os.path.isabs(path)]
 
 
 def code_folder(spec: StageSpec, profile: Profile, root: Path) -> str | None:

@@ -237,12 +237,29 @@ def image_problems(image: str | None, runtime: Runtime) -> list[str]:
         return [f"image {image} is not one that {container} can start"]
     if container == "apptainer" and not image.startswith("/") and not _REGISTRY.match(image):
         return [f"image {image}: give a full path or docker://REGISTRY/IMAGE:TAG"]
+    if container == "apptainer" and image.startswith("docker://") and "#" in image:
+        return [f"image {image}: # is for pyxis; apptainer takes {image.replace('#', '/', 1)}"]
     if container == "charliecloud" and not image.startswith("/"):
         return [f"image {image}: give the full path of a folder or a .sqsh file"]
     return []
 
 
+#: `[docker://][USER@]REGISTRY/…`: what Docker would take for a registry is a host, with a dot or a port.
+_SLASHED = re.compile(r"(docker://)?([^@/#]+@)?(?P<registry>localhost|[^@/#]*[.:][^@/#]*)/(?P<image>[^#]+)")
+
+
+def image_warning(image: str | None, runtime: Runtime) -> str | None:
+    """What is most likely not meant by an image's name under a runtime, with the mend."""
+    found = _SLASHED.fullmatch(image or "") if runtime.container == "pyxis" else None
+    if found is None:
+        return None
+    meant = f"{found[2] or ''}{found['registry']}#{found['image']}"
+    return f"image {image}: pyxis looks for this on Docker Hub; if {found['registry']} is the registry, write {meant}"
+
+
 def _named_image_problems(image: str, container: str) -> list[str]:
+    if "#" in image:
+        return [f"image {image}: # is for pyxis; {container} takes {image.replace('#', '/', 1)}"]
     if image.endswith(_ALL_FILES) or image.startswith("/") or _REGISTRY.match(image):
         return [f"image {image}: {container} takes NAME:TAG, as `{container} image ls` shows it"]
     return []

@@ -30,13 +30,12 @@ class Life:
         """How it ended; one that could not say it was killed with its supervisor."""
         if self.running:
             return "running"
-        return str((self.attempt.end or {}).get("class", "killed"))
+        return self.attempt.end.exit_class if self.attempt.end else "killed"
 
     @property
     def first(self) -> int | None:
         """The step of its first heartbeat: just behind what it went on from; None where it never beat."""
-        first = ((self.attempt.beat or {}).get("first") or {}).get("step")
-        return None if first is None else int(first)
+        return self.attempt.beat.first_step if self.attempt.beat else None
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,9 @@ def lives_of(root: Path, stage: PlannedStage, now: float, running: bool) -> list
 
 def _end_of(attempt: Attempt) -> float:
     """When an attempt ended; of one that could not say so, its last sign of life."""
-    signs = [attempt.started, attempt.end and attempt.end.get("time"), attempt.beat and attempt.beat.get("time")]
-    return float(attempt.end["time"]) if attempt.end else max(float(s) for s in signs if s)
+    if attempt.end:
+        return attempt.end.time
+    return max(attempt.started, attempt.beat.time) if attempt.beat else attempt.started
 
 
 def cost_of(lives: Sequence[Life], stage: PlannedStage) -> Cost:
@@ -126,7 +126,7 @@ def queue_seconds(lives: Sequence[Life], submitted: Mapping[str, float], ready: 
     waits = []
     since: dict[str, float] = {}
     for life in lives:
-        job = life.attempt.name.partition(".")[0]
+        job = life.attempt.job
         if job in submitted:
             waits.append(max(0.0, life.started - since.get(job, max(submitted[job], ready))))
             since[job] = life.ended

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from launcher.data import install_command
 from launcher.units import format_bytes
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*extra *== *['\"]([\w-]+)['\"]")
@@ -60,7 +61,7 @@ def _packages(extra: Literal["local", "report"]) -> Iterator[Finding]:
         try:
             yield Finding(name, extra, True, version(name))
         except PackageNotFoundError:
-            yield Finding(name, extra, False, "not installed", f"pip install 'prism-launch[{extra}]'")
+            yield Finding(name, extra, False, "not installed", install_command(extra))
 
 
 def _programs() -> Iterator[Finding]:
@@ -79,7 +80,7 @@ def _programs() -> Iterator[Finding]:
 
 def _first_line(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, encoding="utf-8", errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return f"{command[0]} does not answer"
     return (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()[0]

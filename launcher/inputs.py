@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from launcher import store
-from launcher.configs import PrepareConfig, TrainConfig
+from launcher.configs import AnalyzeConfig, EvaluateConfig, PrepareConfig, RLConfig, StdlibSource
+from launcher.corpus import look, told
 from launcher.errors import UserError
+from launcher.files import read_bytes
 from launcher.models.checkpoints import CARRIED
 from launcher.models.headers import adapter_problem, read_config
+from launcher.models.tokenizer_files import end_of, read_tokenizer_files
 from launcher.models.torch_dist import TRACKER
 from launcher.recipe import Recipe, Stage
+from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
-from launcher.stages import Need, kinds
+from launcher.stages import kinds
+from launcher.stages.kind import Need, Outside
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,6 @@ class Inputs:
     absent: tuple[Absent, ...] = ()
 
 
-def is_external(ref: str) -> bool:
-    """Whether a checkpoint reference names a path or a hub model and not a stage."""
-    return ref.startswith(("hf:", "/", "./", "../", "~"))
-
-
 def resolve_inputs(recipe: Recipe) -> Inputs:
     """Look at everything outside the store that the recipe names.
 
@@ -73,7 +73,7 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
         place = f"{recipe.where(where)}: {where}"
         path = checkpoint_path(ref, Path(recipe.path).parent)
         try:
-            if ref.startswith("hf:") or path.exists():
+            if is_on_hub(ref) or path.exists():
                 checkpoints[ref] = read_checkpoint(ref, Path(recipe.path).parent)
                 continue
             absent.append(Absent(str(path), None, f"{place}: {path}: no such checkpoint"))
@@ -97,46 +97,34 @@ def external_checkpoints(recipe: Recipe) -> Iterator[tuple[Stage, Need]]:
 
 
 def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
-    if isinstance(stage.config, TrainConfig) and stage.config.entrypoint:
-        return _script_facts(recipe, stage, stage.config.entrypoint, absent)
-    if not isinstance(stage.config, PrepareConfig):
-        return {}
-    facts = {
-        f"sources.{name}": f"python {sys.version}"
-        for name, source in stage.config.sources.items()
-        if source.kind == "python-stdlib"
-    }
-    paths = {f"sources.{n}": s.path for n, s in stage.config.sources.items() if s.kind in ("files", "dataset")}
-    paths |= {f"problems.{n}": p.path for n, p in stage.config.problems.items()}
-    for key, path in {**paths, "tokenizer": stage.config.tokenizer.path}.items():
-        if path and not path.startswith("hf:"):  # which the worker refuses
-            where = f"stages.{stage.name}.{key}.path"
-            try:
-                facts[key] = store.tree_fingerprint(Path(path))
-            except OSError as error:
-                absent.append(Absent(path, stage.name, f"{recipe.where(where)}: {where}: {path}: {error.strerror}"))
-                facts[key] = "absent"
+    facts = {}
+    if isinstance(stage.config, PrepareConfig):
+        library = [n for n, source in stage.config.sources.items() if isinstance(source, StdlibSource)]
+        facts = {f"sources.{name}": f"python {sys.version}" for name in library}
+    for outside in kinds()[stage.kind].outside(stage.config):
+        if is_on_hub(outside.path):  # which the worker refuses
+            continue
+        where = f"stages.{stage.name}.{outside.where}"
+        try:
+            facts[outside.where.removesuffix(".path")] = _fact(outside)
+        except UserError as error:
+            raise UserError(f"{recipe.where(where)}: {where}: {error}") from None
+        except OSError as error:
+            message = f"{recipe.where(where)}: {where}: {outside.path}: {error.strerror}"
+            absent.append(Absent(outside.path, stage.name, message))
+            facts[outside.where.removesuffix(".path")] = "absent"
     return facts
 
 
-def _script_facts(recipe: Recipe, stage: Stage, script: str, absent: list[Absent]) -> dict[str, str]:
-    """A script's content decides what it trains; what it imports in turn is the user's to keep still."""
-    where = f"stages.{stage.name}.entrypoint"
-    try:
-        return {"entrypoint": hashlib.sha256(Path(script).read_bytes()).hexdigest()}
-    except OSError as error:
-        absent.append(Absent(script, stage.name, f"{recipe.where(where)}: {where}: {script}: {error.strerror}"))
-        return {"entrypoint": "absent"}
-
-
-def checkpoint_path(ref: str, relative_to: Path) -> Path:
-    """The full path that a checkpoint reference names."""
-    return Path(os.path.abspath(relative_to / Path(ref).expanduser()))
+def _fact(outside: Outside) -> str:
+    if outside.counts == "content":
+        return hashlib.sha256(read_bytes(Path(outside.path))).hexdigest()
+    return store.tree_fingerprint(Path(outside.path))
 
 
 def read_checkpoint(ref: str, relative_to: Path) -> External:
     """Look at a checkpoint outside the store: its format and model type. Raises UserError where it is none."""
-    if ref.startswith("hf:"):
+    if is_on_hub(ref):
         raise UserError(f"{ref}: fetching from a hub is not built yet; download it and name its folder")
     path = checkpoint_path(ref, relative_to)
     if not path.exists():
@@ -160,3 +148,70 @@ def _model_type(folder: Path) -> str | None:
     if not isinstance(found, str):
         raise UserError(f"{folder / 'config.json'}: not a model's config.json: it has no model_type")
     return found
+
+
+# ------------------------------------------------------------------------------------------------ text and tokenizers
+
+
+def text_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with the corpora and tokenizers that a recipe names, by names and headers; none that is absent."""
+    found = []
+    for stage, config in _prepare_stages(recipe):
+        for name, path in _corpora(config):
+            where = f"stages.{stage.name}.sources.{name}.path"
+            found += [f"{recipe.where(where)}: {where}: {problem}" for problem in look(path).problems]
+    for where, folder in _tokenizers(recipe):
+        problems = _tokenizer_problems(folder, store.tree_fingerprint(folder))
+        found += [f"{recipe.where(where)}: {where}: {problem}" for problem in problems]
+    return found
+
+
+def _tokenizers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The folders outside the store whose tokenizer a job of this package loads, with the places that name them."""
+    for stage, config in _prepare_stages(recipe):
+        name = config.tokenizer.path
+        if name and not name.startswith("hf:") and Path(name).exists():
+            yield f"stages.{stage.name}.tokenizer.path", Path(name)
+    for stage, need in external_checkpoints(recipe):
+        config = stage.config
+        folder = checkpoint_path(need.ref, Path(recipe.path).parent)
+        loads = isinstance(config, (EvaluateConfig, AnalyzeConfig)) or (
+            isinstance(config, RLConfig) and config.backend == "trl"
+        )
+        # One without a tokenizer.json is left to transformers.
+        if loads and (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
+            yield f"stages.{stage.name}.{need.where}", folder
+
+
+def text_notes(recipe: Recipe) -> tuple[str, ...]:
+    """What lies beside the text of a recipe's corpora and is not read, a line each."""
+    notes = [
+        f"stages.{stage.name}.sources.{name}: {told(passed, path)}"
+        for stage, config in _prepare_stages(recipe)
+        for name, path in _corpora(config)
+        if (passed := look(path).passed)
+    ]
+    return tuple(notes)
+
+
+def _prepare_stages(recipe: Recipe) -> Iterator[tuple[Stage, PrepareConfig]]:
+    for stage in recipe.stages.values():
+        if isinstance(stage.config, PrepareConfig):
+            yield stage, stage.config
+
+
+def _corpora(config: PrepareConfig) -> Iterator[tuple[str, Path]]:
+    """Sources of files that are there; those that are not are absent inputs."""
+    for name, source in config.sources.items():
+        if source.kind == "files" and source.path and Path(source.path).exists():
+            yield name, Path(source.path)
+
+
+@lru_cache
+def _tokenizer_problems(folder: Path, fingerprint: str) -> tuple[str, ...]:
+    """As the job will find them; read once for all runs of a matrix."""
+    try:
+        end_of(read_tokenizer_files(folder))
+    except UserError as error:
+        return error.problems
+    return ()

@@ -6,36 +6,43 @@ does not answer, then `sbatch --test-only` of the scripts. Formats: the manual p
 
 from __future__ import annotations
 
-import getpass
+import itertools
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import slurm, store
-from launcher.cluster import Profile
+from launcher.cluster import Profile, alternatives
 from launcher.configs import Resources
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
-from launcher.site.ask import parse_gres
+from launcher.site.ask import is_away, may_start_later, parse_gres
 from launcher.spec import Step, did_you_mean
 from launcher.submit import stage_jobs
 from launcher.units import format_duration, parse_duration
+from launcher.users import user_name
 
 Problems = Iterator[tuple[str, str]]
+#: Most nodes or stages that one message names.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a partition: cores, MB of memory, GPUs by type; "" counts those of all types."""
+    """A node of a partition: cores, MB of memory, GPUs by type; "" counts those of all types.
+
+    `state` is sinfo's, "" where it was not told.
+    """
 
     name: str
     cpus: int
     memory_mb: int
     gpus: Mapping[str, int]
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,15 @@ class Site:
     associations: tuple[Association, ...] = ()
     qos: Mapping[str, Bounds] = field(default_factory=dict)
     enforced: frozenset[str] = frozenset()
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one job asks for; memory in MB of a node, 0 for all of it, None: not asked."""
+    """What one job asks for; memory in MB of a node, 0 for all of it, None: not asked.
+
+    `partition` and `qos` may be lists, `a,b`: Slurm takes the one that lets the job start.
+    """
 
     partition: str | None
     nodes: int
@@ -135,13 +146,13 @@ def _count(text: str | None) -> int | None:
 
 
 def parse_nodes(text: str) -> dict[str, tuple[Node, ...]]:
-    """Nodes by partition from `sinfo --Node --format=%R|%N|%c|%m|%G`."""
+    """Nodes by partition from `sinfo --Node --format=%R|%N|%c|%m|%G|%T`; the state may be missing."""
     found: dict[str, dict[str, Node]] = {}
     for line in text.splitlines():
         words = line.strip().split("|")
-        if len(words) == 5 and words[2].isdigit() and words[3].isdigit():
-            partition, name, cpus, memory, gres = words
-            found.setdefault(partition, {})[name] = Node(name, int(cpus), int(memory), _gpus(gres))
+        if len(words) in (5, 6) and words[2].isdigit() and words[3].isdigit():
+            partition, name, cpus, memory, gres, *state = words
+            found.setdefault(partition, {})[name] = Node(name, int(cpus), int(memory), _gpus(gres), *state)
     return {partition: tuple(nodes.values()) for partition, nodes in found.items()}
 
 
@@ -189,22 +200,55 @@ def _bounds(wall: str, job: str, group: str, user: str = "", flags: str = "") ->
 
 
 def request_problems(request: Request, site: Site) -> Problems:
-    """Why a request can never start, as (key of the stage's resources, message)."""
+    """Why a request can never start, as (key of the stage's resources, message).
+
+    Of several partitions or QOS one that would start it is enough; where there is none, each says why not.
+    """
     if not site.partitions:
         return
-    name = request.partition or next((p.name for p in site.partitions.values() if p.is_default), None)
-    partition = site.partitions.get(name or "")
-    if partition is None:
-        known = ", ".join(site.partitions)
-        found = (
-            f"Slurm has no partition {name}{did_you_mean(name, site.partitions)}" if name else "no default partition"
-        )
-        yield "partition", f"{found}; there is {known}"
+    names = _partitions_of(request, site)
+    unknown = [name for name in names if name not in site.partitions]  # Slurm refuses the list for one of these
+    known = ", ".join(site.partitions)
+    for name in unknown:
+        yield "partition", f"Slurm has no partition {name}{did_you_mean(name, site.partitions)}; there is {known}"
+    if not names:
+        yield "partition", f"no default partition; there is {known}"
+    if unknown:
         return
+    chances = itertools.product(names, alternatives(request.qos) or (None,))
+    found = [list(_chance_problems(replace(request, partition=name, qos=qos), site)) for name, qos in chances]
+    if all(found):
+        yield from dict.fromkeys(itertools.chain(*found))
+
+
+def _partitions_of(request: Request, site: Site) -> tuple[str, ...]:
+    """The partitions that would do: those asked for, else the site's default."""
+    return alternatives(request.partition) or tuple(p.name for p in site.partitions.values() if p.is_default)[:1]
+
+
+def _chance_problems(request: Request, site: Site) -> Problems:
+    """The same for one partition and one QOS, which both are there or not named."""
+    partition = site.partitions[request.partition or ""]
     yield from _partition_problems(request, partition, site.qos.get(request.qos or "", Bounds()).flags)
     yield from _node_problems(request, partition, site.nodes.get(partition.name, ()))
     if "associations" in site.enforced:
         yield from _account_problems(request, partition, site)
+
+
+def waits_because(request: Request, site: Site) -> str | None:
+    """Why a request that can start some day cannot now; None where it can, or that is not seen."""
+    reasons = []
+    for name in _partitions_of(request, site) if site.partitions else ():
+        partition, nodes = site.partitions[name], site.nodes.get(name, ())
+        away = [node.name for node in nodes if is_away(node.state)]
+        fitting = [node for node in _fitting(request, nodes) if not is_away(node.state)]
+        if partition.state == "DOWN":
+            reasons.append(f"partition {name} is DOWN")
+        elif away and len(fitting) < request.nodes:
+            reasons.append(f"of partition {name}, {_some(away)} {'is' if len(away) == 1 else 'are'} out of service")
+        else:
+            return None
+    return "; ".join(reasons) or None
 
 
 def _partition_problems(request: Request, partition: SlurmPartition, flags: frozenset[str]) -> Problems:
@@ -233,29 +277,42 @@ def _too_long(asked: int, most: int, where: str) -> str:
 
 
 def _node_problems(request: Request, partition: SlurmPartition, nodes: Sequence[Node]) -> Problems:
-    """What no node has; else, whether enough nodes have all of it."""
+    """What no node has; else, whether enough nodes have all of it. Nodes out of service count: they come back."""
     if not nodes:
         return
-    kind = request.gpu_type or ""
-    noun = f"{kind} GPUs" if kind else "GPUs"
-    asked = (
-        ("gpus_per_node", request.gpus, noun, [n.gpus.get(kind, 0) for n in nodes]),
-        ("cpus_per_task", request.cpus, "cores", [n.cpus for n in nodes]),
-        ("mem", request.memory_mb or 0, "MB of memory", [n.memory_mb for n in nodes]),
-    )
     where, one = f"partition {partition.name}", False
-    for key, count, what, has in asked:
-        if count > max(has):
+    for key, (count, what) in _asked_of_a_node(request).items():
+        most = max(_has(node, request)[key] for node in nodes)
+        if count > most:
             one = True
-            yield key, f"asks for {count} {what} on a node, but no node of {where} has more than {max(has)}"
-    fitting = [node for node in zip(*(has for *_, has in asked), strict=True) if _enough(node, asked)]
+            yield key, f"asks for {count} {what} on a node, but no node of {where} has more than {most}"
+    fitting = _fitting(request, nodes)
     if not one and request.nodes > len(fitting):
         having = " with all that it asks for" if len(fitting) < len(nodes) else ""
         yield "nodes", f"asks for {request.nodes} nodes, but {where} has {len(fitting)}{having}"
 
 
-def _enough(node: Sequence[int], asked: Sequence[tuple[str, int, str, Sequence[int]]]) -> bool:
-    return all(have >= count for have, (_, count, *_) in zip(node, asked, strict=True))
+def _asked_of_a_node(request: Request) -> dict[str, tuple[int, str]]:
+    """What a request wants of each node, by the key of the stage's resources, and how that is called."""
+    return {
+        "gpus_per_node": (request.gpus, f"{request.gpu_type} GPUs" if request.gpu_type else "GPUs"),
+        "cpus_per_task": (request.cpus, "cores"),
+        "mem": (request.memory_mb or 0, "MB of memory"),
+    }
+
+
+def _has(node: Node, request: Request) -> dict[str, int]:
+    return {
+        "gpus_per_node": node.gpus.get(request.gpu_type or "", 0),
+        "cpus_per_task": node.cpus,
+        "mem": node.memory_mb,
+    }
+
+
+def _fitting(request: Request, nodes: Iterable[Node]) -> list[Node]:
+    """The nodes that have all that the request wants of one."""
+    asked = _asked_of_a_node(request)
+    return [node for node in nodes if all(have >= asked[key][0] for key, have in _has(node, request).items())]
 
 
 def _account_problems(request: Request, partition: SlurmPartition, site: Site) -> Problems:
@@ -321,14 +378,12 @@ def read_site(user: str, accounts: Iterable[str]) -> Site | None:
     config = dict(re.findall(r"^(\w+)\s+= (.*)$", _said("scontrol", "show", "config"), re.MULTILINE))
     if not config:
         return None
-    cluster, wanted = (
-        f"cluster={config.get('ClusterName', '').strip()}",
-        "format=account,user,qos,maxwall,maxtres,grptres",
-    )
+    name, wanted = config.get("ClusterName", "").strip(), "format=account,user,qos,maxwall,maxtres,grptres"
+    cluster = f"cluster={name}"
     names = ",".join(sorted(set(accounts)))
     questions = {
         "partitions": ("scontrol", "show", "partition", "--oneliner", "--all"),
-        "nodes": ("sinfo", "--noheader", "--Node", "--all", "--format=%R|%N|%c|%m|%G"),
+        "nodes": ("sinfo", "--noheader", "--Node", "--all", "--format=%R|%N|%c|%m|%G|%T"),
         "mine": (*_SACCTMGR, "assoc", cluster, f"user={user}", wanted),
         "whole": (*_SACCTMGR, "assoc", cluster, f"account={names}", "user=", wanted) if names else (),
         "qos": (*_SACCTMGR, "qos", "format=name,maxwall,maxtres,grptres,maxtrespu,flags"),
@@ -346,6 +401,7 @@ def read_site(user: str, accounts: Iterable[str]) -> Site | None:
         ),
         qos=parse_qos(said["qos"]),
         enforced=frozenset(config.get("AccountingStorageEnforce", "").strip().split(",")),
+        name=name,
     )
 
 
@@ -373,29 +429,52 @@ def request_of(resources: Resources, profile: Profile) -> Request:
     )
 
 
-def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile) -> None:
+def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile) -> tuple[str, ...]:
     """Raises UserError with everything that the cluster would refuse or never start; nothing is submitted.
 
-    Stages are placed on the cluster; those that are done or in the queue are left out. Where the controller does not
-    answer, nothing is said: the submission will.
+    Returns what cannot start for now, and why. Stages are placed on the cluster; those that are done or in the queue
+    are left out. Where the controller does not answer, nothing is said: the submission will.
     """
     stages = [stage for record in records for stage in _to_submit(root, record)]
     if not stages:
-        return
+        return ()
     asked = [
         (stage, part, request_of(resources, profile)) for stage in stages for part, resources in stage.job_parts.items()
     ]
-    site = read_site(getpass.getuser(), {request.account for *_, request in asked if request.account})
+    site = read_site(user_name(), {request.account for *_, request in asked if request.account})
     if site is None:
-        return
+        return ()
+    clusters = alternatives(str(profile.sbatch.get("clusters", "")))
+    if set(clusters) - {site.name}:  # what this one would never start, another may
+        site = Site()
     problems = [
         f"{stage.path_of(part, key)}: {message}"
         for stage, part, request in asked
         for key, message in request_problems(request, site)
     ]
-    problems = problems or list(_refused(stages, profile, root))
     if problems:
         raise UserError(dict.fromkeys(problems))
+    waiting: dict[str, str] = {}
+    for stage, _, request in asked:
+        why = waits_because(request, site)
+        if why:
+            waiting.setdefault(stage.part_of or stage.spec.stage, why)
+    refused = dict(_refused(stages, profile, root))
+    later = {name: why for name, why in refused.items() if may_start_later(why, name in waiting, _reserved(profile))}
+    if len(later) < len(refused):
+        problems = [f"stages.{n}: sbatch would refuse it: {why}" for n, why in refused.items() if n not in later]
+        raise UserError(dict.fromkeys(problems))
+    told = {**{name: f"sbatch --test-only: {why}" for name, why in later.items()}, **waiting}
+    by_reason = {why: [f"stages.{name}" for name in told if told[name] == why] for why in told.values()}
+    return tuple(f"{_some(names)}: waits in the queue, cannot start now: {why}" for why, names in by_reason.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _reserved(profile: Profile) -> bool:
+    return "reservation" in profile.sbatch
 
 
 def _to_submit(root: Path, record: RunRecord) -> list[PlannedStage]:
@@ -405,8 +484,8 @@ def _to_submit(root: Path, record: RunRecord) -> list[PlannedStage]:
     ]
 
 
-def _refused(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> Iterator[str]:
-    """What `sbatch --test-only` says against scripts; those that differ in names alone are tried once."""
+def _refused(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> Iterator[tuple[str, str]]:
+    """Stages and what `sbatch --test-only` says against them; scripts that differ in names alone are tried once."""
     # The options follow from these alone; the rest of a script is not looked at.
     different = {
         repr(
@@ -417,10 +496,10 @@ def _refused(stages: Sequence[PlannedStage], profile: Profile, root: Path) -> It
     with tempfile.TemporaryDirectory(prefix="prism-launch.") as folder:
         for script in reversed(different.values()):
             path = Path(folder, "job.sbatch")
-            path.write_text(script.text(profile, root))
+            path.write_text(script.text(profile, root), encoding="utf-8", errors="surrogateescape")
             why = slurm.test_only(str(path))
             if why is not None:
-                yield f"stages.{script.name.partition('.')[0]}: sbatch would refuse it: {why}"
+                yield script.name.partition(".")[0], why
 
 
 def _size(step: Step) -> tuple[int | None, ...]:

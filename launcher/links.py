@@ -6,7 +6,7 @@ failed for good fail in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -38,19 +38,25 @@ def job_count(limits: Limits) -> int:
 
 
 def submit_links(
-    script: str, limits: Limits, after: Sequence[str], write_down: Callable[[str, str | None], None]
+    script: str,
+    limits: Limits,
+    after: Sequence[str],
+    write_down: Callable[[str, str | None], None],
+    known: Set[str] = frozenset(),
+    before: Sequence[str] = (),
 ) -> str:
     """Submit a stage's jobs and write each down, with its chain, as soon as it is there; returns the last one's id.
 
-    Raises WorldError with what sbatch said; then no job of the stage is left.
+    `known` are jobs that were submitted for the run already, `before` those of this chain among them. Raises WorldError
+    with what sbatch said; then none of the jobs that this call submitted is left.
     """
-    jobs: list[str] = []
+    jobs = list(before)
     count = job_count(limits)
-    for _ in range(count):
+    while len(jobs) < count:
         try:
-            jobs.append(slurm.submit(script, *dependency(after, jobs[-1:])))
+            jobs.append(slurm.submit(script, *dependency(after, jobs[-1:]), known={*known, *jobs}))
         except WorldError:
-            slurm.cancel(jobs)
+            slurm.cancel(jobs[len(before) :])
             raise
         write_down(jobs[-1], jobs[0] if count > 1 else None)
     return jobs[-1]
@@ -80,8 +86,8 @@ def link_that_counts(root: Path, spec: StageSpec, jobs: Sequence[str], known: Ma
     if len(there) == 1:
         return there[0]
     attempt = newest_attempt(root, spec)
-    tried = [job for job in there if attempt is not None and job.id == attempt.name.partition(".")[0]]
-    failed = tried if attempt is not None and (attempt.end or {}).get("action") == "stop" else []
+    tried = [job for job in there if attempt is not None and job.id == attempt.job]
+    failed = tried if attempt is not None and attempt.end and attempt.end.action == "stop" else []
     waiting = [job for job in there if job.is_active]
     running = [job for job in waiting if job.state != "PENDING"]
     return next(iter([*failed, *running[-1:], *waiting, *tried, there[-1]]))

@@ -21,8 +21,10 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import store
-from launcher.attempts import Attempt, attempts, newest_attempt, step_of
+from launcher.attempts import Attempt, attempts, attempts_at, newest_attempt, step_of, tail_of
+from launcher.data import install_command
 from launcher.errors import UserError, WorldError
+from launcher.interpreter import module_command, module_environment
 from launcher.run_record import PlannedStage, RunRecord, claimed, write_run
 from launcher.runtimes import check_containers
 from launcher.spec import stage_text
@@ -86,17 +88,22 @@ def check_here(record: RunRecord) -> None:
 def _check_installed() -> None:
     absent = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if absent:
-        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
+        raise WorldError(f"not installed here: {', '.join(absent)}; {install_command('local')}")
 
 
 def _detach(root: Path, record: RunRecord, as_json: bool) -> int:
     with claimed(root, record.run):
         _write(root, record)
     log = store.run_dir(root, record.run) / "driver.log"
-    command = [sys.executable, "-m", "launcher.cli", "resume", record.run, "--root", str(root)]
+    command = module_command("launcher.cli", "resume", record.run, "--root", str(root))
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=module_environment(os.environ),
         )
     # In its name, so that who watches or runs at once finds the run driven.
     store.claim(store.driver_claim(root, record.run), store.this_process(child.pid))
@@ -106,12 +113,6 @@ def _detach(root: Path, record: RunRecord, as_json: bool) -> int:
         at = f"{shlex.quote(record.run)} --root {shlex.quote(str(root))}"
         print(f"run {record.run} goes on in the background; follow it with: prism-launch watch {at}")
     return 0
-
-
-def _environment() -> dict[str, str]:
-    package = str(Path(store.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def _write(root: Path, record: RunRecord) -> None:
@@ -148,6 +149,7 @@ class Driver:
     done: dict[str, Receipt] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     running: dict[str, Owner] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     without_progress: dict[str, int] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)
@@ -198,6 +200,7 @@ class Driver:
                 self.done[name] = receipt
             elif attempt is not None and attempt.is_living and attempt.owner is not None:
                 self.running[name] = self._rejoinable(name, attempt, attempt.owner)
+                self.names[name] = attempt.name
 
     @staticmethod
     def _rejoinable(name: str, attempt: Attempt, owner: Owner) -> Owner:
@@ -230,8 +233,8 @@ class Driver:
         variables = {"PRISM_ROOT": str(self.root), "PRISM_ATTEMPT": str(folder)}
         with (folder / "supervisor.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "launcher.supervisor", str(path)],
-                env={**_environment(), **variables},
+                module_command("launcher.supervisor", str(path)),
+                env={**module_environment(os.environ), **variables},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -240,6 +243,7 @@ class Driver:
             )
         self.children[stage.spec.stage] = child
         self.running[stage.spec.stage] = store.this_process(child.pid)
+        self.names[stage.spec.stage] = folder.name
 
     def _lives(self, name: str, owner: Owner) -> bool:
         child = self.children.get(name)
@@ -249,34 +253,30 @@ class Driver:
 
     def _ended(self, name: str) -> None:
         """Take note of an attempt's end: made, to be tried again, or failed."""
-        owner = self.running.pop(name)
+        del self.running[name]
         stage = self.record.stage(name)
         receipt = store.read_receipt(self.root, stage.spec.artifact)
         if receipt is not None:
             self.done[name] = receipt
             return
-        attempt = newest_attempt(self.root, stage.spec)
-        if attempt is not None and (attempt.owner is None or attempt.owner.pid != owner.pid):
-            attempt = None  # an earlier one: this supervisor ended before it could say anything
+        # None: its supervisor ended before it could say anything.
+        attempt = next((a for a in attempts_at(self.root, stage.spec) if a.name == self.names[name]), None)
         if attempt is None:
-            self.silent[name] = self._last_words(stage)
+            self.silent[name] = self._last_words(stage, self.names[name])
         if attempt is None or attempt.end is None:  # its supervisor could not tell the hook
             tell_unheard(self.root, self.record, self._status(), {})
         if self._action(stage, attempt) != "again":
             self.failed.add(name)
 
-    def _last_words(self, stage: PlannedStage) -> str:
+    def _last_words(self, stage: PlannedStage, attempt: str) -> str:
         """What a supervisor that could not even begin left in its log."""
-        logs = stage_json(self.root, stage).parent.glob("local.*/supervisor.log")
-        newest = max(logs, key=lambda p: p.stat().st_mtime, default=None)
-        words = newest.read_text(errors="replace").strip().splitlines() if newest else []
+        words = tail_of(stage_json(self.root, stage).with_name(attempt) / "supervisor.log", 1)
         return f"its supervisor could not begin: {words[-1] if words else 'it said nothing'}"
 
     def _action(self, stage: PlannedStage, attempt: Attempt | None) -> str:
         if attempt is None:
             return "stop"  # the supervisor could not even begin; its log says why
-        end = attempt.end or {"class": "crashed", "action": ACTIONS["crashed"]}
-        if end.get("action") != "again":
+        if (attempt.end.action if attempt.end else ACTIONS["crashed"]) != "again":
             return "stop"
         count = 0 if self._got_further(stage, attempt) else self.without_progress.get(stage.spec.stage, 0) + 1
         self.without_progress[stage.spec.stage] = count

@@ -39,9 +39,9 @@ def component_logs(folder: Path) -> dict[tuple[str, int], Path]:
     return {(match["component"], int(match["rank"])): path for match, path in found}
 
 
-def supervisor_log(attempt: Path) -> Path:
-    """The supervisor's own log of the attempt in this folder."""
-    return _batch_log(attempt.parent, attempt.name.partition(".")[0]) or attempt / "supervisor.log"
+def supervisor_log(attempt: Attempt) -> Path:
+    """The supervisor's own log of an attempt."""
+    return _batch_log(attempt.folder.parent, attempt.job) or attempt.folder / "supervisor.log"
 
 
 def _batch_log(stage: Path, job: str) -> Path | None:
@@ -54,13 +54,13 @@ def main_log(spec: StageSpec, attempt: Attempt) -> Path:
     found = component_logs(attempt.folder)
     names = [s.name for s in sorted(spec.steps, key=lambda s: s.role != "main")]
     first = next((found[name, 0] for name in names if (name, 0) in found), None)
-    return first or next(iter(found.values()), supervisor_log(attempt.folder))
+    return first or next(iter(found.values()), supervisor_log(attempt))
 
 
 def find_log(spec: StageSpec, attempt: Attempt, component: str | None, rank: int | None) -> Path:
     """The log that is asked for. Raises UserError where there is no such component, NoLogYet with those there are."""
     if component == SUPERVISOR:
-        return supervisor_log(attempt.folder)
+        return supervisor_log(attempt)
     if component is None and rank is None:
         return main_log(spec, attempt)
     names = [s.name for s in sorted(spec.steps, key=lambda s: s.role != "main")]

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher import configs
-from launcher.configs import ConvertConfig, MergeConfig, ModelConfig, PrepareConfig, Resources, TrainConfig
+from launcher.configs import ConvertConfig, ModelConfig, PrepareConfig, Resources
 from launcher.errors import UserError
-from launcher.inputs import External, Inputs, is_external
+from launcher.inputs import External, Inputs
 from launcher.models.families import FAMILIES
 from launcher.recipe import Recipe, Stage
+from launcher.references import is_external, split_ref
 from launcher.run_record import PlannedStage
 from launcher.spec import Format, Input, Limits, Output, Runtime, StageSpec, did_you_mean, encode
-from launcher.stages import Need, kinds, split_ref
+from launcher.stages import kinds
 from launcher.stages.convert import CONVERSIONS
+from launcher.stages.kind import Need
 
 
 @dataclass
@@ -103,8 +105,7 @@ def _names(words: Iterable[str]) -> str:
 
 
 def _outputs(stage: Stage) -> Mapping[str, Format]:
-    outputs: Mapping[str, Format] = kinds()[stage.kind].outputs(stage.config)
-    return outputs
+    return kinds()[stage.kind].outputs(stage.config)
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -140,7 +141,7 @@ def _order(builder: _Builder, needs: Mapping[str, tuple[Need, ...]]) -> list[str
 def _plan_parts(builder: _Builder, stage: Stage, needs: tuple[Need, ...]) -> None:
     """The stage, or each of those that it fans out into: STAGE.PART, a name that no stage of a recipe can have."""
     module = kinds()[stage.kind]
-    parts = module.parts(stage.config, stage.seed) if hasattr(module, "parts") else {}
+    parts = module.parts(stage.config, stage.seed)
     if not parts:
         _plan_stage(builder, stage, needs)
     for name, (config, seed) in parts.items():
@@ -208,24 +209,9 @@ def _add(
     inserted: bool,
     part_of: str | None = None,
 ) -> None:
-    module = kinds()[stage.kind]
-    # A conversion does the same whoever asks for it under whatever name: its checkpoint is known by fingerprint.
-    config = replace(stage.config, checkpoint="") if stage.kind == "convert" else stage.config
-    key = fingerprint(stage.kind, module.VERSION, config, stage.seed, inputs, facts)
-    artifact = f"artifacts/{stage.kind}/{key}"
-    spec = StageSpec(
+    spec = replace(
+        plan_stage(stage, inputs, facts, builder.limits, builder.runtime),
         run=builder.recipe.name,
-        stage=stage.name,
-        kind=stage.kind,
-        kind_version=module.VERSION,
-        fingerprint=key,
-        config=encode(stage.config),
-        seed=stage.seed,
-        inputs=inputs,
-        outputs={port: Output(f"{artifact}/{port}", form) for port, form in _outputs(stage).items()},
-        steps=module.steps(stage.config, stage.resources),
-        limits=builder.limits,
-        runtime=builder.runtime,
         secrets=builder.recipe.secrets,
     )
     absent = {a.path for a in builder.inputs.absent if a.stage in (part_of or stage.name, None)}
@@ -237,8 +223,30 @@ def _add(
         stage.resources,
         inserted,
         part_of=part_of,
-        not_built=module.not_built(stage.config),
+        not_built=kinds()[stage.kind].not_built(stage.config),
         absent=tuple(sorted(absent & read)),
+    )
+
+
+def plan_stage(
+    stage: Stage, inputs: Mapping[str, Input], facts: Mapping[str, str], limits: Limits, runtime: Runtime
+) -> StageSpec:
+    """One stage whose inputs are found, of no run yet."""
+    kind = kinds()[stage.kind]
+    key = fingerprint(stage.kind, kind.VERSION, kind.what_counts(stage.config), stage.seed, inputs, facts)
+    return StageSpec(
+        run="",
+        stage=stage.name,
+        kind=stage.kind,
+        kind_version=kind.VERSION,
+        fingerprint=key,
+        config=encode(stage.config),
+        seed=stage.seed,
+        inputs=inputs,
+        outputs={port: Output(f"artifacts/{stage.kind}/{key}/{port}", form) for port, form in _outputs(stage).items()},
+        steps=kind.steps(stage.config, stage.resources),
+        limits=limits,
+        runtime=runtime,
     )
 
 
@@ -285,7 +293,7 @@ def _check_model(builder: _Builder, stage: Stage, need: Need) -> None:
 
 def _model_wanted(builder: _Builder, stage: Stage) -> tuple[str | None, ModelConfig | None]:
     """The model that a stage's checkpoints must be of, where the recipe says; first whose, if not the stage's own."""
-    if isinstance(stage.config, TrainConfig):
-        return None, stage.config.model
-    parts = stage.config.checkpoints if isinstance(stage.config, MergeConfig) else ()
+    if (own := kinds()[stage.kind].model(stage.config)) is not None:
+        return None, own
+    parts = kinds()[stage.kind].lineage(stage.config)
     return next((found for ref in parts for found in builder.recipe.models_of(ref)), (None, None))

@@ -37,8 +37,12 @@ from launcher.spec import ExitClass, SpecError, StageSpec, decode, read_stage
 METRICS = "metrics.jsonl"
 RECORD = "record.json"
 TERM_NOTE = "term"
-#: How often the claim of the artifact is read by those who work on it.
-CLAIM_S = 2.0
+#: Seconds between looks at a claim in small jobs; in large ones all nodes together look this often a second.
+_CLAIM_S, _CLAIMS_A_SECOND = 2.0, 8.0
+#: Where a rank that is not the first of its node looks as well: this many times as seldom.
+_SELDOM = 8
+#: Heartbeats a second of all ranks but the first together; and at the least in the time after which a hang is seen.
+_BEATS_A_SECOND, _BEATS_TO_A_HANG = 5.0, 4
 #: What each node must find in the attempt's folder before a stage starts, and what it leaves there by its own name.
 PREFLIGHT_SEEN, PREFLIGHT_LEFT = "preflight.seen", "preflight.{node}"
 
@@ -61,6 +65,7 @@ class StageJob:
     step: str
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
     _asked: list[float] = field(default_factory=list)
     _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
@@ -100,21 +105,35 @@ class StageJob:
         """Say that work goes on: `step` of `total` done, and figures such as loss, tokens_per_s.
 
         Does not return where the artifact is another attempt's by now. The first beat stays in all that follow: from it
-        come the pace, and what an attempt went on from. Nothing is written within `pause_s` of the beat before.
+        come the pace, and what an attempt went on from. Nothing is written within `pause_s` of the beat before; ranks
+        other than 0 write seldom, each at its own time, so that a thousand do not wear the file system out.
         """
         self._end_if_given_up()
-        now = time.time()
-        if self._beaten and 0 <= now - self._beaten[0] < pause_s:
-            return
-        self._beaten[:] = [now]
+        now, pause = time.time(), self._pause(pause_s)
         if not self._first:
             self._first.append({"step": step, "time": now})
+            self._beaten[:] = [now - pause * self._phase] if self.rank else []
+        if self._beaten and 0 <= now - self._beaten[0] < pause:
+            return
+        self._beaten[:] = [now]
         beat = {"time": now, "pid": os.getpid(), "step": step, "total": total, "figures": figures}
         self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", {**beat, "first": self._first[0]})
 
+    @property
+    def _phase(self) -> float:
+        """Where in its interval this rank looks and beats, so that all do not at once."""
+        return self.rank / max(self.world_size, 1)
+
+    def _pause(self, pause_s: float) -> float:
+        if self.rank == 0:
+            return pause_s
+        hang_s = self.spec.limits.hang_s
+        seldom = max(hang_s / 20, self.world_size / _BEATS_A_SECOND)
+        return max(pause_s, min(seldom, hang_s / _BEATS_TO_A_HANG))
+
     def metric(self, **figures: Any) -> None:
         """Append one line to the artifact's metrics; rank 0 alone calls it."""
-        with (self.workdir / METRICS).open("a") as file:
+        with (self.workdir / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures, sort_keys=True) + "\n")
 
     def truncate_metrics(self, key: str, last: int) -> None:
@@ -123,7 +142,7 @@ class StageJob:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 if row.get(key, 0) <= last:
@@ -133,7 +152,8 @@ class StageJob:
     def record(self, **facts: Any) -> None:
         """Merge facts into what the receipt will say of this work; rank 0 alone calls it."""
         path = self.workdir / RECORD
-        store.write_json(path, {**(store.read_json(path) or {}), **facts})
+        known = store.read_json(path)
+        store.write_json(path, {**(known if isinstance(known, dict) else {}), **facts})
 
     def exit(self, exit_class: ExitClass, message: str = "", **evidence: Any) -> None:
         """Write how this rank ended and what it used; under Slurm its supervisor cannot see that itself."""
@@ -150,10 +170,10 @@ class StageJob:
 
         Slurm cannot end the processes of a node whose slurmd is gone: they would write beside the next attempt's.
         """
-        now = time.monotonic()
-        if now - self._claim.get("looked", -CLAIM_S) < CLAIM_S:
+        now, every_s = time.monotonic(), claim_s(self.spec) * (_SELDOM if self.local_rank else 1)
+        if now - self._claim.get("looked", -every_s) < every_s:
             return
-        self._claim["looked"] = now
+        self._claim["looked"] = now if "looked" in self._claim else now - every_s * self._phase
         try:
             holder = store.claim_holder(store.claim_dir(self.root, self.spec.artifact))
         except OSError:  # a file system that is away for a while
@@ -172,8 +192,18 @@ class StageJob:
     def _replace(path: Path, value: Mapping[str, Any]) -> None:
         # No fsync: a heartbeat must be cheap, and one lost with the machine is no loss.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(json.dumps(value), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def claim_s(spec: StageSpec) -> float:
+    """How often the claim of the artifact is read by those who work on it: one process a node, and the supervisor."""
+    return max(_CLAIM_S, max((step.nodes for step in spec.steps), default=1) / _CLAIMS_A_SECOND)
 
 
 def die_with_parent(parent: int) -> None:
@@ -203,6 +233,7 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
         step=os.environ.get("PRISM_STEP", "main"),
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
     job._end_if_given_up()  # whoever holds the claim now has started this process
     for number in (signal.SIGUSR2, signal.SIGTERM):
@@ -210,6 +241,11 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
     code = _run(main, job)
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Python would go back to the default on its way out: death
+    if code and job.world_size > 1:
+        # Process groups would be torn down on the way out, which waits for the other ranks, and they for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -223,13 +259,13 @@ def _run(main: Callable[[StageJob], None], job: StageJob) -> int:
     except BaseException as error:  # torch's CheckpointException is no Exception
         exit_class, message, code = how_it_ended(error)
         trace = traceback.format_exc() if exit_class in ("crashed", "storage", "out-of-memory") else None
-    if trace or message:
-        print(trace or message, file=sys.stderr, flush=True)
     try:
         job.exit(exit_class, message, **({"traceback": trace} if trace else {}))
     except OSError as error:
         print(f"{job.attempt_dir}: the exit file cannot be written: {error}", file=sys.stderr)
-        return code or 1
+        code = code or 1
+    if trace or message:
+        print(trace or message, file=sys.stderr, flush=True)
     return code
 
 

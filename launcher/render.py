@@ -82,7 +82,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a new folder")
     script = folder / "submit.sh"
-    mine = script.is_file() and _MARK in script.read_text(errors="replace")
+    mine = script.is_file() and _MARK in script.read_text(errors="replace", encoding="utf-8")
     ours = ("run.json", "submit.sh") if mine else ()
     endings = (".sbatch", ".stage.json") if mine else ()
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.endswith(endings))
@@ -111,6 +111,7 @@ def _replace(folder: Path, fresh: Path) -> None:
 
 _FUNCTIONS = r"""
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
+user=$(id -un 2>/dev/null) || user=$(id -u)
 declare -A ids
 submitted=()
 links=()
@@ -137,10 +138,28 @@ send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `
     shift
     for name in "$@"; do after+=":${ids[$name]}"; done
     after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
-    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
-        stop "$script" "sbatch refused it, as it says above"
-    id=${id%%;*}
-    [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
+    file=$here/$script.sbatch
+    said=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$file") && code=0 || code=$?
+    id=${said%%;*}
+    [[ $code = 0 && $id =~ ^[0-9]+$ ]] && return
+    id=$(queued "$file")  # something stands beside the number, or in its place
+    [[ -n $id || $code != 0 ]] || id=$(numbers <<< "$said" | tail -n 1)
+    [[ -n $id || $code = 0 ]] || stop "$script" "sbatch refused it, as it says above"
+    [[ -n $id ]] || stop "$script" "sbatch answered '$said', which is no job id, and squeue knows no new job of it"
+}
+
+queued() {  # SCRIPT: the newest job of it that Slurm has and that was not known
+    local job path
+    squeue --me --noheader --states=all --format='%i|%o' 2>/dev/null | while IFS='|' read -r job path; do
+        job=${job%%[_+]*}
+        if [[ $path = "$1" && $job =~ ^[0-9]+$ ]] && ! grep -qs "\"job\": \"${job}[_\"]" "$run/jobs.jsonl"; then
+            echo "$job"
+        fi
+    done | sort -n | tail -n 1
+}
+
+numbers() {  # of jobs, in what sbatch says: a line of its own, `;CLUSTER` in a federation, or a sentence
+    sed -nE 's/^[[:space:]]*([0-9]+)(;[^;[:space:]]*)?[[:space:]]*$/\1/p; s/.*Submitted batch job ([0-9]+).*/\1/p'
 }
 
 ready() {  # STAGE
@@ -150,8 +169,11 @@ ready() {  # STAGE
 known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
     [ -n "${ids[$1]}" ] || submitted+=("$1")
     ids[$1]=$3
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
-        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
+    local path=${file//\\/\\\\}
+    path=${path//\"/\\\"}
+    [[ $path != *[[:cntrl:]]* ]] || path=""
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s, "script": "%s"}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$user" "${4:+, \"chain\": \"$4\"}" "$path" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads

@@ -71,7 +71,10 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: the recipe as resolved and its plan, in an order in which it can be executed."""
+    """A run: the recipe as resolved and its plan, in an order in which it can be executed.
+
+    `notes` say what lies beside its inputs and is not read.
+    """
 
     run: str
     recipe: str
@@ -82,6 +85,7 @@ class RunRecord:
     created: float
     versions: Mapping[str, str]
     git: str | None = None
+    notes: tuple[str, ...] = ()
     schema: int = 1
 
     def stage(self, name: str) -> PlannedStage:

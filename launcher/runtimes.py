@@ -52,6 +52,8 @@ def _is_here(container: str, image: str) -> bool:
 
 def _call(*argv: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        return subprocess.run(
+            argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, encoding="utf-8", errors="replace"
+        )
     except subprocess.TimeoutExpired:
         raise WorldError(f"{argv[0]}: no answer to `{' '.join(argv[:3])}` within {_TIMEOUT_S} s") from None

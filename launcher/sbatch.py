@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,8 +242,8 @@ def _refuse_unquotable(values: dict[str, Any]) -> None:
 def _setup(spec: StageSpec, profile: Profile, root: Path, folder: str) -> Iterator[str]:
     """What the shell does before it becomes the supervisor; `folder`, the stage's, is quoted."""
     leaks = (*LEAKS[profile.runtime.container], *profile.runtime.env_unset)
-    yield "# Every step states its own counts; srun would take these for defaults."
-    yield f"unset {' '.join(SRUN_DEFAULTS)}"
+    yield "# What options of sbatch and the shell that submits would make of every step; steps state their own."
+    yield from (f"unset {names}" for names in textwrap.wrap(" ".join(SRUN_DEFAULTS), 114))
     if leaks:
         yield "# What a shell that submits might carry into the steps unseen."
         yield "unset " + " ".join(f'"${{!{name[:-1]}@}}"' if name.endswith("*") else name for name in leaks)

@@ -2,8 +2,11 @@
 
 ROOT/runs/NAME/snapshot/DIGEST/launcher/        the package; jobs and steps import it from here
 ROOT/runs/NAME/snapshot/DIGEST/recipe.yaml      the recipe's file, as it was written
-ROOT/runs/NAME/snapshot/DIGEST/snapshot.json    where all that came from: folders, commits, untracked files
+ROOT/runs/NAME/snapshot/DIGEST/snapshot.json    where all that came from: folders, commits, untracked files, and what
+                                                was left out, with the reason
 ROOT/runs/NAME/snapshot/DIGEST/code.diff        what had not been committed (`git diff HEAD`)
+
+A snapshot may be read by a group, so it holds no hidden file, link, or file that looks like a secret.
 
 The digest is over the package and the recipe, so a run has one snapshot until one of them changes. A stage keeps the
 one that it was submitted with, through every requeue.
@@ -16,9 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,16 @@ import launcher
 from launcher import store
 from launcher.cluster import Profile
 from launcher.errors import UserError, WorldError
+from launcher.files import read_bytes
+from launcher.git import Repository, repository
 from launcher.run_record import RunRecord
+from launcher.secret_files import holds_secret, is_secret_name, secret_values
 
 _PACKAGE = "launcher"
 #: In the package of a wheel: what the login side alone reads.
 _LEFT_OUT = {"__pycache__", "_data"}
-#: A patch that `git apply` takes, whatever the user's git is set to show.
-_DIFF = (
-    *("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false"),
-    *("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color"),
-)
+#: Bytes of a file above which its changes are named only.
+_MOST = 8 << 20
 
 
 def with_snapshot(root: Path, record: RunRecord, profile: Profile) -> RunRecord:
@@ -45,12 +47,13 @@ def with_snapshot(root: Path, record: RunRecord, profile: Profile) -> RunRecord:
     The code is the profile's `code` where this machine has that folder, else the package that runs here.
     """
     source = _source(profile)
-    files = {f"{_PACKAGE}/{name}": path.read_bytes() for name, path in _package_files(source / _PACKAGE)}
-    with contextlib.suppress(OSError):  # piped, or gone since it was read
-        files["recipe.yaml"] = Path(record.recipe).read_bytes()
+    values = secret_values(secret for stage in record.stages for secret in stage.spec.secrets)
+    files, left_out = _package(source / _PACKAGE, values)
+    with contextlib.suppress(OSError, UserError):  # piped, or gone since it was read
+        files["recipe.yaml"] = read_bytes(Path(record.recipe))
     relative = f"runs/{record.run}/snapshot/{_digest(files)}"
     if not (root / relative).is_dir():
-        _write(root / relative, files | _origin(record, source))
+        _write(root / relative, files | _origin(record, source, values, left_out))
     stages = tuple(replace(s, spec=replace(s.spec, snapshot=relative)) for s in record.stages)
     return replace(record, stages=stages)
 
@@ -74,13 +77,37 @@ def _source(profile: Profile) -> Path:
     return theirs if (theirs / _PACKAGE / "__init__.py").is_file() else here
 
 
+def _package(package: Path, values: Sequence[bytes]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The package's files by their place in the snapshot, and why others are left out."""
+    files: dict[str, bytes] = {}
+    left_out: dict[str, str] = {}
+    installed_by_links = (package / "__init__.py").is_symlink()
+    for name, path in _package_files(package):
+        is_code = name.endswith(".py")
+        if path.is_symlink() and not (installed_by_links and is_code):
+            left_out[name] = "a link"
+        elif any(part.startswith(".") for part in Path(name).parts):
+            left_out[name] = "hidden"
+        elif is_secret_name(name):
+            left_out[name] = "called as secrets are"
+        elif path.is_file():
+            content = path.read_bytes()
+            if is_code or not holds_secret(content, values):
+                files[f"{_PACKAGE}/{name}"] = content
+            else:
+                left_out[name] = "holds what looks like a secret"
+    return files, left_out
+
+
 def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
+    """Files, links, and hidden folders, which are not looked into."""
     for folder, names, files in os.walk(package):
-        names[:] = sorted(set(names) - _LEFT_OUT)
-        for name in sorted(files):
-            path = Path(folder, name)
-            if not name.endswith((".pyc", ".pyo")) and path.is_file():
-                yield path.relative_to(package).as_posix(), path
+        here = Path(folder)
+        unopened = [name for name in names if name.startswith(".") or (here / name).is_symlink()]
+        names[:] = sorted({*names} - _LEFT_OUT - {*unopened})
+        for name in sorted([*files, *unopened]):
+            if not name.endswith((".pyc", ".pyo")):
+                yield (here / name).relative_to(package).as_posix(), here / name
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
@@ -113,45 +140,51 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------------- origin
 
 
-def _origin(record: RunRecord, source: Path) -> dict[str, bytes]:
+def _origin(record: RunRecord, source: Path, values: Sequence[bytes], left_out: Mapping[str, str]) -> dict[str, bytes]:
     """`snapshot.json`, `code.diff`, and copies of the scripts that stages name as their own `entrypoint`."""
     scripts = dict.fromkeys(Path(e) for s in record.stages if isinstance(e := s.spec.config.get("entrypoint"), str))
     folders = {"launcher": source, "recipe": Path(record.recipe).parent}
     folders |= {f"entrypoint {path}": path.parent for path in scripts}
-    repositories = {name: _repository(folder) for name, folder in folders.items()}
-    facts = {
-        name: {"folder": os.path.abspath(folders[name]), **(_git(top) if top else {})}
-        for name, top in repositories.items()
-    }
-    diffs = [_ask(top, *_DIFF) for top in dict.fromkeys(repositories.values()) if top]
+    facts: dict[str, dict[str, Any]] = {}
+    diffs: dict[Path, bytes] = {}
+    for name, folder in folders.items():
+        with repository(folder) as found:
+            told, diff = _told(found, values) if found else ({}, b"")
+        facts[name] = {"folder": os.path.abspath(folder), **told}
+        if found:
+            diffs.setdefault(found.top, diff)
+    facts["launcher"]["left_out"] = dict(left_out)
     copies = {f"entrypoint/{i}/{path.name}": path.read_bytes() for i, path in enumerate(scripts) if path.is_file()}
     return {
         "snapshot.json": (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
-        "code.diff": "".join(diffs).encode(errors="surrogateescape"),
+        "code.diff": b"".join(diffs.values()),
         **copies,
     }
 
 
-def _repository(folder: Path) -> Path | None:
-    """The top of the git repository that holds a folder."""
-    top = _ask(folder, "rev-parse", "--show-toplevel").strip()
-    return Path(top) if top else None
-
-
-def _git(top: Path) -> dict[str, Any]:
-    untracked = _ask(top, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
-    return {
-        "repository": str(top),
-        "commit": _ask(top, "rev-parse", "HEAD").strip() or None,
-        "untracked": sorted(filter(None, untracked)),
+def _told(found: Repository, values: Sequence[bytes]) -> tuple[dict[str, Any], bytes]:
+    """What is recorded of a repository, and its uncommitted changes, without those that may hold a secret."""
+    changed = found.changed() or []
+    filtered = found.filtered(changed)
+    reasons = {path: _why_undiffed(found.top / path, path, values, path in filtered) for path in changed}
+    diff = found.diff([path for path, why in reasons.items() if why is None])
+    facts = {
+        "repository": str(found.top),
+        "commit": found.commit,
+        "untracked": found.untracked(),
+        "left_out_of_diff": {path: why for path, why in reasons.items() if why is not None},
     }
+    return facts, diff
 
 
-def _ask(folder: Path, *words: str) -> str:
-    """What git says; nothing where it is absent, fails or takes long."""
-    command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *words]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=20, stdin=subprocess.DEVNULL, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
+def _why_undiffed(file: Path, path: str, values: Sequence[bytes], is_filtered: bool) -> str | None:
+    """Why the changes of a file are named only; None where they may be shown."""
+    if is_secret_name(path):
+        return "called as secrets are"
+    if is_filtered:
+        return "a filter stands between this file and its repository"
+    if file.is_symlink() or not file.is_file():  # of a link, git shows where it leads
+        return None
+    if file.stat().st_size > _MOST:
+        return f"larger than {_MOST >> 20} MiB"
+    return "holds what looks like a secret" if holds_secret(file.read_bytes(), values) else None

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -163,11 +165,17 @@ class Preflight:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How steps are started: the container runtime, srun's MPI flavour, variables removed from the environment."""
+    """How steps are started: the container runtime, srun's MPI flavour, variables removed from the environment.
+
+    distribution and cpu_bind are srun's options of that name. Ranks fill one socket after the other by default, as GPUs
+    are numbered on most nodes; Slurm's own default deals them out in turn, away from their GPUs. null: not said.
+    """
 
     container: Literal["none", "pyxis", "apptainer", "docker", "podman", "charliecloud"] = "none"
     mpi: str | None = None
     env_unset: tuple[str, ...] = ()
+    distribution: str | None = "block:block"
+    cpu_bind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,24 @@ class StageSpec:
     notify: tuple[str, ...] = ()
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        """Refuse what would be written outside its run or artifact."""
+        names = {"run": self.run, "stage": self.stage, "fingerprint": self.fingerprint}
+        wrong = [(key, f"{name!r} is no name of a folder") for key, name in names.items() if not _is_folder_name(name)]
+        for port, output in self.outputs.items():
+            if not all(_is_folder_name(part) for part in output.path.split("/")):
+                wrong.append((f"outputs.{port}.path", f"{output.path!r} is no path inside the store"))
+        if wrong:
+            raise SpecError(wrong)
+
     @property
     def artifact(self) -> str:
         """The artifact's folder, relative to the store's root."""
         return f"artifacts/{self.kind}/{self.fingerprint}"
+
+
+def _is_folder_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def encode(value: Any) -> Any:
@@ -216,19 +238,28 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(cls: type[T], data: Any) -> T:
+class _Problems(list[tuple[str, str]]):
+    """What was found, (path, message); `written` as `decode` gets it."""
+
+    def __init__(self, written: Mapping[str, str]):
+        super().__init__()
+        self.written = written
+
+
+def decode(cls: type[T], data: Any, written: Mapping[str, str] = types.MappingProxyType({})) -> T:
     """Plain JSON data as `cls`; strict, no coercion but int to float and list to tuple.
 
+    `written` is, by path, the text that numbers and words such as `true` have in the file that they were read from.
     Raises SpecError with every problem found, each with its path.
     """
-    problems: list[tuple[str, str]] = []
+    problems = _Problems(written)
     value = _decode(cls, data, "", problems)
     if problems:
         raise SpecError(problems)
     return typing.cast(T, value)
 
 
-def _decode(hint: Any, data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode(hint: Any, data: Any, path: str, problems: _Problems) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return data
@@ -246,28 +277,54 @@ def _decode(hint: Any, data: Any, path: str, problems: list[tuple[str, str]]) ->
         return {k: _decode(args[1], v, _join(path, str(k)), problems) for k, v in data.items()}
     if hint is float:
         ok = isinstance(data, (int, float)) and not isinstance(data, bool)
-        return float(data) if ok else _expect(False, data, "a number", path, problems)
+        ok = ok and not (isinstance(data, int) and abs(data) > sys.float_info.max)
+        return float(data) if ok else _expect(False, data, _A_NUMBER, path, problems)
     ok = isinstance(data, hint) and not (hint is int and isinstance(data, bool))
     return _expect(ok, data, _TYPE_NAMES.get(hint, str(hint)), path, problems)
 
 
+_A_NUMBER = "a number"
 _TYPE_NAMES = {int: "a whole number", str: "a string", bool: "true or false", type(None): "null"}
 
 
-def _expect(ok: bool, data: Any, wanted: str, path: str, problems: list[tuple[str, str]]) -> Any:
+def _expect(ok: bool, data: Any, wanted: str, path: str, problems: _Problems) -> Any:
     if not ok:
-        problems.append((path, f"expected {wanted}, got {json.dumps(data, default=str)}"))
+        problems.append((path, expected(wanted, data, problems.written.get(path))))
     return data
+
+
+_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?")
+
+
+def expected(wanted: str, data: Any, written: str | None = None) -> str:
+    """That a value is not what is wanted, shown as it is written, and what to write where that is plain."""
+    text = _shortened(written or json.dumps(data, default=str))
+    if wanted == _TYPE_NAMES[str] and not isinstance(data, (list, Mapping)):
+        mend = f"; put it in quotes: {json.dumps(written or ('' if data is None else text), ensure_ascii=False)}"
+    elif wanted == _TYPE_NAMES[int] and isinstance(data, float) and data.is_integer():
+        mend = f"; write {int(data)}"
+    elif wanted in (_TYPE_NAMES[int], _A_NUMBER) and isinstance(data, str) and _NUMBER.fullmatch(data):
+        mend = "; leave the quotes out"
+    else:
+        mend = ""
+    return f"expected {wanted}, got {text}{mend}"
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
-    tries: list[list[tuple[str, str]]] = []
+def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: _Problems) -> Any:
+    alternatives = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if len(alternatives) > 1 and isinstance(data, Mapping):
+        return _decode_alternative(alternatives, data, path, problems)
+    tries: list[_Problems] = []
     for arg in args:
-        found: list[tuple[str, str]] = []
+        found = _Problems(problems.written)
         value = _decode(arg, data, path, found)
         if not found:
             return value
@@ -277,7 +334,41 @@ def _decode_union(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     return data
 
 
-def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_alternative(classes: list[Any], data: Mapping[str, Any], path: str, problems: _Problems) -> Any:
+    """One of several dataclasses: that of the tag; without a tag, the one that wants nothing more and knows most."""
+    tag = tag_of(classes)
+    if tag is None:
+        chosen = min(classes, key=lambda cls: (len(required(cls) - set(data)) > 0, -len(set(data) & set(_hints(cls)))))
+        return _decode_dataclass(chosen, data, path, problems, classes)
+    by_value = {value: cls for cls in classes for value in typing.get_args(_hints(cls)[tag])}
+    if tag not in data:
+        problems.append((_join(path, tag), f"is required: one of {', '.join(by_value)}"))
+    elif not isinstance(data[tag], str) or data[tag] not in by_value:
+        hint = did_you_mean(str(data[tag]), by_value)
+        _expect(False, data[tag], f"one of {', '.join(map(repr, by_value))}", _join(path, tag), problems)
+        problems[-1] = (problems[-1][0], problems[-1][1] + hint)
+    else:
+        return _decode_dataclass(by_value[data[tag]], data, path, problems, classes)
+    return None
+
+
+def tag_of(classes: typing.Sequence[Any]) -> str | None:
+    """The key that tells alternatives apart, whose type is another Literal in each; None where there is none."""
+    shared = (f.name for f in dataclasses.fields(classes[0]) if all(f.name in _hints(cls) for cls in classes))
+    for name in shared:
+        values = [typing.get_args(_hints(c)[name]) for c in classes if typing.get_origin(_hints(c)[name]) is Literal]
+        if len(values) == len(classes) and len({v for of in values for v in of}) == sum(map(len, values)):
+            return name
+    return None
+
+
+def required(cls: Any) -> set[str]:
+    """The keys of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
+
+
+def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: _Problems) -> Any:
     if not isinstance(data, (list, tuple)):
         return _expect(False, data, "a list", path, problems)
     if len(args) == 2 and args[1] is Ellipsis:
@@ -287,24 +378,33 @@ def _decode_tuple(args: tuple[Any, ...], data: Any, path: str, problems: list[tu
     return tuple(_decode(a, v, f"{path}[{i}]", problems) for i, (a, v) in enumerate(zip(args, data, strict=True)))
 
 
+#: Unknown keys of one mapping that are compared with those there are, which takes a while.
+_HINTS = 20
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, str]]) -> Any:
+def _decode_dataclass(
+    cls: Any, data: Any, path: str, problems: _Problems, alternatives: typing.Sequence[Any] = ()
+) -> Any:
     if not isinstance(data, Mapping):
         return _expect(False, data, "a mapping", path, problems)
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
-    hints_given = {key: did_you_mean(str(key), fields) for key in data if key not in fields}
+    idle = _idle_keys(alternatives, data)
+    unknown = [str(key) for key in data if key not in fields and str(key) not in idle]
+    hints_given = {key: did_you_mean(key, fields) if i < _HINTS else "" for i, key in enumerate(unknown)}
     not_there: Mapping[str, str] = getattr(cls, "NOT_THERE", {})  # known elsewhere, and why not here
-    problems += [(_join(path, str(key)), not_there.get(key, f"unknown key{hint}")) for key, hint in hints_given.items()]
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    for key in unknown:
+        message = not_there.get(key) or _known_by(key, cls, alternatives) or f"unknown key{hints_given[key]}"
+        problems.append((_join(path, key), message))
+    for name in (n for n in fields if n in required(cls)):
         # A misspelt key is one problem and not two.
-        if required and name not in data and f", did you mean {name}?" not in hints_given.values():
+        if name not in data and f", did you mean {name}?" not in hints_given.values():
             problems.append((_join(path, name), "is required"))
     values = {k: _decode(hints[k], v, _join(path, k), problems) for k, v in data.items() if k in fields}
     if len(problems) > before:
@@ -314,6 +414,39 @@ def _decode_dataclass(cls: Any, data: Any, path: str, problems: list[tuple[str, 
     except SpecError as error:
         problems.extend((_join(path, p), m) for p, m in error.problems)
     return None
+
+
+def _idle_keys(alternatives: typing.Sequence[Any], data: Mapping[str, Any]) -> set[str]:
+    """Keys of other alternatives at their defaults, which say nothing: so written, one text fits all of them."""
+    return {
+        f.name
+        for other in alternatives
+        for f in dataclasses.fields(other)
+        if f.name in data and f.name not in required(other) and _is_default(f, data[f.name])
+    }
+
+
+def _is_default(f: Any, value: Any) -> bool:
+    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    return bool(encode(default) == encode(value))
+
+
+def _known_by(key: str, cls: Any, alternatives: typing.Sequence[Any]) -> str | None:
+    """Which alternatives have a key that the chosen one has not."""
+    able = [other for other in alternatives if key in _hints(other)]
+    if not able:
+        return None
+    tag = tag_of(alternatives)
+    if tag is None:
+        return f"is no key of a {_summary(cls)}; it is one of a {' or a '.join(map(_summary, able))}"
+    names = [" or ".join(typing.get_args(_hints(other)[tag])) for other in able]
+    return f"{tag} {' or '.join(typing.get_args(_hints(cls)[tag]))} does not know it; {tag} {', '.join(names)} does"
+
+
+def _summary(cls: Any) -> str:
+    """What an alternative without a tag is called: its docstring up to the first colon or full stop, in lower case."""
+    words: str = (cls.__doc__ or cls.__name__).strip()
+    return words[: min((words + ".").index("."), (words + ":").index(":"))].lower()
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
@@ -326,14 +459,16 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def read_stage(path: str | os.PathLike[str]) -> StageSpec:
     """Read `stage.json`. Raises OSError, or SpecError where the file is not one."""
-    text = Path(path).read_text()
     try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise SpecError([("", f"{path}: not JSON: {error}")]) from None
+        data = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SpecError([("", f"{path}: not JSON: {error}; `prism-launch run` writes it anew")]) from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise SpecError([("schema", f"{path}: expected {SCHEMA}; written by another version of prism-launch")])
-    return decode(StageSpec, data)
+    try:
+        return decode(StageSpec, data)
+    except SpecError as error:
+        raise SpecError([(key, f"{path}: {message}") for key, message in error.problems]) from None
 
 
 def stage_text(spec: StageSpec) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher import store
-from launcher.attempts import Attempt, newest_attempt, tail_of
+from launcher.attempts import Attempt, Beat, End, read_attempts, tail_of
 from launcher.caps import read_held
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.slurm import Job
@@ -28,7 +28,7 @@ Jobs = Mapping[str, Job]
 class StageState:
     """A stage now. Times are seconds; `step` of `total` and `figures` are the worker's last heartbeat.
 
-    `tail` are the last lines of `log`, where the stage ended badly.
+    `tail` are the last lines of `log`, where the stage ended badly; `damage` is what could not be read of its attempts.
     """
 
     stage: str
@@ -46,6 +46,7 @@ class StageState:
     folder: str | None = None
     log: str | None = None
     tail: Sequence[str] = ()
+    damage: Sequence[str] = ()
 
 
 def stage_states(
@@ -75,8 +76,10 @@ def run_state(stages: list[StageState]) -> State:
 
 def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Job | None) -> StageState:
     spec = stage.spec
-    attempt = newest_attempt(root, spec)
+    found, damage = read_attempts(root, spec.run, spec.stage)
+    attempt = next((a for a, fingerprint in reversed(found) if fingerprint == spec.fingerprint), None)
     facts: dict[str, Any] = {"stage": spec.stage, "kind": spec.kind, "inserted": stage.inserted}
+    facts["damage"] = tuple(damage)
     if attempt is not None:
         facts |= _attempt_facts(attempt)
     receipt = known or store.read_receipt(root, spec.artifact)
@@ -94,23 +97,19 @@ def _stage_state(root: Path, stage: PlannedStage, known: Receipt | None, job: Jo
 def _just_made(attempt: Attempt | None, job: Job | None, visibility_s: float) -> bool:
     """Whether the stage finished so short a while ago that a shared file system may still hide its artifact here."""
     ends = [job.ended] if job is not None and job.state == "COMPLETED" and job.ended else []
-    if attempt is not None and attempt.end is not None and attempt.end.get("class") == "finished":
-        ends.append(float(attempt.end["time"]))
-    return bool(ends) and time.time() - max(ends) < visibility_s
-
-
-def _is_of(attempt: Attempt, job: Job) -> bool:
-    return attempt.name.partition(".")[0] == job.id
+    if attempt is not None and attempt.end is not None and attempt.end.exit_class == "finished":
+        ends.append(attempt.end.time)
+    return bool(ends) and abs(time.time() - max(ends)) < visibility_s  # clocks differ
 
 
 def _tells_more(attempt: Attempt, job: Job) -> bool:
     """Whether an attempt's own files say more of a stage than Slurm does of its job."""
-    if not _is_of(attempt, job):
+    if attempt.job != job.id:
         return False  # of an earlier job
     if attempt.end is None:
-        return job.state == "RUNNING"
+        return job.state == "RUNNING"  # of one that is suspended Slurm says more
     # One that wanted another life may have been cancelled while it waited for that.
-    return attempt.end.get("action") != "again" or not (job.is_active or job.state in _ENDED)
+    return not attempt.wants_another or not (job.is_active or job.state in _ENDED)
 
 
 #: How Slurm ends jobs by itself.
@@ -128,16 +127,16 @@ _ENDED: Mapping[str, tuple[State, str]] = {
 def _job_facts(job: Job, last: Attempt | None, folder: Path) -> dict[str, Any]:
     """What Slurm says of a job; `last` is the stage's newest attempt, of this job or of one before it."""
     if job.is_active:
-        waits = job.state != "RUNNING"
+        waits = not job.is_started
         reason = "" if job.reason in ("None", "") else f", {job.reason}"
-        before = f"; before: {last.end.get('message') or last.end.get('class')}" if waits and last and last.end else ""
+        before = f"; before: {last.end.message or last.end.exit_class}" if waits and last and last.end else ""
         words = f"job {job.id} {job.state.lower()}{reason}{before}"
         return {"state": "queued" if waits else "running", "exit_class": None, "message": words}
     state, exit_class = _ENDED.get(job.state, ("interrupted", "crashed"))
     words = f"Slurm no longer knows job {job.id}" if job.state == "GONE" else f"job {job.id} ended as {job.state}"
     mend = "; ask for more memory a node (`mem`)" if exit_class == "out-of-memory" else ""
     facts: dict[str, Any] = {"state": state, "exit_class": exit_class, "message": words + mend}
-    if job.state != "FAILED" or (last is not None and _is_of(last, job)):
+    if job.state != "FAILED" or (last is not None and last.job == job.id):
         return facts
     log = folder / f"{job.id}_0_log.out"
     return facts | {"state": "failed", "message": f"job {job.id} failed before its supervisor began"} | _end_of(log)
@@ -150,24 +149,28 @@ def _end_of(log: Path) -> dict[str, Any]:
 def _state(attempt: Attempt) -> State:
     if attempt.end is None:
         return "running" if attempt.is_living else "interrupted"
-    if attempt.end.get("class") in ("cancelled", "time-limit"):
+    if attempt.end.exit_class in ("cancelled", "time-limit"):
         return "stopped"
     # An attempt that finished but whose artifact is gone or damaged counts for nothing.
-    return "waiting" if attempt.end.get("class") == "finished" else "failed"
+    return "waiting" if attempt.end.exit_class == "finished" else "failed"
 
 
 def _attempt_facts(attempt: Attempt) -> dict[str, Any]:
-    beat, end = attempt.beat or {}, attempt.end or {}
+    beat, end = attempt.beat, attempt.end
     return {
         "attempt": attempt.name,
-        "exit_class": end.get("class"),
-        "message": end.get("message", "") if end else attempt.note,
-        "step": beat.get("step"),
-        "total": beat.get("total"),
-        "figures": beat.get("figures", {}),
         "started": attempt.started,
-        "seconds": end.get("seconds"),
         "folder": str(attempt.folder),
-        "log": str(attempt.folder / end["log"]) if "log" in end else None,
-        "tail": tuple(end.get("tail", ())),
+        "message": end.message if end else attempt.note,
+        **(_beat_facts(beat) if beat else {}),
+        **(_end_facts(end, attempt.folder) if end else {}),
     }
+
+
+def _beat_facts(beat: Beat) -> dict[str, Any]:
+    return {"step": beat.step, "total": beat.total, "figures": beat.figures}
+
+
+def _end_facts(end: End, folder: Path) -> dict[str, Any]:
+    log = str(folder / end.log) if end.log else None
+    return {"exit_class": end.exit_class, "seconds": end.seconds, "log": log, "tail": end.tail}

@@ -26,7 +26,8 @@ SCHEMA = 1
 class StageStatus:
     """A stage now. Times are seconds since the epoch, durations seconds; None is what is not known or does not apply.
 
-    `seconds` is the time of the newest attempt, or of all that made the artifact where it is done.
+    `seconds` is the time of the newest attempt, or of all that made the artifact where it is done; `damage` is what
+    could not be read of the attempts' files.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class StageStatus:
     core_hours: float
     folder: str | None
     log: str | None
+    damage: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _stage_status(root: Path, planned: PlannedStage, state: StageState, job: Job
         core_hours=cost.core_hours,
         folder=state.folder,
         log=_log_of(root, planned, newest),
+        damage=state.damage,
     )
 
 
@@ -158,10 +161,10 @@ def left_seconds(life: Life | None) -> float | None:
     What came before that beat was start-up and says nothing of the pace.
     """
     beat = life.attempt.beat if life else None
-    if not beat or not beat.get("total") or "first" not in beat:
+    if beat is None or not beat.total or beat.first_step is None or beat.first_time is None:
         return None
-    steps, seconds = beat["step"] - beat["first"]["step"], beat["time"] - beat["first"]["time"]
-    return (beat["total"] - beat["step"]) * seconds / steps if steps > 0 and seconds > 0 else None
+    steps, seconds = beat.step - beat.first_step, beat.time - beat.first_time
+    return (beat.total - beat.step) * seconds / steps if steps > 0 and seconds > 0 else None
 
 
 def _limit_left(job: Job | None) -> float | None:
@@ -186,6 +189,8 @@ _WAITS = {
 
 def reason_of(state: StageState, job: Job | None) -> str:
     """Why the stage is in its state, on one line; empty where nothing is to be said."""
+    if job is not None and job.state == "SUSPENDED" and state.state == "running":
+        return f"job {job.id} is suspended: Slurm has stopped its processes and lets them go on later"
     if state.state == "queued" and job is not None and job.is_active:
         word = job.reason.partition(",")[0].strip("() ")
         return f"job {job.id} waits {_WAITS.get(word, f'({word})' if word not in ('', 'None') else 'in the queue')}"

@@ -24,6 +24,8 @@ STYLES: dict[State, str] = {
 _URGENCY: tuple[State, ...] = ("failed", "interrupted", "running", "stopped", "queued", "waiting", "done")
 #: Lines of title, head and rule, of what is not shown, and of Slurm's trouble.
 _FRAME = 5
+#: Lines about damaged files of one stage.
+_DAMAGE = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StatusTable:
         stages = self._stages()
         yield self._table(stages, options.max_width)
         reasons = [Text(f"{s.stage}: {s.reason}", STYLES[s.state]) for s in stages if s.reason]
+        reasons += [Text(f"{s.stage}: {words}", "yellow") for s in stages for words in _few(s.damage)]
         yield from reasons if self.lines is None else reasons[: max(0, self.lines - _FRAME - len(stages))]
         if len(stages) < len(self.status.stages):
             counts = Counter(s.state for s in self.status.stages if s not in stages)
@@ -71,6 +74,11 @@ class StatusTable:
         for stage, row in zip(stages, rows, strict=True):
             table.add_row(*(Text(row[name], STYLES[stage.state] if name == "state" else "") for name in shown))
         return table
+
+
+def _few(damage: Sequence[str]) -> Sequence[str]:
+    """What is shown of the damage to one stage's files; all of it stands in the JSON."""
+    return damage if len(damage) <= _DAMAGE else [*damage[:_DAMAGE], f"and {len(damage) - _DAMAGE} more"]
 
 
 def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:

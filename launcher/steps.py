@@ -122,7 +122,8 @@ class SlurmAttempt:
     """What Slurm tells an attempt in the batch step; the defaults are references, for scripts that are only read.
 
     `node` is the job's first node, `hosts` the first nodes of steps that start elsewhere, by step. An element of a job
-    array is known everywhere as `ARRAYJOB_INDEX`; `number` is the id that Slurm counts it by.
+    array is known everywhere as `ARRAYJOB_INDEX`; `number` is the id that Slurm counts it by. `folder` is the name of
+    the attempt's folder where another life of the same restart count has the usual one.
     """
 
     job: str = "$SLURM_JOB_ID"
@@ -130,11 +131,12 @@ class SlurmAttempt:
     node: str = "$SLURMD_NODENAME"
     number: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
 
     @property
     def name(self) -> str:
         """The attempt's folder; the restart count alone would repeat in a chain of jobs."""
-        return f"{self.job}.{self.restarts}"
+        return self.folder or f"{self.job}.{self.restarts}"
 
     def host(self, step: Step) -> str:
         """The first node of a step."""
@@ -176,15 +178,29 @@ REFERENCE = re.compile(
 #: What tells an element from a job; a job that is submitted from within an element inherits both.
 ARRAY_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 
-#: Variables of the batch step that srun takes for defaults; every step states its own.
+_SRUN_TAKES = """
+    CPUS_PER_GPU CPUS_PER_TASK GPUS GPUS_PER_NODE GPUS_PER_SOCKET GPUS_PER_TASK GRES NPROCS NTASKS NTASKS_PER_CORE
+    NTASKS_PER_GPU NTASKS_PER_NODE NTASKS_PER_SOCKET NTASKS_PER_TRES STEP_GRES TRES_PER_TASK
+
+    CPU_BIND CPU_FREQ_REQ CORE_SPEC DISTRIBUTION DIST_PLANESIZE EXACT EXCLUSIVE GPU_BIND GPU_FREQ GRES_FLAGS HINT
+    HOSTFILE MEM_BIND MEM_BIND_SORT NCORES_PER_SOCKET NSOCKETS_PER_NODE OVERCOMMIT OVERLAP SPREAD_JOB
+    THREADS_PER_CORE THREAD_SPEC TRES_BIND USE_MIN_NODES WHOLE
+
+    BCAST BCAST_EXCLUDE COMPRESS CONTAINER CONTAINER_ID DISABLE_STATUS EPILOG EXIT_ERROR EXIT_IMMEDIATE EXPORT_ENV
+    IMMEDIATE KILL_BAD_EXIT LABELIO MPI_TYPE MULTI_PROG NO_KILL PROLOG REMOTE_CWD SEND_LIBS SIGNAL SRUN_MULTI
+    SRUN_REDUCE_TASK_EXIT_MSG STDERRMODE STDINMODE STDOUTMODE STEP_KILLED_MSG_NODE_ID TASK_EPILOG TASK_PROLOG
+    TEST_EXEC THREADS TIMELIMIT UMASK UNBUFFEREDIO WAIT WORKING_DIR
+
+    ACCOUNT CLUSTERS CLUSTER_CONSTRAINT CONSTRAINT DELAY_BOOT DEPENDENCY PARTITION QOS REQ_SWITCH RESERVATION
+    WAIT4SWITCH WCKEY
+"""
+#: Variables that srun takes for its options, set by options of sbatch or by the shell that submits; every step states
+#: its own. From srun(1) of 22.05 and the names in its binary, and what newer ones add. Not here: which job and
+#: controller it is, the job's nodes, memory and network, profiling.
 SRUN_DEFAULTS = (
-    "SLURM_NTASKS",
-    "SLURM_NPROCS",
-    "SLURM_NTASKS_PER_NODE",
-    "SLURM_CPUS_PER_TASK",
-    "SLURM_GPUS",
-    "SLURM_GPUS_PER_NODE",
-    "SLURM_GPUS_PER_TASK",
+    *(f"SLURM_{name}" for name in _SRUN_TAKES.split()),
+    *("SRUN_CONTAINER", "SRUN_CONTAINER_ID", "SRUN_CPUS_PER_TASK", "SRUN_EXPORT_ENV"),
+    *("SRUN_ERROR", "SRUN_INPUT", "SRUN_OUTPUT"),
 )
 
 
@@ -267,6 +283,8 @@ def srun_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:
         "kill-on-bad-exit": 0,
         "output": f"{place.attempt_dir}/{step.name}.%t.log",
         **({"mpi": runtime.mpi} if runtime.mpi else {}),
+        **({"distribution": runtime.distribution} if runtime.distribution else {}),
+        **({"cpu-bind": runtime.cpu_bind} if runtime.cpu_bind else {}),
         **_nodes_of(step, place),
     }
     flags = [f"--{name}={value}" for name, value in options.items()]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import corpus
 from launcher.errors import UserError, WorldError
 
 RECEIPT = "artifact.json"
@@ -59,17 +61,21 @@ def stage_dir(root: Path, run: str, stage: str) -> Path:
 
 
 def new_attempt(stage: Path, name: str | None = None) -> Path:
-    """A new folder for an attempt: `name`, or the next `local.N`. Raises FileExistsError where `name` is there."""
+    """A new folder for an attempt: the next `local.N`, or `name`, and `name.2`, `name.3` where that is taken.
+
+    Slurm starts a job twice with the same restart count where its controller was killed just after a requeue.
+    """
     stage.mkdir(parents=True, exist_ok=True)
-    if name is not None:
-        (stage / name).mkdir()
-        return stage / name
-    number = 1 + max((int(p.name[6:]) for p in stage.glob("local.*") if p.name[6:].isdigit()), default=0)
-    while True:
+    if name is None:
+        first = 1 + max((int(p.name[6:]) for p in stage.glob("local.*") if p.name[6:].isdecimal()), default=0)
+        names = (f"local.{number}" for number in itertools.count(first))
+    else:
+        names = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
+    for free in names:
         with contextlib.suppress(FileExistsError):
-            (stage / f"local.{number}").mkdir()
-            return stage / f"local.{number}"
-        number += 1
+            (stage / free).mkdir()
+            return stage / free
+    raise AssertionError("numbers do not end")
 
 
 def claim_dir(root: Path, artifact: str) -> Path:
@@ -90,7 +96,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -111,8 +117,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """The file's value; None where it is absent or not whole JSON."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 
@@ -165,13 +171,13 @@ def read_receipt(root: Path, artifact: str) -> Receipt | None:
         return None
     try:
         receipt = decode(Receipt, data)
-    except SpecError:
+    except (SpecError, OverflowError):
         return None
     for name, (size, _) in receipt.files.items():
         try:
             if (root / artifact / name).stat().st_size != size:
                 return None
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             return None
     return receipt
 
@@ -183,7 +189,7 @@ def receipts(root: Path, kind: str) -> list[Receipt]:
 
     found = []
     for path in (root / "artifacts" / kind).glob(f"*/{RECEIPT}"):
-        with contextlib.suppress(SpecError, OSError):
+        with contextlib.suppress(SpecError, OSError, OverflowError):
             data = None if "." in path.parent.name else read_json(path)  # .partial, .damaged
             if isinstance(data, dict) and data.get("schema") == RECEIPT_SCHEMA:
                 found.append(decode(Receipt, data))
@@ -205,10 +211,9 @@ def sha256_of(path: Path) -> str:
 
 
 def tree_fingerprint(path: Path) -> str:
-    """A digest of the names, sizes and modification times of a file or of all files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """A digest of the names, sizes and modification times of a file or of all files in a folder, links followed."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in corpus.walk(path).files:
         stat = file.stat()
         line = f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         digest.update(line.encode(errors="surrogateescape"))  # a name need not be UTF-8
@@ -291,7 +296,7 @@ def _pid_namespace() -> str:
 
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -299,7 +304,7 @@ def _boot_id() -> str:
 def process_start(pid: int) -> str | None:
     """Start time of a living process in clock ticks since boot, or None. A zombie is not living."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
@@ -307,11 +312,28 @@ def process_start(pid: int) -> str | None:
 
 def is_alive(owner: Owner) -> bool | None:
     """Whether the owner's process lives; None where this machine cannot tell."""
-    if owner.host != socket.gethostname() or (owner.boot == _boot_id() and owner.namespace != _pid_namespace()):
+    if owner.host != socket.gethostname():
         return None
-    if owner.boot == _boot_id() and _is_hidden(owner.pid):
+    if not (owner.boot and process_start(os.getpid())):  # one of us has no /proc
+        return _is_alive_by_pid(owner)
+    if owner.boot != _boot_id():
+        return False
+    if owner.namespace != _pid_namespace() or _is_hidden(owner.pid):
         return None
-    return owner.boot == _boot_id() and process_start(owner.pid) == owner.start
+    return process_start(owner.pid) == owner.start
+
+
+def _is_alive_by_pid(owner: Owner) -> bool | None:
+    """Dead where nothing has its id; else nobody can tell it from a later process. None where either had a /proc."""
+    if owner.start or process_start(os.getpid()):
+        return None
+    try:
+        os.kill(owner.pid, 0)
+    except PermissionError:
+        return None
+    except (OSError, OverflowError):
+        return False
+    return None
 
 
 def _is_hidden(pid: int) -> bool:
@@ -322,7 +344,7 @@ def _is_hidden(pid: int) -> bool:
         os.kill(pid, 0)
     except PermissionError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False
 
@@ -337,9 +359,9 @@ def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    (fresh / "owner.json").write_text(json.dumps(encode(owner)))
-    share_tree(fresh)
     try:
+        (fresh / "owner.json").write_text(json.dumps(encode(owner)), encoding="utf-8")
+        share_tree(fresh)
         for _ in range(3):
             try:
                 os.rename(fresh, folder)  # fails unless the target is absent or empty: the claim is all or nothing
@@ -405,6 +427,37 @@ def open_root(path: Path, group: str | None = None) -> Path:
         raise kind(f"{path}: the store's root cannot be written: {error.strerror}; {hint}") from None
     keep_shared(path)
     return path.resolve()
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raises UserError where a root could hold what somebody else wrote: runs name commands, which we would execute.
+
+    A root is its owner's, or the superuser's, or a group's where it is shared with one.
+    """
+    with contextlib.suppress(OSError):
+        found = root.stat()
+        if found.st_uid not in (os.geteuid(), 0) and not is_shared(root):
+            raise UserError(
+                f"{root}: belongs to {_user_name(found.st_uid)}, and what its runs name would be executed as you; "
+                "choose another with --root. "
+                f"To share a store on purpose: share_group in the profile, or chmod g+ws {root}"
+            )
+        inside = [*root.glob("*"), *root.glob("*/*")] if found.st_mode & stat.S_IXOTH else []
+        for path in (root, *inside):
+            if path.is_dir() and path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink():
+                raise UserError(
+                    f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
+                    f"you; look at what it holds, then close it: chmod o-w {path}; or choose another with --root"
+                )
+
+
+def _user_name(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def keep_shared(root: Path) -> None:

@@ -6,15 +6,24 @@ UTF-8, with or without a byte order mark. Standard library only.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.files import read_bytes
 
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
 TOLD = 20
+#: Bytes of a whole file: the largest tokenizer.json have some 40 MB.
+_MOST = 256 << 20
+#: Digits of the largest whole number that is also a floating-point number.
+_DIGITS = sys.float_info.max_10_exp
+#: Half of a pair of escapes that make one character.
+_HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]..")
 
 
 def decode(content: bytes, where: str) -> str:
@@ -31,31 +40,44 @@ def parse(text: str, where: str, *, strict: bool = False) -> Any:
 
     `strict` refuses NaN and Infinity, which JSON does not have and configs of models do.
     """
+    place, several = where, "\n" in text.strip()
     try:
-        value = json.loads(text, parse_constant=_refuse_constant if strict else None)
+        value = (_STRICT if strict else _USUAL).decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
         problem = "nested too deeply"
-    except UnicodeEncodeError as error:
-        problem = f"holds half a character, \\u{ord(error.object[error.start]):04x}, which UTF-8 cannot; remove it"
+    except UnicodeEncodeError:
+        half = _HALF.search(text)
+        place += f":{text.count(chr(10), 0, half.start()) + 1}" if half and several else ""
+        problem = f"holds half a character, {half[0] if half else 'a surrogate'}, which UTF-8 cannot; remove it"
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        problem = f"not JSON: {error.msg}, {place}"
+        place += f":{error.lineno}" if several else ""
+        problem = f"not JSON: {error.msg}, column {error.colno}"
     except ValueError as error:
-        problem = f"not JSON: {'a number of too many digits' if 'digits' in str(error) else error}"
-    raise UserError(f"{where}: {problem}")
+        problem = f"not JSON: {error}"
+    raise UserError(f"{place}: {problem}")
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON; write null or leave it out")
 
 
-def read_json(path: Path) -> Any:
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"{text[:8]}... has {len(text)} digits and is too large for a number")
+    return int(text)
+
+
+_USUAL = json.JSONDecoder(parse_int=_whole)
+_STRICT = json.JSONDecoder(parse_int=_whole, parse_constant=_refuse_constant)
+
+
+def read_json(path: Path, most: int = _MOST) -> Any:
     """The value of a JSON file. Raises FileNotFoundError, and UserError for all else that is wrong."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, most)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(2, "No such file or directory", str(path)) from None
     except OSError as error:

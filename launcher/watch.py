@@ -23,6 +23,7 @@ from launcher.spec import encode
 from launcher.state import Jobs
 from launcher.status import SCHEMA, RunStatus, StageStatus, run_status
 from launcher.status_table import StatusTable
+from launcher.terminal import console
 from launcher.units import format_count, format_duration
 
 #: A plain line of each running stage at most this often, in seconds.
@@ -43,10 +44,9 @@ class Follower:
 
     def __enter__(self) -> Follower:
         if sys.stdout.isatty() and not self.as_json:
-            from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(console=Console(), refresh_per_second=4)
+            self.live = Live(console=console(), refresh_per_second=4)
             self.live.__enter__()
         return self
 
@@ -134,7 +134,7 @@ def describe_progress(stage: StageStatus) -> str:
 
 
 def _figure(name: str, value: Any) -> str:
-    if name == "tokens_per_s":
+    if name == "tokens_per_s" and not isinstance(value, str):
         return f"{format_count(float(value))} tokens/s"
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
@@ -237,9 +237,7 @@ def _unheard(root: Path, planned: PlannedStage, stage: StageStatus, jobs: Jobs) 
 
 def _ended_waiting(attempt: Attempt | None, job: str) -> bool:
     """Whether a job ended in the queue: before its first life, or before the next one that was to come."""
-    if attempt is None or attempt.name.partition(".")[0] != job:
-        return True
-    return attempt.end is not None and attempt.end.get("action") == "again"
+    return attempt is None or attempt.job != job or attempt.wants_another
 
 
 def _take(root: Path, planned: PlannedStage, key: str) -> bool:

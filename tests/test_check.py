@@ -61,7 +61,8 @@ def test_a_matrix_over_weights_and_what_is_trained_shares_what_comes_before(tmp_
 
 def test_the_family_is_found_through_a_merge() -> None:
     both = "{kind: merge, checkpoints: [midtrain, rl], weights: [0.5, 0.5]}"
-    again = "{kind: rl, backend: nemo-aligner, checkpoint: sum, prompts: prepare/rl-balanced, max_steps: 1}"
+    again = "{kind: rl, backend: nemo-aligner, checkpoint: sum, prompts: prepare/rl-balanced, max_steps: 1,"
+    again += " max_prompt_length: 9}"
     found = problems("nemotron-h-8b", f"stages.sum={both}", f"stages.rl2={again}")
     assert any("stages.rl2.backend" in p and "cannot train nemotron_h" in p for p in found), found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,7 +74,13 @@ def test_plan_lists_the_stages_with_conversions_inserted(model: str, tmp_path: P
             "backend: open-instruct",
             ["backend open-instruct is not built yet; there is trl, nemo-aligner"],
         ),
-        ("backend: trl", "backend: nemo-aligner", ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"]),
+        (
+            "backend: trl",
+            "backend: nemo-aligner\n    max_prompt_length: 64",
+            ["backend nemo-aligner runs reinforce, not grpo", "needs GPUs"],
+        ),
+        ("backend: trl", "backend: nemo-rl", ["max_prompt_length: is required"]),
+        ("backend: trl", "backend: tlr", ["expected one of 'trl'", "did you mean trl?"]),
         ("kind: evaluate", "kind: evalute", ["evalute"]),
         ("model: llama-tiny", "model: lama-tiny", ["lama-tiny", "llama-tiny"]),
         ("seed: 0", "seed: [", ["mine.yaml:"]),
@@ -83,7 +90,7 @@ def test_a_wrong_recipe_is_one_clear_message_and_exit_2(
     tmp_path: Path, old: str, new: str, messages: list[str]
 ) -> None:
     path = recipe_file(tmp_path, new, old)
-    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if new in text)
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if new.splitlines()[0] in text)
     done = prism("check", str(path))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "mine.yaml:" in done.stderr and "Traceback" not in done.stderr
@@ -275,6 +282,8 @@ def data(folder: Path, recipe: str) -> list[str]:
         (folder / "data" / Path(path).name).mkdir(parents=True)
     named = CHECKOUT / "recipes" / "models" / f"{recipe.removesuffix('-long-context')}.yaml"
     sparse_checkpoint(folder / "model", yaml.safe_load(named.read_text())["config"])
+    (folder / "model" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"</s>": 0}}}))
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     paths = {"prepare.folder": "data", "prepare.tokenizer.path": "model", "midtrain.checkpoint": "model"}
     sets = [f"{key}={folder / name}" for key, name in paths.items()]
     if any(stage["kind"] == "merge" for stage in plan["stages"]):
@@ -342,3 +351,14 @@ def test_run_says_at_once_what_is_absent_and_what_is_not_built(tmp_path: Path) -
 def test_an_empty_cluster_is_refused() -> None:
     done = prism("plan", "demo", "--cluster", "")
     assert done.returncode == 2 and "--cluster: is empty" in done.stderr
+
+
+def test_a_dry_run_prints_what_render_writes_of_a_recipe_whose_data_lie_elsewhere(tmp_path: Path) -> None:
+    words = ("prism/llama-3.1-8b", "--cluster", "example-pyxis", "--root", str(tmp_path / "root"))
+    shown, rendered = prism("run", *words, "--dry-run"), prism("render", *words, "-o", str(tmp_path / "out"))
+    assert (shown.returncode, rendered.returncode) == (0, 0), shown.stderr + rendered.stderr
+    files = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.name != "run.json"}
+    parts = re.split(r"^# ---- (.*)\n", shown.stdout, flags=re.M)
+    assert {n: t.rstrip("\n") for n, t in zip(parts[1::2], parts[2::2], strict=True)} == {
+        n: t.rstrip("\n") for n, t in files.items()
+    }

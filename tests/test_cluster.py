@@ -72,7 +72,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         "2: partitoin: unknown key, did you mean partition?",
         '4: limits.save_s: expected a number, got "soon"',
         "5: limits.hang: unknown key, did you mean hang_s?",
-        "6: mounts[1]: expected a string, got 5",
+        '6: mounts[1]: expected a string, got 5; put it in quotes: "5"',
         '7: slots: expected a whole number, got "on"',
     ]
 
@@ -88,7 +88,10 @@ def test_all_problems_at_once_each_with_its_line(tmp_path: Path) -> None:
         ),
         ("images: {train: /a.sqsh}", "2: images.train: image /a.sqsh can not be used"),
         ("env: {'A B': x}", "2: env: 'A B' is no name of a variable"),
-        ("env: {A: 1}", "2: env.A: expected a string, got 1"),
+        ("env: {A: 1}", '2: env.A: expected a string, got 1; put it in quotes: "1"'),
+        ("env: {SLURM_HINT: compute_bound}", "2: env.SLURM_HINT: srun would take it for every step"),
+        ("runtime: {distribution: 'block block'}", "2: runtime.distribution: 'block block' is no value of srun's"),
+        ("partitions: {gpu: {}}\npartition: gpu,gpus", "3: partition: gpus is not under partitions"),
         ("runtime: {env_unset: [a-b]}", "2: runtime.env_unset: 'a-b' is no name of a variable"),
         ("runtime: {container: docker}", "2: runtime.container: docker's containers are no children of the job"),
         ("runtime: {container: podman}", "2: runtime.container: podman's containers are no children of the job"),
@@ -270,7 +273,8 @@ def test_containers_see_the_root_the_code_and_what_is_read_outside() -> None:
     profile = replace(PYXIS, code="/code", mounts=("/tmp",))
     (step,) = placed(profile, replace(SPEC, inputs=outside)).steps
     assert step.mounts == ("/code:/code:ro", "/data/models/m:/data/models/m:ro", "/scratch/prism", "/tmp")
-    config = {"sources": {"a": {"path": "/text"}, "b": {"path": None}}, "tokenizer": {"path": "hf:org/name"}}
+    sources = {"a": {"kind": "files", "path": "/text"}, "b": {"kind": "python-stdlib"}}
+    config = {"sources": sources, "tokenizer": {"path": "hf:org/name"}}
     (step,) = placed(profile, replace(SPEC, kind="prepare", config=config, inputs={})).steps
     assert step.mounts == ("/code:/code:ro", "/scratch/prism", "/text:/text:ro", "/tmp")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.data import install_command
 from launcher.doctor import examine
 
 
@@ -30,7 +31,7 @@ def test_an_absent_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("launcher.doctor.version", version)
     trl = by_name(tmp_path)["trl"]
-    assert not trl.ok and trl.mend == "pip install 'prism-launch[local]'"
+    assert not trl.ok and trl.mend == install_command("local")
 
 
 def test_programs_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import launcher
 
 HEAVY = {"torch", "numpy", "megatron", "transformers", "trl", "datasets", "safetensors", "matplotlib", "tokenizers"}
 LOGIN = (
@@ -56,3 +60,43 @@ def test_every_module_of_the_package_is_importable_from_its_own_interpreter_side
     package = Path(__file__).resolve().parent.parent / "launcher"
     for path in package.rglob("*.py"):
         assert (path.parent / "__init__.py").exists(), f"{path}: its folder is no package"
+
+
+def imported_by(path: Path, package: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, function bodies included, but for type checking."""
+    module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {name for name in found if name.startswith("launcher")} - {module}
+
+
+def graph() -> dict[str, set[str]]:
+    """Module to the modules that it imports, by their files."""
+    package = Path(launcher.__file__).parent
+    files = {
+        ".".join(p.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in package.rglob("*.py")
+    }
+
+    def file_of(name: str) -> str:  # `from launcher.store import seal` names the module launcher.store
+        return name if name in files else name.rpartition(".")[0]
+
+    return {module: {file_of(n) for n in imported_by(path, package)} - {module} for module, path in files.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others_not_even_inside_functions() -> None:
+    try:
+        tuple(graphlib.TopologicalSorter(graph()).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"an import circle: {' -> '.join(error.args[1])}")

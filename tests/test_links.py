@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Queue:
         monkeypatch.setattr(slurm, "submit", self.submit)
         monkeypatch.setattr(slurm, "cancel", self.cancelled.extend)
 
-    def submit(self, script: str, *options: str) -> str:
+    def submit(self, script: str, *options: str, known: Set[str]) -> str:
         if len(self.calls) == self.room:
             raise WorldError("sbatch: no more")
         self.calls.append(options)

@@ -136,7 +136,7 @@ def test_a_hooks_trouble_does_not_hide_how_the_attempt_ended(tmp_path: Path) -> 
     on.run(spec)
     assert on.events(spec)[-1]["event"] == "notify"
     attempt = newest_attempt(tmp_path, spec)
-    assert attempt is not None and attempt.end is not None and attempt.end["class"] == "diverged"
+    assert attempt is not None and attempt.end is not None and attempt.end.exit_class == "diverged"
 
 
 def test_the_profile_takes_a_list_of_words_and_refuses_what_cannot_be_found_again(tmp_path: Path) -> None:

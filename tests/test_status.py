@@ -60,7 +60,7 @@ def test_the_keys_and_types_of_the_json_are_those_that_are_promised(now: RunStat
         "reason": str, "step": maybe(int), "total": maybe(int), "loss": maybe(*number), "tokens_per_s": maybe(*number),
         "figures": dict, "started": maybe(*number), "seconds": maybe(*number), "left_seconds": maybe(*number),
         "limit_left_seconds": maybe(*number), "gpu_hours": number, "core_hours": number, "folder": maybe(str),
-        "log": maybe(str),
+        "log": maybe(str), "damage": list,
     }  # fmt: skip
     assert body["schema"] == 1
     for found, types in ((body, run_types), *((stage, stage_types) for stage in stages)):

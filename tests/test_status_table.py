@@ -66,10 +66,10 @@ def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(now: RunStatus, w
 
 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    run = counting_run(("[red]x[/red]", (), {}))
+    run = counting_run(("[red]x[bold]", (), {}))
     leave_attempt(tmp_path, run.stages[0].spec, "local.1", 1, 2, "crashed", message="[bold]no[/bold]")
     text = shown(run_status(tmp_path, run))
-    assert "[red]x[/red]" in text and "[bold]no[/bold]" in text
+    assert "[red]x[bold]" in text and "[bold]no[/bold]" in text
 
 
 @pytest.mark.parametrize("lines", [6, 10, 20, 39])

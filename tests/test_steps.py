@@ -79,7 +79,12 @@ def test_srun_states_every_count() -> None:
         "--kill-on-bad-exit=0",
         "--output=/r/s/9.0/train.%t.log",
         "--mpi=none",
+        "--distribution=block:block",
     }
+    bound = srun_argv(STEP, PLACE, Runtime(distribution="cyclic:block", cpu_bind="cores"))
+    assert {"--distribution=cyclic:block", "--cpu-bind=cores"} < set(bound)
+    unsaid = srun_argv(STEP, PLACE, Runtime(distribution=None))
+    assert not any(word.startswith(("--distribution", "--cpu-bind")) for word in unsaid)
     assert argv[-len(STEP.argv) :] == fill(STEP.argv, PLACE)
     assert "MASTER_PORT=1" in argv and not any(w.startswith(("RANK=", "WORLD_SIZE=")) for w in argv)
 

@@ -15,25 +15,26 @@ from typing import NoReturn
 
 from launcher import __version__
 from launcher.cluster import Profile
+from launcher.commands.shared import lasting_name
 from launcher.configs import ConvertConfig, Resources
+from launcher.data import install_command
 from launcher.errors import UserError, WorldError
 from launcher.inputs import External
+from launcher.interpreter import module_command, module_environment
+from launcher.recipe import Stage
 from launcher.run_record import PlannedStage, RunRecord
-from launcher.spec import Input, Output, StageSpec, encode
-from launcher.stages import convert as convert_stage
+from launcher.spec import Input
+from launcher.stages.convert import CONVERSIONS
 
 
 def _module(name: str, arguments: Sequence[str]) -> NoReturn:
     """Become a module of the job side, which may load torch: signals, output and exit code are its own from here."""
     absent = [name for name in ("torch", "safetensors", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
-        raise WorldError(f"not installed here: {', '.join(absent)}; pip install 'prism-launch[local]'")
-    ours = str(Path(__file__).resolve().parents[2])
+        raise WorldError(f"not installed here: {', '.join(absent)}; {install_command('local')}")
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     sys.stdout.flush()
-    # -P: a torch.py or a checkout of transformers in the folder where the command is typed is none of ours.
-    os.execve(sys.executable, [sys.executable, "-P", "-m", name, *arguments], environment)
+    os.execve(sys.executable, module_command(name, *arguments), module_environment(environment))
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -67,7 +68,7 @@ def _submit(args: argparse.Namespace) -> int:
         raise UserError(problems)
     profile, root = slurm_profile(args), store.open_root(root_of(args))
     source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
-    if (source.format, args.to) not in convert_stage.CONVERSIONS:
+    if (source.format, args.to) not in CONVERSIONS:
         raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
     if refused := obstacles(Path(source.path), args.to):
         raise UserError(refused)
@@ -84,33 +85,19 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _run_of(config: ConvertConfig, source: External, profile: Profile, cluster: str) -> RunRecord:
     """A run of one stage that no recipe holds; its name is the same for the same work."""
-    from launcher.plan import fingerprint
+    from launcher.plan import plan_stage
 
+    stage = Stage("convert", "convert", config, Resources(cpus_per_task=2), seed=0)
     inputs = {"checkpoint": Input(source.path, source.format, source.fingerprint)}
-    key = fingerprint("convert", convert_stage.VERSION, replace(config, checkpoint=""), 0, inputs, {})
-    name, resources = f"convert-to-{config.target}-{key[:6]}", Resources(cpus_per_task=2)
-    spec = StageSpec(
-        run=name,
-        stage="convert",
-        kind="convert",
-        kind_version=convert_stage.VERSION,
-        fingerprint=key,
-        config=encode(config),
-        seed=0,
-        inputs=inputs,
-        outputs={"checkpoint": Output(f"artifacts/convert/{key}/checkpoint", config.target)},
-        steps=convert_stage.steps(config, resources),
-        limits=profile.limits,
-        runtime=profile.runtime,
-    )
+    spec = plan_stage(stage, inputs, {}, profile.limits, profile.runtime)
+    name = f"convert-to-{config.target}-{spec.fingerprint[:6]}"
     return RunRecord(
         run=name,
         recipe=source.path,
         overrides=(),
-        # a profile of the user's own is found again by its path, wherever the next command is typed
-        cluster=os.path.abspath(cluster) if Path(cluster).name != cluster or Path(cluster).suffix else cluster,
+        cluster=lasting_name(cluster),
         resolved={"name": name},
-        stages=(PlannedStage(spec, (), resources),),
+        stages=(PlannedStage(replace(spec, run=name), (), stage.resources),),
         created=time.time(),
         versions={"prism-launch": __version__, "python": platform.python_version()},
     )

@@ -20,6 +20,7 @@ from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
 from launcher.models.headers import adapter_problem, read_config, shape_in
 from launcher.models.shape import ModelShape
+from launcher.terminal import console
 from launcher.units import format_count, format_duration, significant
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
@@ -154,13 +155,12 @@ _SHOWN = 8
 
 def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shape, console = task.shape, Console()
+    shape, out = task.shape, console()
     flops = flops_per_token(architecture_of(shape), task.seq_length)
-    console.print(
+    out.print(
         f"{model}\n{parameter_count(shape):,} parameters, {flops / 1e9:.2f} GFLOP a token at {task.seq_length}\n"
         f"{task.gpus} × {gpu} with {task.gpu.memory_gib:g} GiB, {task.global_batch_size} sequences a step, "
         f"{task.precision}",
@@ -179,14 +179,14 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
             f"{f.step_seconds:.2f}" if task.mfu_source else "-",
             f"{f.gpu_hours:,.0f}" if task.mfu_source else "-",
         )
-    console.print(table)
+    out.print(table)
     legend = Text.assemble(*(part for name, colour in _PARTS for part in (("█ ", colour), f"{name}  ")), "░ CUDA, NCCL")
-    console.print(legend)
+    out.print(legend)
     if not fitting:
-        console.print("Nothing fits; these come closest. More GPUs, or tensor or pipeline parallelism, make room.")
+        out.print("Nothing fits; these come closest. More GPUs, or tensor or pipeline parallelism, make room.")
     elif len(fitting) > _SHOWN:
-        console.print(f"{len(fitting) - _SHOWN} more fit; --json lists all.")
-    console.print(_time(task, (fitting or found)[0]), highlight=False)
+        out.print(f"{len(fitting) - _SHOWN} more fit; --json lists all.")
+    out.print(_time(task, (fitting or found)[0]), highlight=False)
 
 
 def _time(task: Task, first: Fit) -> str:

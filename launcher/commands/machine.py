@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from launcher.commands.shared import print_json, profile_of, root_of
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.site.judge import Check
@@ -99,7 +100,6 @@ def _test_profile(args: argparse.Namespace) -> int:
 
 def _print_checks(checks: list[Check]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -110,7 +110,7 @@ def _print_checks(checks: list[Check]) -> None:
         if check.mend:
             found.append(f"\nmend: {check.mend}", "bold")
         table.add_row(Text(check.result, colors[check.result]), check.name, found)
-    Console().print(table)
+    console().print(table)
 
 
 def devcluster(args: argparse.Namespace) -> int:
@@ -132,7 +132,6 @@ def doctor(args: argparse.Namespace) -> int:
         print_json([encode(f) for f in findings])
         return 0
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -140,5 +139,5 @@ def doctor(args: argparse.Namespace) -> int:
     for f in findings:
         name = Text(f.name, "green" if f.ok else "yellow")
         table.add_row(name, f.wanted_by, Text(f.found), Text(f.mend))
-    Console().print(table)
+    console().print(table)
     return 0

@@ -7,23 +7,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.commands.estimates import Outlook, estimate_json, estimate_table, outlook_of, warnings_of
-from launcher.commands.shared import print_json, profile_of, records_of, root_of, slurm_profile
+from launcher.commands.shared import print_json, print_warnings, profile_of, records_of, root_of, slurm_profile
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage, RunRecord
+from launcher.terminal import console
 
 
 def check(args: argparse.Namespace) -> int:
     """Find every problem of a recipe."""
+    profile = profile_of(args)
     try:
-        records = records_of(args, profile_of(args))
+        records = records_of(args, profile)
     except UserError as error:
         if not args.json:
             raise
-        print_json({"problems": list(error.problems)})
+        print_json({"problems": list(error.problems), "notes": []})
         return error.exit_code
+    print_warnings(records, profile)
     if args.json:
-        print_json({"problems": []})
+        print_json({"problems": [], "notes": list(dict.fromkeys(n for record in records for n in record.notes))})
     else:
+        for note in dict.fromkeys(n for record in records for n in record.notes):
+            print(f"note: {note}")
         for record in records:
             print(f"{record.recipe}: run {record.run}: {len(record.stages)} stages, no problem found")
     return 0
@@ -37,12 +42,11 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print_json([_plan_json(record, outlook) for record, outlook in outlooks])
         return 0
-    from rich.console import Console
 
     for record, outlook in outlooks:
-        Console().print(_plan_table(record, outlook.done))
+        console().print(_plan_table(record, outlook.done))
         if table := estimate_table(outlook):
-            Console().print(table)
+            console().print(table)
     return 0
 
 
@@ -109,6 +113,7 @@ def _mark(stage: PlannedStage) -> str:
 def _caption(record: RunRecord) -> list[str]:
     inserted = any(stage.inserted for stage in record.stages)
     lines = [f"{s.spec.stage}: {why}" for s in record.stages for why in s.obstacles]
+    lines += [f"note: {note}" for note in record.notes]
     return [*(["Conversions are inserted by the plan."] if inserted else []), *lines]
 
 
@@ -119,6 +124,7 @@ def render(args: argparse.Namespace) -> int:
     profile = slurm_profile(args)
     records = records_of(args, profile, elsewhere=True)
     target = Path(args.output)
+    print_warnings(records, profile)
     targets = [target if len(records) == 1 else target / record.run for record in records]
     for record, folder in zip(records, targets, strict=True):
         render_plan(record, profile, folder, root_of(args))
@@ -141,7 +147,6 @@ def backends(args: argparse.Namespace) -> int:
         print_json([{**dict(zip(keys, row, strict=True)), "models": models.get(row[2], [])} for row in rows])
         return 0
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     families: dict[tuple[str, ...], list[str]] = {}
@@ -151,7 +156,7 @@ def backends(args: argparse.Namespace) -> int:
     for (backend, algorithm, state, reason), names in families.items():
         table.add_row(backend, algorithm, ", ".join(names), state, reason)
     table.caption = "rendered: planned and rendered in full, and refused by run"
-    Console().print(table)
+    console().print(table)
     return 0
 
 
@@ -174,13 +179,12 @@ def recipes(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "stages", "what it is")
     for recipe in found:
         table.add_row(recipe["name"], str(len(recipe["stages"])), recipe["description"])
-    Console().print(table)
+    console().print(table)
     return 0
 
 

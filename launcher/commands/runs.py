@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,14 @@ from launcher import store
 from launcher.caps import read_held, waits_for_room
 from launcher.cluster import Profile, load_profile, place_record, speak_to
 from launcher.commands.shared import (
+    is_on_slurm,
     jobs_of,
     jobs_source,
     open_run,
     print_failures,
     print_json,
     print_line,
+    print_warnings,
     profile_of,
     records_of,
     root_of,
@@ -31,6 +33,7 @@ from launcher.commands.shared import (
 from launcher.errors import UserError, WorldError
 from launcher.run_record import RunRecord, list_runs, obstacles_of, read_run, refuse_unbuilt
 from launcher.snapshot import refuse_gone, with_snapshot
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -43,17 +46,18 @@ def run(args: argparse.Namespace) -> int:
         from launcher.render import dry_run
 
         profile = slurm_profile(args)
-        for record in records_of(args, profile):
+        for record in records_of(args, profile, elsewhere=True):
             print(dry_run(record, profile, root_of(args)))
         return 0
     records = _runnable(args, profile)
     _refuse_absent_secrets(records)
+    print_warnings(records, profile)
     root = store.open_root(root_of(args), profile.share_group)
     _refuse_elsewhere(root, records, profile)
     if profile.scheduler == "slurm":
         from launcher.limits import refuse_impossible
 
-        refuse_impossible(root, [place_record(r, profile, root) for r in records], profile)
+        _tell(refuse_impossible(root, [place_record(r, profile, root) for r in records], profile))
         records = [place_record(with_snapshot(root, r, profile), profile, root) for r in records]
         return _run_on_slurm(root, records, profile, args)
     records = [place_record(r, profile, root) for r in records]
@@ -66,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
     return worst
 
 
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
 def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
     """The recipe's runs. Raises UserError with all that is wrong and all that cannot be run yet."""
     try:
@@ -75,7 +84,7 @@ def _runnable(args: argparse.Namespace, profile: Profile) -> list[RunRecord]:
         with contextlib.suppress(UserError):
             planned = records_of(args, profile, elsewhere=True)
             unbuilt = [line for line in obstacles_of(planned) if "not built" in line]
-        raise UserError([*error.problems, *unbuilt]) from None
+        raise UserError([*unbuilt, *error.problems]) from None
     refuse_unbuilt(records)
     return records
 
@@ -188,9 +197,8 @@ def _finish(root: Path, record: RunRecord, args: argparse.Namespace) -> None:
     if args.json:
         print_line("report", record.run, path=str(page))
         return
-    from rich.console import Console
 
-    Console().print(render_table(collect(root, record, submitted)))
+    console().print(render_table(collect(root, record, submitted)))
     print(f"report: {page}")
 
 
@@ -205,7 +213,7 @@ def resume(args: argparse.Namespace) -> int:
         from launcher.limits import refuse_impossible
 
         refuse_gone(root, record)
-        refuse_impossible(root, [record], profile)
+        _tell(refuse_impossible(root, [record], profile))
         return _run_on_slurm(root, [record], profile, args)
     return _run_here(root, record, profile, args)
 
@@ -237,12 +245,11 @@ def report(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     """Stop a run's stages; they save first."""
     from launcher.local import cancel_run
-    from launcher.submit import cancel_jobs
+    from launcher.submit import cancel_submitted
 
     root, record = open_run(args)
     print(f"stopping run {record.run}; its stages save first", file=sys.stderr)
-    submitted = jobs_of(root, record) or read_held(root, record.run)
-    stopped = cancel_jobs(root, record) if submitted else cancel_run(root, record)
+    stopped = cancel_submitted(root, record) if is_on_slurm(root, record) else cancel_run(root, record)
     if args.json:
         print_json({"run": record.run, "stopped": stopped})
     else:

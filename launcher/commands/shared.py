@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, store
+from launcher.caps import damaged_held
 from launcher.cluster import Profile, load_profile, speak_to
 from launcher.errors import UserError
+from launcher.git import describe
 from launcher.recipe import Recipe
 from launcher.run_record import RunRecord, list_runs, read_run
+from launcher.submitted import damaged_lines, read_submitted
 
 if TYPE_CHECKING:
     from launcher.state import Jobs
@@ -33,8 +34,10 @@ def print_json(value: Any) -> None:
 
 
 def root_of(args: argparse.Namespace) -> Path:
-    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root."""
-    return Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    """The store's root: `--root`, else PRISM_ROOT, else ./prism-root. Raises UserError where it is somebody else's."""
+    root = Path(os.path.abspath(args.root or os.environ.get("PRISM_ROOT") or "prism-root"))
+    store.refuse_foreign(root)
+    return root
 
 
 def profile_of(args: argparse.Namespace) -> Profile:
@@ -50,17 +53,30 @@ def records_of(args: argparse.Namespace, profile: Profile, *, elsewhere: bool = 
     """
     from launcher.recipe.load import load_recipes
 
-    # A profile of the user's own is found again by its path, wherever the next command is typed.
-    named = args.cluster or "local"
-    cluster = os.path.abspath(named) if Path(named).name != named or Path(named).suffix else named
+    cluster = lasting_name(args.cluster or "local")
     recipes = load_recipes(args.recipe, args.overrides, args.name)
     return [_record(recipe, profile, cluster, elsewhere) for recipe in recipes]
+
+
+def lasting_name(cluster: str) -> str:
+    """A cluster as a run remembers it: a profile of the user's own by its full path."""
+    own = Path(cluster).name != cluster or Path(cluster).suffix
+    return os.path.abspath(cluster) if own else cluster
+
+
+def print_warnings(records: Iterable[RunRecord], profile: Profile) -> None:
+    """Tell on standard error what is most likely not meant."""
+    from launcher.check import warnings_of
+
+    told = dict.fromkeys(warning for record in records for warning in warnings_of(record.stages, profile))
+    for warning in told:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> RunRecord:
     from launcher.check import check_recipe
     from launcher.fit.auto import with_layouts
-    from launcher.inputs import resolve_inputs
+    from launcher.inputs import resolve_inputs, text_notes
     from launcher.plan import build_plan
 
     recipe = with_layouts(recipe, profile.gpu)
@@ -80,18 +96,14 @@ def _record(recipe: Recipe, profile: Profile, cluster: str, elsewhere: bool) -> 
         created=time.time(),
         versions={"prism-launch": __version__, "python": platform.python_version()},
         git=_git_hash(Path(recipe.path).parent),
+        notes=text_notes(recipe),
     )
 
 
 @functools.cache  # the runs of a matrix are of one folder
 def _git_hash(folder: Path) -> str | None:
     """The commit of a folder, with `+` where it has changes; None outside a repository."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    return describe(folder)
 
 
 def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
@@ -102,13 +114,16 @@ def open_run(args: argparse.Namespace) -> tuple[Path, RunRecord]:
 
 
 def find_run(root: Path, name: str | None) -> RunRecord:
-    """The run of this name, the latest where none is named."""
+    """The run of this name, the latest where none is named. What is damaged of its jobs' notes is said."""
     runs = list_runs(root)
     if name and ("/" in name or name in (".", "..")):
         raise UserError(f"{name}: not the name of a run; the runs under {root} are {', '.join(runs) or 'none'}")
     if not name and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")
-    return read_run(root, name or runs[0])
+    record = read_run(root, name or runs[0])
+    for line in (*damaged_lines(root, record.run), *damaged_held(root, record.run)):
+        print(f"prism-launch: {line}", file=sys.stderr)
+    return record
 
 
 def slurm_profile(args: argparse.Namespace) -> Profile:
@@ -122,32 +137,40 @@ def slurm_profile(args: argparse.Namespace) -> Profile:
 
 def jobs_of(root: Path, record: RunRecord) -> Jobs:
     """The run's jobs as Slurm tells them; none for a run that was never submitted."""
-    from launcher.submit import read_submitted, stage_jobs
-
-    if not read_submitted(root, record.run):
-        return {}
-    _speak_as(record)
-    return stage_jobs(root, record)
+    return jobs_source(root, record)({})
 
 
-def _speak_as(record: RunRecord) -> None:
-    """Ask the Slurm of the run's profile; where that is gone or damaged, the shell's own."""
-    with contextlib.suppress(UserError):
-        speak_to(load_profile(record.cluster))
+def is_on_slurm(root: Path, record: RunRecord) -> bool:
+    """Whether the run has, or may have, jobs of Slurm. Asks the Slurm of its profile from now on.
+
+    Where the profile is gone or damaged it asks the shell's own, for a run that has been submitted.
+    """
+    try:
+        if speak_to(load_profile(record.cluster)).scheduler == "slurm":
+            return True
+    except UserError:
+        pass
+    return bool(read_submitted(root, record.run))
 
 
 def jobs_source(root: Path, record: RunRecord) -> Callable[[Jobs], Jobs]:
     """Asks Slurm for the run's jobs, but not again for those of which it is known how they ended."""
-    from launcher.submit import read_submitted, stage_jobs
+    from launcher.submit import stage_jobs
 
-    _speak_as(record)
-    return lambda known: stage_jobs(root, record, known) if read_submitted(root, record.run) else {}
+    if not is_on_slurm(root, record):
+        return lambda ended: {}
+    before: Jobs | None = None
+
+    def ask(ended: Jobs) -> Jobs:
+        nonlocal before
+        before = stage_jobs(root, record, ended, before)
+        return before
+
+    return ask
 
 
 def submission_times(root: Path, record: RunRecord) -> dict[str, float]:
     """When each job of a run was submitted, by its id."""
-    from launcher.submit import read_submitted
-
     return {s.job: s.time for s in read_submitted(root, record.run)}
 
 

@@ -22,6 +22,8 @@ from launcher.commands.shared import (
 )
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage, RunRecord, list_runs, read_run
+from launcher.submitted import living, read_submitted, unheard
+from launcher.terminal import console
 
 if TYPE_CHECKING:
     from launcher.attempts import Attempt
@@ -48,11 +50,10 @@ def status(args: argparse.Namespace) -> int:
             print(f"prism-launch: {trouble}", file=sys.stderr)
         print_json(encode(now))
         return 0
-    from rich.console import Console
 
     from launcher.status_table import StatusTable
 
-    Console().print(StatusTable(now))
+    console().print(StatusTable(now))
     sys.stdout.flush()
     print_failures(now)
     return 0
@@ -166,7 +167,7 @@ def _look(root: Path, stage: PlannedStage, args: argparse.Namespace, goes_on: bo
         if goes_on:
             return Look(None, True)
         raise UserError(str(error)) from None
-    if goes_on and not args.component and path == supervisor_log(found[-1].folder):
+    if goes_on and not args.component and path == supervisor_log(found[-1]):
         return Look(None, True)  # its components have not been started yet
     # A named attempt that has ended gets no more lines.
     return Look(path, goes_on and not (args.attempt and found[-1].end is not None))
@@ -180,7 +181,6 @@ def _no_such_attempt(stage: PlannedStage, name: str, found: list[Attempt]) -> li
 def _without_attempt(root: Path, stage: PlannedStage) -> Path:
     """The batch log of a job whose supervisor never began."""
     from launcher.logs import NoLogYet, batch_log
-    from launcher.submit import read_submitted
 
     spec = stage.spec
     jobs = [s.job for s in read_submitted(root, spec.run) if (s.stage, s.fingerprint) == (spec.stage, spec.fingerprint)]
@@ -204,7 +204,7 @@ def _goes_on(root: Path, record: RunRecord, stage: PlannedStage, queue: Queue) -
     if driver is None or store.is_alive(driver) is False:
         return False
     newest = newest_attempt(root, stage.spec)
-    again = newest is not None and (newest.end or {"action": "again"}).get("action") == "again"
+    again = newest is not None and (newest.end is None or newest.wants_another)
     return state == "waiting" or (state != "done" and again)
 
 
@@ -239,12 +239,12 @@ def clean(args: argparse.Namespace) -> int:
 def _uses(root: Path) -> Uses:
     """Who uses what under a root, by processes and by Slurm's word."""
     from launcher import clean as cleaning
-    from launcher.submit import read_submitted
 
     names = [p.name for p in (root / "runs").glob("*") if p.is_dir()]
     submitted = {name: {s.job for s in read_submitted(root, name)} for name in names}
     claimed = {owner.job for owner in cleaning.owners(root) if owner.job}
-    return cleaning.uses(root, submitted, _active_jobs(_jobs_by_slurm(root, submitted, claimed)))
+    active = _active_jobs(root, _jobs_by_slurm(root, submitted, claimed), submitted)
+    return cleaning.uses(root, submitted, active)
 
 
 def _jobs_by_slurm(root: Path, submitted: Mapping[str, Set[str]], claimed: Set[str]) -> Mapping[str, Set[str]]:
@@ -269,8 +269,11 @@ def _slurm_conf(root: Path, run: str) -> str | None:
         return None
 
 
-def _active_jobs(asked: Mapping[str, Set[str]]) -> set[str]:
-    """Jobs that wait or run, by the Slurm of each; all of one that does not answer, so that nothing of theirs goes."""
+def _active_jobs(root: Path, asked: Mapping[str, Set[str]], submitted: Mapping[str, set[str]]) -> set[str]:
+    """Jobs that wait or run, by the Slurm of each; all of one that does not answer, so that nothing of theirs goes.
+
+    Those that a Slurm took in unheard are added to `submitted`.
+    """
     from launcher import slurm
 
     active: set[str] = set()
@@ -278,7 +281,12 @@ def _active_jobs(asked: Mapping[str, Set[str]]) -> set[str]:
         if conf:
             os.environ["SLURM_CONF"] = conf
         try:
-            active |= {job.id for job in slurm.job_states(jobs).values() if job.is_active}
+            active |= living(root, jobs)
+            own = slurm.own_scripts() if jobs else {}
+            for run, known in submitted.items():
+                lost = {line.job for line in unheard(root, run, own)}
+                known |= lost
+                active |= living(root, lost)
         except WorldError as error:
             print(f"prism-launch: {error}; runs that have jobs there are left alone", file=sys.stderr)
             active |= jobs

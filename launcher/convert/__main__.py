@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.errors import PrismError, UserError
+from launcher.terminal import plain_output, raw
 
 #: The verification of a conversion by hand, beside what it made.
 RECORD = "conversion.json"
@@ -92,7 +93,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--weights: {args.weights} is not numbers with commas between them") from None
     with new_folder(args.target, None, args.sources) as partial:
         record = merge(args.sources, weights, partial, not args.no_verify, show_progress())
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
@@ -119,7 +120,7 @@ def run(
         if parity:
             record["parity"] = _parity(source, partial, record, config)
         if not (partial / target.name).is_file():  # an archive has no place for it
-            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
@@ -144,9 +145,8 @@ def show_progress() -> Callable[[int, int], None]:
             return
         last[0] = now
         end = "\n" if done == total or not terminal else ""
-        print(
-            ("\r" if terminal else "") + progress_text(done, total, now - began), end=end, file=sys.stderr, flush=True
-        )
+        text = ("\r" if terminal else "") + progress_text(done, total, now - began)
+        print(text, end=end, file=raw(sys.stderr), flush=True)
 
     return show
 
@@ -192,4 +192,5 @@ def _stop(number: int, _: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(main())
+    with plain_output():
+        sys.exit(main())

@@ -140,7 +140,7 @@ def torch_dist_writer(
 def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[str, Entry], final: Path) -> list[str]:
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
-        (target / TRACKER).write_text(RELEASE)
+        (target / TRACKER).write_text(RELEASE, encoding="utf-8")
         weights = wanted["embedding.word_embeddings.weight"].dtype
         run_config.write(target / RELEASE, found.shape, weights, found.config)
     if to == "nemo":
@@ -148,7 +148,7 @@ def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[s
 
         spread = found.config.get("initializer_range")
         config = nemo.model_config(found.shape, final / CARRIED, spread if isinstance(spread, float) else 0.02)
-        (target / nemo.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        (target / nemo.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return copy_side_files(found.side, target if to == "hf" else target / CARRIED)
 
 

@@ -76,7 +76,7 @@ class HfWriter:
                 "metadata": {"total_size": sum(e.nbytes for e in entries.values())},
                 "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
             }
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _start(self, path: Path, entries: Mapping[str, Entry]) -> None:
         # Wider types first, as safetensors itself orders them, so that every tensor lies at a multiple of its width.

@@ -52,7 +52,7 @@ def merge(
     hf = first.format == "hf"
     writer: Any = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
     if not hf:
-        (target / TRACKER).write_text(RELEASE)
+        (target / TRACKER).write_text(RELEASE, encoding="utf-8")
         weights_type = entries["embedding.word_embeddings.weight"].dtype
         run_config.write(target / RELEASE, first.shape, weights_type, first.config)
     files = copy_side_files(first.side, target if hf else target / CARRIED)

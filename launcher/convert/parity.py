@@ -33,7 +33,7 @@ def compare(hf: Path, megatron: Path, config: Path | None = None) -> dict[str, A
     `TOLERANCE`.
     """
     config = config or hf
-    shape = shape_of(json.loads((config / "config.json").read_text()))
+    shape = shape_of(json.loads((config / "config.json").read_text(encoding="utf-8")))
     rows, source = _tokens(config, shape)
     theirs, clamped = _hf_logits(hf, config, rows)
     ours = _megatron_logits(megatron, shape, rows)

@@ -36,7 +36,7 @@ def write(folder: Path, shape: ModelShape, dtype: torch.dtype, config: Mapping[s
     import yaml
 
     found = run_config(shape, dtype, config.get("initializer_range"))
-    (folder / RUN_CONFIG).write_text(yaml.safe_dump(found, sort_keys=False))
+    (folder / RUN_CONFIG).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
 
 
 def write_beside(folder: Path, shape: ModelShape, dtype: torch.dtype, config: Mapping[str, Any]) -> None:

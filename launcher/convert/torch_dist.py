@@ -293,7 +293,7 @@ class TorchDistWriter:
         (self._path / ".metadata").write_bytes(pickle.dumps(metadata))
         kinds: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kinds |= {"common_backend": "torch", "common_backend_version": 1}
-        (self._path / "metadata.json").write_text(json.dumps(kinds))
+        (self._path / "metadata.json").write_text(json.dumps(kinds), encoding="utf-8")
         with (self._path / "common.pt").open(
             "wb"
         ) as file:  # by its path torch would say no more of a full disk than "iostream"

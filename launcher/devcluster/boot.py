@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ from launcher.devcluster import config, daemons, nodes
 from launcher.devcluster.cluster import DevCluster, find
 from launcher.devcluster.config import Site
 from launcher.errors import UserError, WorldError
+from launcher.users import user_name
 
 #: What must be installed.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "sacctmgr", "srun", "mariadbd", "mariadb-install-db")
@@ -113,7 +113,7 @@ def _decide(folder: Path, node_count: int, gpus: int) -> Site:
         folder=str(folder),
         nodes=node_count,
         gpus=gpus,
-        user=getpass.getuser() if os.geteuid() else "root",
+        user=user_name(),
         host=socket.gethostname().partition(".")[0],
         isolation=isolation,
         gpu_files=nodes.fake_gpus(folder, gpus) if gpus else "",
@@ -141,7 +141,11 @@ def _begin(cluster: DevCluster) -> None:
         (folder / name).mkdir(mode=mode, exist_ok=True)
     for name, text in config.config_files(site).items():
         _write(folder / "etc" / name, text, 0o600 if name == "slurmdbd.conf" else 0o644)
-    _write(folder / "etc" / "hosts", config.hosts_text(site, Path("/etc/hosts").read_text()), 0o644)
+    _write(
+        folder / "etc" / "hosts",
+        config.hosts_text(site, Path("/etc/hosts").read_text(encoding="utf-8", errors="surrogateescape")),
+        0o644,
+    )
     if not (folder / "munge.key").exists():
         _write(folder / "munge.key", os.urandom(64).hex(), 0o600)
     for log in (folder / "log").iterdir():
@@ -150,7 +154,9 @@ def _begin(cluster: DevCluster) -> None:
 
 def _write(path: Path, text: str, mode: int) -> None:
     path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8", errors="surrogateescape"
+    ) as file:
         file.write(text)
 
 

@@ -63,7 +63,7 @@ class Site:
 
 def packages() -> tuple[str, ...]:
     """The Debian packages that a dev cluster needs."""
-    return tuple((data_dir("slurm") / "devcluster" / "packages.txt").read_text().split())
+    return tuple((data_dir("slurm") / "devcluster" / "packages.txt").read_text(encoding="utf-8").split())
 
 
 def install_command() -> str:
@@ -83,7 +83,7 @@ def config_files(site: Site) -> dict[str, str]:
 
 
 def _template(name: str) -> str:
-    return (data_dir("slurm") / "devcluster" / name).read_text()
+    return (data_dir("slurm") / "devcluster" / name).read_text(encoding="utf-8")
 
 
 def _node_line(site: Site, i: int) -> str:

@@ -79,7 +79,7 @@ def _tail(folder: Path, name: str) -> str:
     logs = [p for p in (folder / "log" / f"{name}.log", log_file(folder, name)) if p.exists() and p.stat().st_size]
     if not logs:
         return f"  its log is empty: {log_file(folder, name)}"
-    lines = logs[0].read_text(errors="replace").splitlines()[-8:]
+    lines = logs[0].read_text(errors="replace", encoding="utf-8").splitlines()[-8:]
     return "\n".join([f"  the end of {logs[0]}:", *(f"  | {line}" for line in lines)])
 
 
@@ -119,7 +119,15 @@ def call(argv: Sequence[str], seconds: float = 10, **variables: str) -> subproce
     env = {**os.environ, "PATH": PATH, **variables}
     try:
         return subprocess.run(
-            argv, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, env=env, check=False
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(argv, 124, "", f"{argv[0]}: no answer in {seconds:.0f} s")

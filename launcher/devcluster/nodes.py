@@ -106,7 +106,7 @@ def make_bridge(folder: Path) -> int:
 def remove_bridges(folder: Path) -> None:
     """Remove the bridges that `make_bridge` made for this folder, and what is still plugged into them."""
     for bridge in Path("/sys/class/net").glob("prismdev*"):
-        if (bridge / "brif").is_dir() and (bridge / "ifalias").read_text().strip() == str(folder):
+        if (bridge / "brif").is_dir() and (bridge / "ifalias").read_text(encoding="utf-8").strip() == str(folder):
             for port in os.listdir(bridge / "brif"):
                 daemons.call(["ip", "link", "delete", port])
             daemons.must(["ip", "link", "delete", bridge.name])
@@ -141,7 +141,7 @@ def _pids() -> list[int]:
 
 def _command(pid: int) -> str | None:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 
@@ -155,6 +155,8 @@ def _space(pid: int) -> str | None:
 
 def _parent(pid: int) -> int | None:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+        )
     except OSError:
         return None

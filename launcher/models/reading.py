@@ -48,7 +48,7 @@ class Config:
         value = None
         try:
             value = build()
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, ArithmeticError):
             self.refuse(not self.problems, "config.json has values of an unexpected type")
         if self.problems or value is None:
             raise UserError([f"model type {self.get('model_type')}: {p}" for p in self.problems])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,5 +56,8 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     wanted = [n for n in side_files(source) if is_tokenizer_file(n) and not (target / n).exists()]
     for name in wanted:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        if name.endswith(".json"):  # with a byte order mark no library would read it
+            (target / name).write_bytes((source / name).read_bytes().removeprefix(codecs.BOM_UTF8))
+        else:
+            shutil.copyfile(source / name, target / name)
     return wanted

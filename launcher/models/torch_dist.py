@@ -35,7 +35,7 @@ def checkpoint_dir(folder: Path) -> Path:
     """The folder of the newest checkpoint, which the tracker file names. Raises UserError."""
     tracker = folder / TRACKER
     try:
-        with tracker.open(errors="replace") as file:
+        with tracker.open(encoding="utf-8", errors="replace") as file:
             text = file.read(64).strip()
     except OSError:
         raise UserError(f"{folder}: no {TRACKER}; a checkpoint of format megatron is wanted") from None

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.configs import MergeConfig, ModelConfig, Resources, RLConfig, TrainConfig
+from launcher.configs import ModelConfig, Resources
 from launcher.spec import Kind
+from launcher.stages import kinds
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ class Recipe:
         return self.positions.get(path, self.path)
 
     def models_of(self, ref: str) -> tuple[tuple[str, ModelConfig], ...]:
-        """The train stages that a checkpoint reference goes back to, with their models; none where it is a path."""
-        stage = self.stages.get(ref)
-        config = stage.config if stage else None
-        if isinstance(config, TrainConfig):
-            return ((ref, config.model),)
-        if isinstance(config, MergeConfig):
-            return tuple(found for part in config.checkpoints for found in self.models_of(part))
-        return self.models_of(config.checkpoint) if isinstance(config, RLConfig) else ()
+        """The stages that a checkpoint reference goes back to, with the models that they train; none for a path."""
+        if ref not in self.stages:
+            return ()
+        kind, config = kinds()[self.stages[ref].kind], self.stages[ref].config
+        if (model := kind.model(config)) is not None:
+            return ((ref, model),)
+        return tuple(found for earlier in kind.lineage(config) for found in self.models_of(earlier))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launcher.errors import UserError
+from launcher.files import read_bytes
+from launcher.terminal import name_of
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -22,15 +24,28 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_MAX_NODES = 200_000
+#: Keys and values, each time that an alias or a merge repeats them.
+_MAX_NODES = 400_000
+_MAX_DEPTH = 64
+#: Digits of a whole number: products of several such numbers are still floating-point numbers.
+_MAX_DIGITS = 40
+#: Blanks that are none for YAML, and characters that are not seen at all.
+_UNSEEN = re.compile("[\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]")
+_QUOTES = re.compile("[\u2018-\u201f\uff02\uff07]")
+#: What YAML takes nowhere.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`."""
+    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`.
+
+    `written` is, by the same paths, the text of what is neither a string nor empty: `12e45`, `true`.
+    """
 
     data: Mapping[str, Any]
     positions: Mapping[str, str]
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
 def join(path: str, key: str) -> str:
@@ -38,11 +53,14 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def read_document(path: Path, shown: str | None = None) -> Document:
-    """Read a YAML file whose top is a mapping; `shown` is its name in messages. Raises UserError with all problems."""
+def read_document(path: Path, shown: str | None = None, *, piped: bool = False) -> Document:
+    """Read a YAML file, or a pipe, whose top is a mapping; `shown` is its name in messages.
+
+    Raises UserError with all problems.
+    """
     shown = shown or str(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_bytes(path, piped=piped).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{shown}: not a text file (byte {error.start} is not UTF-8); a recipe is YAML") from None
     except IsADirectoryError:
@@ -58,12 +76,12 @@ def parse_document(text: str, shown: str) -> Document:
     if node is None:
         raise UserError(f"{shown}: is empty; a recipe has at least `stages:`")
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{shown}:{node.start_mark.line + 1}: expected `key: value` lines at the top")
+        raise UserError(_explained(text, shown, node.start_mark.line, "expected `key: value` lines at the top"))
     builder = _Builder(shown)
     data = builder.whole(node)
     if builder.problems:
         raise UserError(builder.problems)
-    return Document(data, builder.positions)
+    return Document(data, builder.positions, builder.written)
 
 
 def parse_value(text: str, shown: str) -> Any:
@@ -74,22 +92,44 @@ def parse_value(text: str, shown: str) -> Any:
     builder = _Builder(shown)
     value = builder.whole(node)
     if builder.problems:
-        raise UserError([f"{shown}: {p.split(': ', 1)[1]}" for p in builder.problems])
+        raise UserError([f"{shown}: {p.split(': ', 1)[1].removeprefix('(top): ')}" for p in builder.problems])
     return value
 
 
 def _compose(text: str, shown: str) -> Any:
+    if control := _CONTROL.search(text):
+        line, column = _place(text, control.start())
+        raise UserError(f"{shown}:{line}: not YAML: {name_of(control[0])} in column {column}; remove it")
     try:
         return yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
         hint = "; indent with spaces, not tabs" if "\t" in text else ""
-        raise UserError(f"{shown}:{line}: not YAML: {error.problem or error.context}{hint}") from None
+        message = f"not YAML: {error.problem or error.context}{hint}"
+        raise UserError(_explained(text, shown, mark.line if mark else 0, message)) from None
     except yaml.YAMLError as error:
         raise UserError(f"{shown}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{shown}: nested too deeply") from None
+
+
+def _explained(text: str, shown: str, line: int, message: str) -> str:
+    """A problem of syntax in a line, counted from 0: where a character before it deceives the eye, that is told."""
+    lines = text.split("\n")
+    for number in range(min(line, len(lines) - 1), max(-1, line - 3), -1):
+        code = lines[number].partition(" #")[0].removeprefix("\ufeff" if number == 0 else "")
+        if found := _UNSEEN.search(code):
+            where = f"column {found.start() + 1} holds a {name_of(found[0])}, which is no blank"
+            return f"{shown}:{number + 1}: {message}: {where}; type a plain space, or remove it"
+        if found := _QUOTES.search(code):
+            where = f"column {found.start() + 1} holds a {name_of(found[0])}, which is no quote"
+            return f"{shown}:{number + 1}: {message}: {where}; type a plain one"
+    return f"{shown}:{line + 1}: {message}"
+
+
+def _place(text: str, offset: int) -> tuple[int, int]:
+    """Line and column, counted from 1."""
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
 
 
 class _Builder:
@@ -98,6 +138,7 @@ class _Builder:
     def __init__(self, shown: str):
         self.shown = shown
         self.positions: dict[str, str] = {}
+        self.written: dict[str, str] = {}
         self.problems: list[str] = []
         self.count = 0
         self.open: set[int] = set()
@@ -115,9 +156,9 @@ class _Builder:
             raise UserError(f"{self.at(node)}: nested too deeply, or an alias refers to what it stands in") from None
 
     def build(self, node: Any, path: str) -> Any:
-        self.count += 1
-        if self.count > _MAX_NODES:
-            raise UserError(f"{self.shown}: more than {_MAX_NODES} values; aliases repeat themselves too often")
+        self.bump()
+        if len(self.open) > _MAX_DEPTH:
+            raise UserError(f"{self.at(node)}: nested too deeply: more than {_MAX_DEPTH} levels")
         if id(node) in self.open:
             raise UserError(f"{self.at(node)}: {path}: an alias refers to what it stands in")
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
@@ -126,12 +167,20 @@ class _Builder:
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.ScalarNode):
-                return self.scalar(node, path)
+                value = self.scalar(node, path)
+                if not isinstance(value, str) and node.value:
+                    self.written[path] = node.value
+                return value
             if isinstance(node, yaml.SequenceNode):
                 return [self.item(v, f"{path}[{i}]") for i, v in enumerate(node.value)]
             return {key: self.item(value, join(path, key)) for key, value in self.pairs(node, path)}
         finally:
             self.open.discard(id(node))
+
+    def bump(self) -> None:
+        self.count += 1
+        if self.count > _MAX_NODES:
+            raise UserError(f"{self.shown}: more than {_MAX_NODES} values; aliases repeat themselves too often")
 
     def item(self, node: Any, path: str) -> Any:
         self.positions.setdefault(path, self.at(node))
@@ -142,6 +191,7 @@ class _Builder:
         own: dict[str, tuple[Any, Any]] = {}
         merged: dict[str, Any] = {}
         for key, value in node.value:
+            self.bump()
             if key.value == "<<" and not key.style:
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in sources:
@@ -152,6 +202,7 @@ class _Builder:
                 first = own[key.value][0].start_mark.line + 1
                 self.problem(key, join(path, key.value), f"given twice, first on line {first}")
             else:
+                self.readable(key, join(path, key.value))
                 own[key.value] = (key, value)
         for name, value in merged.items():
             if name not in own:
@@ -165,10 +216,21 @@ class _Builder:
             self.problem(source, path, "`<<` merges mappings only")
             return
         for name, value in self.pairs(source, path):
+            self.bump()
             into.setdefault(name, value)
+
+    def readable(self, node: Any, path: str) -> None:
+        """Note characters that no path can hold, and those that the eye does not find in a plain word."""
+        text: str = node.value
+        if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            self.problem(node, path, f"{text[:40]!r} holds a character that no file's name or text can have; remove it")
+        elif not node.style and path != "description" and (found := _UNSEEN.search(text)):
+            where = f"column {node.start_mark.column + found.start() + 1} holds a {name_of(found[0])}"
+            self.problem(node, path, f"{where}; remove it, or put the text in quotes if it is meant")
 
     def scalar(self, node: Any, path: str) -> Any:
         text: str = node.value
+        self.readable(node, path)
         if node.style:
             return text
         if text in _NULLS:
@@ -176,7 +238,10 @@ class _Builder:
         if text in _BOOLS:
             return _BOOLS[text]
         if _INT.fullmatch(text):
-            return int(text) if len(text) < 4000 else text
+            if len(text) > _MAX_DIGITS:
+                self.problem(node, path, f"{text[:24]}{'...' if len(text) > 24 else ''} is too large for a number")
+                return 0
+            return int(text)
         if _FLOAT.fullmatch(text):
             value = float(text)
             if value not in (float("inf"), float("-inf")):
@@ -193,7 +258,8 @@ def merge_documents(below: Document, above: Document) -> Document:
     data = _merge(below.data, above.data, "", positions)
     for path, place in above.positions.items():
         positions[path] = place
-    return Document(data, positions)
+    kept = {path: text for path, text in below.written.items() if path in positions and path not in above.positions}
+    return Document(data, positions, {**kept, **above.written})
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any], path: str, positions: dict[str, str]) -> dict[str, Any]:
@@ -203,10 +269,21 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any], path: str, positi
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = _merge(result[key], value, here, positions)
             continue
-        for old in [p for p in positions if p.startswith((f"{here}.", f"{here}["))]:
-            del positions[old]
+        _forget(result.get(key), here, positions)
         if value is None and key in below:
             del result[key]
         else:
             result[key] = value
     return result
+
+
+def _forget(value: Any, path: str, positions: dict[str, str]) -> None:
+    """Remove the positions of what a value holds."""
+    inner: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        inner = [(join(path, key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        inner = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+    for here, item in inner:
+        positions.pop(here, None)
+        _forget(item, here, positions)

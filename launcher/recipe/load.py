@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import CONFIGS, ModelConfig, PrepareConfig, Resources, TrainConfig
+from launcher.configs import CONFIGS, ModelConfig, Resources, with_value
 from launcher.data import data_dir
 from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.recipe.document import Document, join, merge_documents, parse_value, read_document
-from launcher.spec import SpecError, decode, did_you_mean
+from launcher.references import is_on_hub
+from launcher.spec import SpecError, decode, did_you_mean, expected
+from launcher.stages import kinds
 from launcher.units import parse_duration
 
 TOP_KEYS = ("name", "description", "base", "model", "seed", "secrets", "matrix", "resources", "stages")
@@ -24,6 +27,10 @@ STAGE_KINDS = tuple(kind for kind in CONFIGS if kind != "convert")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: numpy takes no negative seed and none beyond 32 bits, and ranks add to it; the stages before would have run by then.
 _MAX_SEED = 2**31 - 1
+#: Runs of one matrix, files that `base:` leads to, and levels of a key of --set.
+_MAX_RUNS = 1000
+_MAX_FILES = 100
+_MAX_LEVELS = 64
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RESERVED = ("-to-hf", "-to-megatron", "-to-nemo")
 
@@ -36,8 +43,7 @@ def load_recipes(path: str | Path, overrides: Sequence[str] = (), name: str | No
     file = find_recipe(str(path))
     document = _with_bases(file, str(path) if Path(path).exists() else str(file), ())
     return tuple(
-        _load_point(document, file, str(path), [*point, *overrides], name, overrides)
-        for point in _matrix_points(document, str(path))
+        _load_point(document, file, str(path), point, overrides, name) for point in _matrix_points(document, str(path))
     )
 
 
@@ -75,13 +81,16 @@ def list_recipes() -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _with_bases(path: Path, shown: str, chain: tuple[Path, ...]) -> Document:
-    """The document with everything that its `base:` names laid below it."""
-    real = path.resolve()
+def _with_bases(path: Path, shown: str, chain: tuple[Path, ...], read: list[Path] | None = None) -> Document:
+    """The document with everything that its `base:` names laid below it; `read` are the files read so far."""
+    real, read = path.resolve(), [] if read is None else read
+    read.append(real)
+    if len(read) > _MAX_FILES:
+        raise UserError(f"{shown}: base: more than {_MAX_FILES} files are read, one again for each that names it")
     if real in chain:
         circle = " -> ".join(str(p.name) for p in (*chain[chain.index(real) :], real))
         raise UserError(f"{shown}: base: files name one another in a circle: {circle}")
-    document = read_document(path, shown)
+    document = read_document(path, shown, piped=not chain)
     bases = document.data.get("base")
     names = [bases] if isinstance(bases, str) else bases or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -93,7 +102,7 @@ def _with_bases(path: Path, shown: str, chain: tuple[Path, ...]) -> Document:
             file = beside if beside.exists() else find_recipe(name)
         except UserError as error:
             raise UserError(f"{document.positions['base']}: base: {error}") from None
-        below = merge_documents(below, _with_bases(file, os.path.relpath(file), (*chain, real)))
+        below = merge_documents(below, _with_bases(file, os.path.relpath(file), (*chain, real), read))
     return merge_documents(below, document) if names else document
 
 
@@ -105,10 +114,19 @@ def _matrix_points(document: Document, shown: str) -> list[list[str]]:
     place = document.positions.get("matrix", shown)
     if not isinstance(matrix, Mapping) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise UserError(f"{place}: matrix: expected keys with lists of values, such as `seed: [0, 1, 2]`")
+    runs = math.prod(len(values) for values in matrix.values())
+    if runs > _MAX_RUNS:
+        raise UserError(
+            f"{place}: matrix: {_exactly(runs)} runs; at most {_MAX_RUNS:,}, so leave out values, or split it"
+        )
     import json
 
     axes = [[f"{key}={v if _is_plain(v) else json.dumps(v)}" for v in values] for key, values in matrix.items()]
     return [list(point) for point in itertools.product(*axes)]
+
+
+def _exactly(count: int) -> str:
+    return f"{count:,}" if count < 1e15 else "more than 10^15"
 
 
 def _is_plain(value: Any) -> bool:
@@ -131,6 +149,7 @@ class _Reader:
     shown: str
     folder: Path
     problems: list[str]
+    written: dict[str, str]
 
     def where(self, path: str) -> str:
         while path and path not in self.positions:
@@ -142,7 +161,7 @@ class _Reader:
 
     def decode(self, cls: type, data: Any, path: str) -> Any:
         try:
-            return decode(cls, data)
+            return decode(cls, data, {key.removeprefix(f"{path}."): text for key, text in self.written.items()})
         except SpecError as error:
             for inner, message in error.problems:
                 self.problem(join(path, inner) if inner else path, message)
@@ -150,16 +169,19 @@ class _Reader:
 
 
 def _load_point(
-    document: Document, file: Path, shown: str, sets: list[str], name: str | None, own: Sequence[str]
+    document: Document, file: Path, shown: str, point: list[str], own: Sequence[str], name: str | None
 ) -> Recipe:
-    document, applied = _apply_overrides(document, sets)
-    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [])
+    sets = [*point, *own]
+    place = document.positions.get("matrix", shown)
+    labels = [*(f"{place}: matrix: {text}" for text in point), *(f"--set {text}" for text in own)]
+    document, applied = _apply_overrides(document, list(zip(sets, map(_shortened, labels), strict=True)))
+    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [], dict(document.written))
     _check_top(reader)
     stages = _read_stages(reader)
     if reader.problems:
         raise UserError(list(dict.fromkeys(reader.problems)))
     title = reader.data.get("name") or file.stem
-    run = _run_name(name, sets[: len(sets) - len(own)]) if name else _run_name(title, sets)
+    run = _run_name(name, point) if name else _run_name(title, sets)
     return Recipe(
         name=run,
         path=shown if Path(shown).exists() else str(file),
@@ -174,21 +196,29 @@ def _load_point(
 
 def _run_name(title: str, sets: Sequence[str]) -> str:
     """The recipe's name and what was changed; safe as a folder's name and never the same for two lists of changes."""
-    raw = "-".join([title, *sets])
+    # Where the locale is not UTF-8, a file's name holds its bytes as surrogates.
+    raw = "-".join([title, *sets]).encode(errors="surrogateescape").decode(errors="surrogateescape")
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", raw).lstrip(".-")
     if safe == raw and len(safe) <= 80:
         return safe
-    return f"{safe[:70] or 'run'}-{hashlib.sha256(raw.encode()).hexdigest()[:8]}"
+    return f"{safe[:70] or 'run'}-{hashlib.sha256(raw.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def _apply_overrides(document: Document, sets: Sequence[str]) -> tuple[Document, list[str]]:
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _apply_overrides(document: Document, sets: Sequence[tuple[str, str]]) -> tuple[Document, list[str]]:
+    """The document with changes `KEY=VALUE`, each with the place where it stands."""
     problems: list[str] = []
     applied = []
-    for text in sets:
+    for text, place in sets:
         key, equals, value = text.partition("=")
-        place = f"--set {text}"
         if not equals or not key:
             problems.append(f"{place}: expected KEY=VALUE")
+            continue
+        if key.count(".") >= _MAX_LEVELS:
+            problems.append(f"{place}: a key of more than {_MAX_LEVELS} levels; no recipe has one")
             continue
         try:
             path = _override_path(key, document)
@@ -220,15 +250,18 @@ def _override_path(key: str, document: Document) -> str:
 
 def _with_value(document: Document, path: list[str], value: Any, place: str) -> Document:
     above: Any = value
-    positions = {".".join(path): place}
-    for key in reversed(path):
-        above = {key: above}
+    key = ".".join(path)
+    positions = {key: place}
+    for name in reversed(path):
+        above = {name: above}
     merged = merge_documents(document, Document(above, positions))
     if value is None:
         return merged
     # A value that is a mapping replaces the old one whole: `--set x={}` means empty, not unchanged.
     data = _replaced(merged.data, path, value)
-    return Document(data, merged.positions)
+    inside = (f"{key}.", f"{key}[")
+    written = {p: text for p, text in merged.written.items() if p != key and not p.startswith(inside)}
+    return Document(data, merged.positions, written)
 
 
 def _replaced(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
@@ -248,7 +281,7 @@ def _check_top(reader: _Reader) -> None:
     ):
         value = reader.data.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            reader.problem(key, f"expected {noun}, got {value!r}")
+            reader.problem(key, expected(noun, value, reader.written.get(key)))
     secrets = reader.data.get("secrets") or []
     if not isinstance(secrets, list) or not all(isinstance(s, str) and _VARIABLE.fullmatch(s) for s in secrets):
         reader.problem("secrets", "expected a list of names of variables, such as [HF_TOKEN]; never their values")
@@ -283,7 +316,7 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
         return None
     seed = data.get("seed", reader.data.get("seed", 0))
     if "seed" in data and (not isinstance(seed, int) or isinstance(seed, bool)):
-        reader.problem(join(path, "seed"), f"expected a whole number, got {seed!r}")
+        reader.problem(join(path, "seed"), expected("a whole number", seed, reader.written.get(join(path, "seed"))))
     elif isinstance(seed, int) and not 0 <= seed <= _MAX_SEED:
         reader.problem(join(path, "seed") if "seed" in data else "seed", _seed_problem(seed))
     resources = _read_resources(reader, path, data.get("resources"))
@@ -295,7 +328,7 @@ def _read_stage(reader: _Reader, name: str, data: Any) -> Stage | None:
     value = reader.decode(CONFIGS[kind], config, path)
     if value is None or resources is None:
         return None
-    return Stage(name, kind, _with_absolute_paths(value, reader.folder), resources, seed)
+    return Stage(name, kind, _with_absolute_paths(kind, value, reader.folder), resources, seed)
 
 
 def _kind_problem(kind: Any) -> str:
@@ -323,23 +356,14 @@ def _read_resources(reader: _Reader, path: str, own: Any) -> Resources | None:
     return resources
 
 
-def _with_absolute_paths(config: Any, folder: Path) -> Any:
+def _with_absolute_paths(kind: str, config: Any, folder: Path) -> Any:
     """What a config names by path is found from the recipe's folder, or from the one that the stage names, wherever
     the command is typed and the worker runs."""
-    if isinstance(config, TrainConfig) and config.entrypoint:
-        return replace(config, entrypoint=os.path.abspath(folder / Path(config.entrypoint).expanduser()))
-    if not isinstance(config, PrepareConfig):
-        return config
-    named = folder / Path(config.folder or ".").expanduser()
-
-    def absolute(part: Any) -> Any:
-        if not part.path or part.path.startswith("hf:"):
-            return part
-        return replace(part, path=os.path.abspath(named / Path(part.path).expanduser()))
-
-    sources = {name: absolute(source) for name, source in config.sources.items()}
-    problems = {name: absolute(problem_set) for name, problem_set in config.problems.items()}
-    return replace(config, sources=sources, problems=problems, tokenizer=absolute(config.tokenizer))
+    start = folder / os.path.expanduser(getattr(config, "folder", None) or ".")
+    for outside in kinds()[kind].outside(config):
+        if not is_on_hub(outside.path):
+            config = with_value(config, outside.key, os.path.abspath(start / os.path.expanduser(outside.path)))
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -361,6 +385,7 @@ def _read_model(reader: _Reader, stage: str, model: Any) -> Any:
     document = read_document(file, os.path.relpath(file))
     for path, place in document.positions.items():
         reader.positions.setdefault(f"{stage}.model.{path}", place)
+    reader.written.update((f"{stage}.model.{path}", text) for path, text in document.written.items())
     before = len(reader.problems)
     reader.decode(ModelConfig, document.data, f"{stage}.model")
     return document.data if len(reader.problems) == before else None
@@ -373,7 +398,7 @@ def read_model(name: str) -> ModelConfig:
         known = model_names()
         raise UserError(f"no model {name}{did_you_mean(name, known)}; there is {', '.join(known)}")
     document = read_document(file, os.path.relpath(file))
-    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [])
+    reader = _Reader(dict(document.data), dict(document.positions), str(file), file.parent, [], dict(document.written))
     model: ModelConfig | None = reader.decode(ModelConfig, document.data, "")
     if model is None:
         raise UserError(reader.problems)

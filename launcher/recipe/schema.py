@@ -11,7 +11,7 @@ from typing import Any, Literal, Union
 from launcher import configs
 from launcher.configs import CONFIGS, Resources, default_of
 from launcher.recipe.load import STAGE_KINDS, TOP_KEYS
-from launcher.spec import encode
+from launcher.spec import encode, tag_of
 
 _TOP: dict[str, Any] = {
     "name": {"type": "string", "description": "Name of the run; default: the file's name."},
@@ -62,9 +62,17 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The dataclasses that a type leaves the choice of; one is no choice."""
+    args = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(arg for arg in args if dataclasses.is_dataclass(arg))
+
+
 def _dataclasses() -> list[type]:
+    """The parts of stages, in the order in which `launcher.configs` has them; not what alternatives share."""
     found = [v for v in vars(configs).values() if dataclasses.is_dataclass(v) and isinstance(v, type)]
-    return [cls for cls in found if cls not in CONFIGS.values()]
+    whole = {cls for kind in CONFIGS.values() for cls in alternatives(kind)}
+    return [cls for cls in found if cls not in whole and not any(cls in other.__mro__[1:] for other in found)]
 
 
 def _definitions() -> dict[str, Any]:
@@ -72,7 +80,34 @@ def _definitions() -> dict[str, Any]:
 
 
 def _stage_schema(kind: str) -> dict[str, Any]:
-    schema = _object_schema(CONFIGS[kind])
+    classes = alternatives(CONFIGS[kind])
+    if len(classes) == 1:
+        return _one_stage_schema(kind, classes[0])
+    return _choice(classes, lambda cls: _one_stage_schema(kind, cls))
+
+
+def _choice(classes: typing.Sequence[Any], schema_of: typing.Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Alternatives: told apart by their tag, so that an editor names the keys of the one that is meant."""
+    tag = tag_of(classes)
+    if tag is None:
+        return {"anyOf": [schema_of(cls) for cls in classes]}
+    values = {cls: typing.get_args(typing.get_type_hints(cls)[tag]) for cls in classes}
+    return {
+        "type": "object",
+        "required": [tag],
+        "properties": {tag: {"enum": [value for cls in classes for value in values[cls]]}},
+        "allOf": [
+            {
+                "if": {"properties": {tag: {"enum": list(values[cls])}}, "required": [tag]},
+                "then": schema_of(cls),
+            }
+            for cls in classes
+        ],
+    }
+
+
+def _one_stage_schema(kind: str, cls: Any) -> dict[str, Any]:
+    schema = _object_schema(cls)
     common = {
         "kind": {"const": kind},
         "seed": {"type": "integer", "description": "Seed of this stage; default: the recipe's."},
@@ -110,6 +145,9 @@ def _type_schema(hint: Any) -> dict[str, Any]:
     if hint is Any:
         return {}
     if origin in (Union, types.UnionType):
+        classes = alternatives(hint)
+        if len(classes) > 1:
+            return _choice(classes, _type_schema)
         return {"anyOf": [_type_schema(a) for a in args]}
     if origin is Literal:
         return {"enum": list(args)}
@@ -133,10 +171,25 @@ def recipe_reference() -> str:
     parts = [_INTRODUCTION]
     parts += [f"| `{key}` | {_TOP.get(key, {}).get('description', _LATER.get(key, ''))} |" for key in TOP_KEYS]
     for kind in STAGE_KINDS:
-        parts += ["", f"## Stages of kind `{kind}`", "", *markdown_table(CONFIGS[kind])]
+        parts += ["", f"## Stages of kind `{kind}`", "", *_kind_reference(CONFIGS[kind])]
     for cls in [Resources, *(c for c in _dataclasses() if c is not Resources)]:
         parts += ["", f"## {cls.__name__}", "", *markdown_table(cls)]
     return "\n".join(parts) + "\n"
+
+
+def _kind_reference(hint: Any) -> list[str]:
+    """One table; for alternatives one of what they share, then one for each of what it has besides."""
+    classes = alternatives(hint)
+    if len(classes) == 1:
+        return markdown_table(classes[0])
+    shared = next(cls for cls in classes[0].__mro__ if all(issubclass(other, cls) for other in classes))
+    common = {f.name for f in dataclasses.fields(shared)}
+    lines = markdown_table(shared)
+    tag = str(tag_of(classes))
+    for cls in classes:
+        value = typing.get_args(typing.get_type_hints(cls)[tag])[0]
+        lines += ["", f"### `{tag}: {value}`", "", *markdown_table(cls, common)]
+    return lines
 
 
 _INTRODUCTION = """# Recipe reference
@@ -152,11 +205,13 @@ A recipe is YAML whose plain words mean what YAML 1.2 says: only `true` and `fal
 _LATER = {"resources": "What every stage asks for, unless it says otherwise.", "stages": "The stages by name."}
 
 
-def markdown_table(cls: Any) -> list[str]:
-    """The fields of a config dataclass, with its docstring above."""
+def markdown_table(cls: Any, without: typing.Collection[str] = ()) -> list[str]:
+    """The fields of a config dataclass, with its docstring above; `without` some that stand elsewhere."""
     hints = typing.get_type_hints(cls)
-    lines = [" ".join((cls.__doc__ or "").split()), "", "| key | type | default | meaning |", "|---|---|---|---|"]
-    for f in dataclasses.fields(cls):
+    lines = [" ".join((cls.__doc__ or "").split())]
+    own = [f for f in dataclasses.fields(cls) if f.name not in without]
+    lines += ["", "| key | type | default | meaning |", "|---|---|---|---|"] if own else []
+    for f in own:
         default = default_of(f)
         shown = "**required**" if default is dataclasses.MISSING else f"`{_shown(default)}`"
         lines.append(f"| `{f.name}` | {_type_name(hints[f.name])} | {shown} | {f.metadata.get('doc', '')} |")

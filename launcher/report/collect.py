@@ -17,6 +17,7 @@ from launcher.progress import METRICS
 from launcher.report.numbers import total_cost
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.spec import StageSpec
+from launcher.stages import kinds
 from launcher.state import StageState, State, stage_states
 
 Row = dict[str, Any]
@@ -164,7 +165,7 @@ def _read_lines(path: Path) -> list[Row]:
     """Rows of a JSON-lines file; a half-written last line, or no file, is no error."""
     rows = []
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
@@ -225,17 +226,11 @@ def _problem_sets(stage: _Stage) -> list[Row]:
 
 def _engine(stage: _Stage) -> str:
     """What did the work of a stage, in words; `cpu_mode` is named plainly."""
-    config, cpu = stage.config, stage.facts.get("cpu_mode")
+    engine, cpu = kinds()[stage.spec.kind].engine(stage.config), stage.facts.get("cpu_mode")
+    if engine is None:
+        return str(stage.facts.get("engine", ""))
     where = {True: " on a CPU", False: " on GPUs"}.get(cpu, "") if isinstance(cpu, bool) else ""
-    if stage.spec.kind == "train":
-        return f"megatron-core{where}{' with reference kernels' if cpu else ''}"
-    if stage.spec.kind == "rl":
-        return f"{config['backend']} ({config.get('algorithm', 'grpo')}){where}"
-    if stage.spec.kind == "convert":
-        return f"{config['source']} to {config['target']}"
-    if stage.spec.kind == "merge":
-        return " + ".join(f"{w:g} × {ref}" for w, ref in zip(config["weights"], config["checkpoints"], strict=True))
-    return str(stage.facts.get("engine", ""))
+    return f"{engine}{where}{' with reference kernels' if cpu and stage.spec.kind == 'train' else ''}"
 
 
 def _stages(stage: _Stage) -> list[Row]:
@@ -296,12 +291,12 @@ def _attempts(stage: _Stage) -> list[Row]:
             "attempt": life.attempt.name,
             "job": life.attempt.owner.job if life.attempt.owner else None,
             "class": life.exit_class,
-            "message": str((life.attempt.end or {}).get("message", "")),
+            "message": life.attempt.end.message if life.attempt.end else "",
             "started": life.started,
             "seconds": life.seconds,
             "gpu_hours": gpus * life.seconds / 3600,
             "first_step": life.first,
-            "last_step": (life.attempt.beat or {}).get("step"),
+            "last_step": life.attempt.beat.step if life.attempt.beat else None,
             "lost_seconds": lost,
         }
         for life, lost in zip(stage.lives, lost_seconds(stage.lives), strict=True)

@@ -54,7 +54,7 @@ def render_page(data: Data, drawn: Figures, trouble: str | None = None) -> str:
 
 
 def _style() -> str:
-    return Path(__file__).with_name("page.css").read_text()
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def _of(drawn: Figures, section: str) -> Figures:

@@ -7,15 +7,17 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.data import install_command
+from launcher.interpreter import module_command, module_environment
 from launcher.report.collect import TABLES, collect
 from launcher.report.page import render_page
 from launcher.run_record import RunRecord
+from launcher.terminal import plain
 
 #: Seconds that drawing may take; the largest runs need a few.
 DRAWING_LIMIT = 300
@@ -42,17 +44,21 @@ def write_report(root: Path, record: RunRecord, submitted: Mapping[str, float] |
 
 def draw_figures(data: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     """Figures by `launcher.report.draw` in a process that loads matplotlib; or none, and why in words."""
-    here = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "launcher.report.draw"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(data), capture_output=True, text=True, env=environment, timeout=DRAWING_LIMIT
+            module_command("launcher.report.draw"),
+            input=json.dumps(data),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=module_environment(os.environ),
+            cwd=os.sep,  # matplotlib reads a matplotlibrc where it starts
+            timeout=DRAWING_LIMIT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"drawing failed: {error}"
     if done.returncode == NO_MATPLOTLIB:
-        return [], "matplotlib is not installed; install the extra that draws: pip install 'prism-launch[report]'"
+        return [], f"matplotlib is not installed; install the extra that draws: {install_command('report')}"
     if done.returncode != 0:
         return [], f"drawing failed: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]}"
     figures: list[dict[str, str]] = json.loads(done.stdout)["figures"]
@@ -67,13 +73,27 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow([_cell(column) for column in columns])
     writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
     store.write_atomic(path, out.getvalue())
 
 
 def _cell(value: Any) -> str:
-    """Text as it is, nothing for None, anything else as JSON."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value)
+    """Text that no spreadsheet takes for a formula, nothing for None, anything else as JSON."""
+    if not isinstance(value, str):
+        return "" if value is None else json.dumps(value)
+    text = plain(value)
+    is_formula = text.strip().startswith(_FORMULA) or text.startswith(("\t", "\n"))
+    return f"'{text}" if is_formula and not _is_number(text) else text
+
+
+#: What spreadsheets begin a formula with; the last four are those of full width.
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text

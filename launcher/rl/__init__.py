@@ -1,40 +1,32 @@
-"""RL backends, one module each: the formats it reads and makes, what it cannot do, and the components it runs.
-
-Every module has `ACCEPTS` and `MAKES` (checkpoint formats), `ALGORITHMS`, `ELSEWHERE` (why another algorithm is not
-among them), `REFUSED` (families that it cannot train, with the reason), `COMPONENTS` (programs beside the main one,
-which `resources.components` may size), `NOT_BUILT` (why this version only renders it; None: it runs),
-`problems(config, resources)` and `components(config, resources)`.
-"""
+"""RL backends, one module each; `launcher.rl.backend.Backend` is what a module says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Iterator, Mapping
 from typing import get_args, get_type_hints
 
-from launcher.configs import RLConfig
+from launcher.configs import AnyRL, RLConfig
 from launcher.errors import UserError
 from launcher.models.families import FAMILIES
+from launcher.rl import nemo_aligner, nemo_rl, trl
+from launcher.rl.backend import Backend
 
-_HINTS = get_type_hints(RLConfig)
 #: Every algorithm and backend that a recipe may name.
-ALGORITHMS: tuple[str, ...] = get_args(_HINTS["algorithm"])
-BACKENDS: tuple[str, ...] = get_args(_HINTS["backend"])
+ALGORITHMS: tuple[str, ...] = get_args(get_type_hints(RLConfig)["algorithm"])
+BACKENDS: tuple[str, ...] = tuple(b for cls in get_args(AnyRL) for b in get_args(get_type_hints(cls)["backend"]))
+_BUILT: Mapping[str, Backend] = {"trl": trl, "nemo-aligner": nemo_aligner, "nemo-rl": nemo_rl}
 
 
-def backends() -> dict[str, ModuleType]:
+def backends() -> Mapping[str, Backend]:
     """The backends that can be planned, by name."""
-    from launcher.rl import nemo_aligner, nemo_rl, trl
-
-    return {"trl": trl, "nemo-aligner": nemo_aligner, "nemo-rl": nemo_rl}
+    return _BUILT
 
 
-def backend(name: str) -> ModuleType:
+def backend(name: str) -> Backend:
     """A backend's module. Raises UserError, naming those there are, for one that is not planned yet."""
-    found = backends()
-    if name not in found:
-        raise UserError(f"backend {name} is not built yet; there is {', '.join(found)}")
-    return found[name]
+    if name not in _BUILT:
+        raise UserError(f"backend {name} is not built yet; there is {', '.join(_BUILT)}")
+    return _BUILT[name]
 
 
 def refusals(name: str, algorithm: str, family: str | None) -> Iterator[tuple[str, str]]:
@@ -43,9 +35,13 @@ def refusals(name: str, algorithm: str, family: str | None) -> Iterator[tuple[st
     if algorithm not in module.ALGORITHMS:
         why = f": {module.ELSEWHERE[algorithm]}" if algorithm in module.ELSEWHERE else ""
         yield "algorithm", f"backend {name} runs {', '.join(module.ALGORITHMS)}, not {algorithm}{why}"
-    if family in module.REFUSED:
-        able = ", ".join(n for n, m in backends().items() if family not in m.REFUSED)
-        yield "backend", f"backend {name} cannot train {family}: {module.REFUSED[family]}; backends that can: {able}"
+    if family is not None and family not in module.TRAINS:
+        able = ", ".join(n for n, m in backends().items() if family in m.TRAINS) or "none"
+        yield "backend", f"backend {name} cannot train {family}: {_why_not(module, family)}; backends that can: {able}"
+
+
+def _why_not(module: Backend, family: str) -> str:
+    return module.UNTRAINED.get(family, "it was not tried with it")
 
 
 def matrix() -> Iterator[tuple[str, str, str, str, str]]:
@@ -62,6 +58,6 @@ def _state(name: str, algorithm: str, family: str) -> tuple[str, str]:
     module = backend(name)
     if algorithm not in module.ALGORITHMS:
         return "no", module.ELSEWHERE.get(algorithm, f"it runs {', '.join(module.ALGORITHMS)}")
-    if family in module.REFUSED:
-        return "no", module.REFUSED[family]
+    if family not in module.TRAINS:
+        return "no", _why_not(module, family)
     return ("rendered", f"to be built: {module.NOT_BUILT}") if module.NOT_BUILT else ("works", "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.configs import Resources, RLConfig
+from launcher.configs import AlignerRL, Resources
 from launcher.rl.parts import clock, common_problems, component_step, data_parallel_size, overrides, prompts_file
 from launcher.spec import Format, Probe, Step
 
@@ -24,7 +24,8 @@ ELSEWHERE: Mapping[str, str] = {
 }
 _HYBRID = "its actors are Megatron's GPT models, which have no Mamba layers"
 _GRANITE = "NeMo 2.1 has none of Granite's four multipliers, and with them folded into its weights it learns otherwise"
-REFUSED: Mapping[str, str] = {
+TRAINS = ("llama", "mistral")
+UNTRAINED: Mapping[str, str] = {
     "granite": _GRANITE,
     "granitemoehybrid": f"{_HYBRID} and none of Granite's multipliers",
     "nemotron_h": _HYBRID,
@@ -40,16 +41,12 @@ EXAMPLES = "/opt/NeMo-Aligner/examples/nlp/gpt"
 NAME = "megatron_gpt_reinforce_actor"
 
 
-def problems(config: RLConfig, resources: Resources) -> list[tuple[str, str]]:
+def problems(config: AlignerRL, resources: Resources) -> list[tuple[str, str]]:
     """What this backend cannot do of a stage: (key, message)."""
     found = list(common_problems(config, resources))
     if not config.end_strings:
         message = "is required: a sample that ends with none of them is masked out of the loss without a word"
         found.append(("end_strings", message))
-    if config.num_iterations != 1:
-        found.append(("num_iterations", "REINFORCE takes one optimizer step from each batch of samples: 1"))
-    if config.importance_cap is not None:
-        found.append(("importance_cap", "REINFORCE has no importance ratio; leave it out"))
     if config.parallelism.context_parallel_size != 1:
         found.append(("parallelism.context_parallel_size", "NeMo-Aligner's REINFORCE does not split sequences; set 1"))
     if config.parallelism.recompute != "none":
@@ -57,7 +54,7 @@ def problems(config: RLConfig, resources: Resources) -> list[tuple[str, str]]:
     return found
 
 
-def components(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
+def components(config: AlignerRL, resources: Resources) -> tuple[Step, ...]:
     """The reward server and the actor, whose ranks are srun's."""
     server = component_step(
         resources,
@@ -80,7 +77,7 @@ def components(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
     return server, actor
 
 
-def _actor(config: RLConfig, resources: Resources) -> tuple[str, ...]:
+def _actor(config: AlignerRL, resources: Resources) -> tuple[str, ...]:
     files = {split: [prompts_file(config)] for split in ("train", "validation", "test")}
     run = {
         "trainer.num_nodes": resources.nodes,
@@ -98,7 +95,7 @@ def _actor(config: RLConfig, resources: Resources) -> tuple[str, ...]:
     return (*overrides(run), *address, "model.seed={seed}", *overrides(rest))
 
 
-def _trainer(config: RLConfig) -> dict[str, Any]:
+def _trainer(config: AlignerRL) -> dict[str, Any]:
     return {
         "trainer.reinforce.max_steps": config.max_steps,
         "trainer.reinforce.max_epochs": config.max_steps,  # as many as it takes
@@ -113,7 +110,7 @@ def _trainer(config: RLConfig) -> dict[str, Any]:
     }
 
 
-def _model(config: RLConfig, resources: Resources) -> dict[str, Any]:
+def _model(config: AlignerRL, resources: Resources) -> dict[str, Any]:
     layout = config.parallelism
     a_rank = max(1, config.prompts_per_step // max(1, data_parallel_size(config, resources)))
     return {
@@ -132,7 +129,7 @@ def _model(config: RLConfig, resources: Resources) -> dict[str, Any]:
     }
 
 
-def _optimizer(config: RLConfig) -> dict[str, Any]:
+def _optimizer(config: AlignerRL) -> dict[str, Any]:
     common = {
         "model.optim.lr": config.lr,
         "model.optim.weight_decay": config.weight_decay,
@@ -148,5 +145,5 @@ def _optimizer(config: RLConfig) -> dict[str, Any]:
     }
 
 
-def _length(config: RLConfig) -> int:
-    return (config.max_prompt_length or 0) + config.max_completion_length
+def _length(config: AlignerRL) -> int:
+    return config.max_prompt_length + config.max_completion_length

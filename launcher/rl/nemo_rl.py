@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.configs import Resources, RLConfig
+from launcher.configs import NemoRL, Resources
 from launcher.rl.parts import clock, common_problems, overrides, prompts_file
 from launcher.spec import Format, Probe, Step
 
@@ -21,7 +21,8 @@ MAKES: Format = "megatron"
 ALGORITHMS = ("grpo",)
 ELSEWHERE: Mapping[str, str] = {}
 _GRANITE = "Megatron-Bridge, which it builds models with, has no Granite"
-REFUSED: Mapping[str, str] = {"granite": _GRANITE, "granitemoehybrid": _GRANITE}
+TRAINS = ("llama", "mistral", "nemotron_h")
+UNTRAINED: Mapping[str, str] = {"granite": _GRANITE, "granitemoehybrid": _GRANITE}
 COMPONENTS: tuple[str, ...] = ()
 NOT_BUILT: str | None = (
     "our reward as an environment of NeMo-RL, waiting for all of Ray's workers, and the worker that reports NeMo-RL's "
@@ -32,17 +33,15 @@ HOME = "/opt/nemo-rl"
 _RAY = "{host:ray-head}:{port:ray-head}"
 
 
-def problems(config: RLConfig, resources: Resources) -> list[tuple[str, str]]:
+def problems(config: NemoRL, resources: Resources) -> list[tuple[str, str]]:
     """What this backend cannot do of a stage: (key, message)."""
     found = list(common_problems(config, resources))
-    if config.num_iterations != 1:
-        found.append(("num_iterations", "only on-policy GRPO is rendered, one optimizer step a batch: 1"))
     if resources.placement != "shared":
         found.append(("resources.placement", "Ray's nodes are of one kind: shared"))
     return found
 
 
-def components(config: RLConfig, resources: Resources) -> tuple[Step, ...]:
+def components(config: NemoRL, resources: Resources) -> tuple[Step, ...]:
     """Ray's head, its workers where there is more than one node, and the driver."""
     head = _ray("ray-head", ("--head", "--port={port:ray-head}"), 1, 0, resources, Probe("tcp", _RAY))
     others = resources.nodes - 1
@@ -95,7 +94,7 @@ _PORTS = {
 }
 
 
-def _driver(config: RLConfig, resources: Resources) -> tuple[str, ...]:
+def _driver(config: NemoRL, resources: Resources) -> tuple[str, ...]:
     run = {
         "cluster.num_nodes": resources.nodes,
         "cluster.gpus_per_node": resources.gpus_per_node,
@@ -119,7 +118,7 @@ def _driver(config: RLConfig, resources: Resources) -> tuple[str, ...]:
     return (*overrides(run), "grpo.seed={seed}", *overrides(rest))
 
 
-def _algorithm(config: RLConfig) -> dict[str, Any]:
+def _algorithm(config: NemoRL) -> dict[str, Any]:
     cap = config.importance_cap
     capped = {"type": "tis", "ratio": cap} if cap is not None else {"type": None, "ratio": None}
     return {
@@ -137,12 +136,12 @@ def _algorithm(config: RLConfig) -> dict[str, Any]:
     }
 
 
-def _policy(config: RLConfig) -> dict[str, Any]:
+def _policy(config: NemoRL) -> dict[str, Any]:
     layout, megatron = config.parallelism, "policy.megatron_cfg"
     return {
         "policy.train_global_batch_size": config.prompts_per_step * config.num_generations,
         "policy.train_micro_batch_size": config.micro_batch_size,
-        "policy.max_total_sequence_length": (config.max_prompt_length or 0) + config.max_completion_length,
+        "policy.max_total_sequence_length": config.max_prompt_length + config.max_completion_length,
         "policy.make_sequence_length_divisible_by": layout.tensor_model_parallel_size,
         f"{megatron}.tensor_model_parallel_size": layout.tensor_model_parallel_size,
         f"{megatron}.pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
@@ -159,7 +158,7 @@ def _policy(config: RLConfig) -> dict[str, Any]:
     }
 
 
-def _optimizer(config: RLConfig) -> dict[str, Any]:
+def _optimizer(config: NemoRL) -> dict[str, Any]:
     optimizer, scheduler = "policy.megatron_cfg.optimizer", "policy.megatron_cfg.scheduler"
     return {
         "policy.max_grad_norm": config.clip_grad,

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.configs import Component, Resources, RLConfig
+from launcher.configs import Component, MegatronRL, Resources, RLConfig
+from launcher.references import item_of, port_of
 from launcher.spec import Probe, Step
-from launcher.stages import split_ref
 from launcher.units import parse_duration
 
 #: Programs with a clock of their own save and end this many seconds before the time limit.
@@ -46,11 +46,10 @@ def component_step(
 
 def prompts_file(config: RLConfig) -> str:
     """The file of the stage's prompts, with a placeholder for its folder."""
-    stage, name = split_ref(config.prompts)
-    return f"{{input:{stage}.prompts}}/{name}.jsonl"
+    return f"{{input:{port_of(config.prompts, 'prompts')}}}/{item_of(config.prompts)}.jsonl"
 
 
-def data_parallel_size(config: RLConfig, resources: Resources) -> int:
+def data_parallel_size(config: MegatronRL, resources: Resources) -> int:
     """Copies of the policy; 0 where the layout does not divide the processes."""
     layout = config.parallelism
     ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
@@ -83,10 +82,8 @@ def hydra(value: Any) -> str:
     return repr(value)
 
 
-def common_problems(config: RLConfig, resources: Resources) -> Iterator[tuple[str, str]]:
+def common_problems(config: MegatronRL, resources: Resources) -> Iterator[tuple[str, str]]:
     """What keeps a program with GPUs, a Megatron policy and a clock of its own from running: (key, message)."""
-    if config.max_prompt_length is None:
-        yield "max_prompt_length", f"is required: backend {config.backend} lays out memory for prompt and completion"
     if resources.time is None:
         yield "resources.time", f"is required: backend {config.backend} saves by its own clock"
     elif _seconds(resources.time) <= 2 * SAVE_MARGIN_S:
@@ -108,7 +105,7 @@ def _seconds(time: str) -> float:
         return float("inf")  # named by the recipe's reader
 
 
-def _batch_problems(config: RLConfig, resources: Resources) -> Iterator[tuple[str, str]]:
+def _batch_problems(config: MegatronRL, resources: Resources) -> Iterator[tuple[str, str]]:
     copies = data_parallel_size(config, resources)
     if not copies:
         processes = resources.nodes * resources.ntasks_per_node

@@ -6,7 +6,6 @@ Tried with Slurm 22.05; keys and columns read here are the same in the manual pa
 from __future__ import annotations
 
 import contextlib
-import getpass
 import grp
 import os
 import re
@@ -15,9 +14,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import WorldError
 from launcher.slurm import call
+from launcher.users import user_name
 
 #: Programs that start containers, by the name that a profile gives them.
 CONTAINER_PROGRAMS = {
@@ -32,9 +33,35 @@ _SILENT = re.compile("Unable to contact|Socket timed out|Connection refused|Coul
 _NONE = ("", "UNLIMITED", "NONE", "N/A", "(null)")
 
 
+#: States of nodes that start nothing for now, in sinfo's words; flags: * does not respond, $ reserved for maintenance.
+_AWAY = re.compile(r"(down|drain|fail|maint|inval|unknown|reserved|reboot|err).*|.*[*$]", re.IGNORECASE)
+#: What sbatch --test-only has against jobs that a submission would queue all the same: always so; where nodes are out
+#: of service or a partition is down (22.05 says it of what no node has, too); where the job waits for a reservation.
+_BUSY = re.compile(r"down, drained or reserved|nodes are busy|not available now|not usable now", re.IGNORECASE)
+_NO_NODE_NOW = "Requested node configuration is not available"
+_NOT_YET = "Invalid time specified"
+
+
+def is_away(state: str) -> bool:
+    """Whether a node in this state, in sinfo's words, starts nothing for now, and may again some day."""
+    return bool(_AWAY.fullmatch(state))
+
+
+def may_start_later(said: str, away: bool, reserved: bool) -> bool:
+    """Whether what `sbatch --test-only` has against a job holds for now alone.
+
+    `away`: nodes that it needs are out of service, or its partition is; `reserved`: it asks for a reservation.
+    """
+    return bool(_BUSY.search(said)) or (away and _NO_NODE_NOW in said) or (reserved and _NOT_YET in said)
+
+
 @dataclass(frozen=True)
 class Queue:
-    """A partition: what one job may ask for, and why this user may not, where that is so."""
+    """A partition: what one job may ask for, and why this user may not, where that is so.
+
+    `types` is the most GPUs of each type on a node ("" where a type is not named), `slices` the same of parts of GPUs
+    (MIG); `away` how many of its nodes are out of service.
+    """
 
     name: str
     nodes: int
@@ -42,13 +69,28 @@ class Queue:
     max_nodes: int | None = None
     max_time: str | None = None
     default_time: str | None = None
-    gpus: int = 0
-    gpu_types: tuple[str, ...] = ()
+    types: Mapping[str, int] = field(default_factory=dict)
+    slices: Mapping[str, int] = field(default_factory=dict)
+    away: int = 0
     cpus: int | None = None
     features: tuple[str, ...] = ()
     whole_nodes: bool = False
     preempted: str = ""
     closed: str = ""
+
+    @property
+    def gpus(self) -> int:
+        """The most GPUs of one type on a node; slices are none."""
+        return max(self.types.values(), default=0)
+
+    def gpus_of(self, kind: str | None) -> int:
+        """The most GPUs on a node that a request with this type, or with none, can get."""
+        return {**self.slices, **self.types}.get(kind, 0) if kind else self.gpus
+
+    @property
+    def gpu_types(self) -> tuple[str, ...]:
+        """Types that a request can name: those with most GPUs first, and no slices."""
+        return tuple(sorted(filter(None, self.types), key=lambda kind: (-self.types[kind], kind)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +120,7 @@ class Facts:
 def look(code: str | None) -> Facts:
     """Look at the site of this login node. Raises WorldError where there is no Slurm or it does not answer."""
     config = _config()
-    user = getpass.getuser()
+    user = user_name()
     account, accounts, max_submit, qos, unseen = _associations(user, config.get("ClusterName", ""))
     queues = show_queues(accounts)
     base = [f"--account={account}"] if account else []
@@ -147,7 +189,7 @@ def parse_mpi(text: str) -> tuple[str, ...]:
 
 # -------------------------------------------------------------------------------------------------------- partitions
 
-_SINFO = ("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%G|%f")
+_SINFO = ("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%G|%f|%T")
 
 
 def show_queues(accounts: tuple[str, ...] = ()) -> tuple[Queue, ...]:
@@ -156,22 +198,25 @@ def show_queues(accounts: tuple[str, ...] = ()) -> tuple[Queue, ...]:
 
 
 def parse_queues(partitions: str, nodes: str, accounts: tuple[str, ...]) -> tuple[Queue, ...]:
-    """Partitions, from `scontrol --oneliner show partition` and `sinfo --exact --format=%R|%D|%c|%G|%f`."""
+    """Partitions, from `scontrol --oneliner show partition` and `sinfo --exact --format=%R|%D|%c|%G|%f|%T`.
+
+    The state may be missing.
+    """
     rows: dict[str, list[list[str]]] = {}
     for line in nodes.splitlines():
         name, _, rest = line.partition("|")
-        rows.setdefault(name, []).append(rest.split("|", 3))
+        rows.setdefault(name, []).append([*rest.split("|", 4), ""])
     lines = (dict(_FIELD.findall(line)) for line in partitions.splitlines())
     return tuple(_queue(f, rows.get(f["PartitionName"], []), accounts) for f in lines if "PartitionName" in f)
 
 
 def _queue(said: dict[str, str], rows: list[list[str]], accounts: tuple[str, ...]) -> Queue:
-    gpus = [gpu for row in rows for gpu in parse_gres(row[2])]
-    nodes = int(said.get("TotalNodes", "0"))
-    cpus = [int(row[1].rstrip("+")) for row in rows]
-    if said.get("MaxCPUsPerNode", "").isdigit():
-        cpus.append(min([int(said["MaxCPUsPerNode"]), *cpus]))
-        cpus = cpus[-1:]
+    counts = [_by_type(row[2]) for row in rows]
+    most = {kind: max(count.get(kind, 0) for count in counts) for count in counts for kind in count}
+    nodes, down = int(said.get("TotalNodes", "0")), said.get("State") == "DOWN"
+    cpus = max((int(row[1].rstrip("+")) for row in rows), default=None)
+    if cpus is not None and said.get("MaxCPUsPerNode", "").isdigit():
+        cpus = min(cpus, int(said["MaxCPUsPerNode"]))
     return Queue(
         name=said["PartitionName"],
         nodes=nodes,
@@ -179,14 +224,23 @@ def _queue(said: dict[str, str], rows: list[list[str]], accounts: tuple[str, ...
         max_nodes=min(nodes, int(said["MaxNodes"])) if said.get("MaxNodes", "").isdigit() else nodes,
         max_time=_limit(said.get("MaxTime", "")),
         default_time=_limit(said.get("DefaultTime", "")),
-        gpus=max((count for _, count in gpus), default=0),
-        gpu_types=tuple(sorted({kind for kind, _ in gpus if kind})),
-        cpus=max(cpus, default=None),
+        types={kind: count for kind, count in most.items() if not is_slice(kind)},
+        slices={kind: count for kind, count in most.items() if is_slice(kind)},
+        away=nodes if down else sum(int(row[0]) for row in rows if row[0].isdigit() and is_away(row[4])),
+        cpus=cpus,
         features=tuple(sorted({f for row in rows for f in row[3].split(",") if f not in _NONE})),
         whole_nodes=said.get("OverSubscribe") == "EXCLUSIVE",
         preempted=said.get("PreemptMode", "") if said.get("PreemptMode") not in (*_NONE, "OFF") else "",
         closed=_closed(said, accounts),
     )
+
+
+def _by_type(gres: str) -> dict[str, int]:
+    """A node's GPUs by type."""
+    found: dict[str, int] = {}
+    for kind, count in parse_gres(gres):
+        found[kind] = found.get(kind, 0) + count
+    return found
 
 
 def _limit(text: str) -> str | None:
@@ -198,6 +252,15 @@ def parse_gres(text: str) -> list[tuple[str, int]]:
     return [(kind, int(count)) for kind, count in _GRES.findall(text)]
 
 
+#: `1g.10gb`, `h100_3g.40gb`, `a100-1g.5gb+me`, `mig`: as NVIDIA's profiles are called.
+_SLICE = re.compile(r"\d+g[._-]?\d+gb|(^|[^a-z0-9])mig([^a-z0-9]|$)", re.IGNORECASE)
+
+
+def is_slice(kind: str) -> bool:
+    """Whether a type of GPU is a part of one (MIG): a program sees one of them at a time, so stages want none."""
+    return bool(_SLICE.search(kind))
+
+
 def _closed(said: dict[str, str], accounts: tuple[str, ...]) -> str:
     """Why this user may not use a partition, as far as the partition says it."""
 
@@ -205,7 +268,7 @@ def _closed(said: dict[str, str], accounts: tuple[str, ...]) -> str:
         allowed = said.get(key, "ALL")
         return allowed != "ALL" and not mine & set(allowed.split(","))
 
-    if said.get("State", "UP") != "UP":
+    if said.get("State", "UP") not in ("UP", "DOWN"):  # what is DOWN queues jobs for later
         return f"its state is {said['State']}"
     if said.get("RootOnly") == "YES" and os.geteuid():
         return "it is root's alone"
@@ -225,12 +288,18 @@ def _groups() -> set[str]:
 
 
 def _choose(queues: tuple[Queue, ...], base: list[str], refused: dict[str, str | None]) -> tuple[Queue | None, ...]:
-    """The partitions for stages with and without GPUs: the site's default first, then one whose jobs are not preempted,
-    then the largest that takes a job."""
-    ranked = sorted(queues, key=lambda q: (q.is_default, not q.preempted, q.nodes * max(1, q.gpus)), reverse=True)
-    usable = [q for q in ranked if not q.closed]
+    """The partitions for stages with and without GPUs: one in service, the site's default first, then one whose jobs
+    are not preempted, then the largest that takes a job.
+
+    One that has slices of GPUs alone is for neither, unless there is no other.
+    """
+
+    def rank(queue: Queue) -> tuple[Any, ...]:
+        return queue.away < queue.nodes, queue.is_default, not queue.preempted, queue.nodes * max(1, queue.gpus)
+
+    usable = [q for q in sorted(queues, key=rank, reverse=True) if not q.closed]
     gpu = _first_taken([q for q in usable if q.gpus], base, refused)
-    without = [q for q in usable if not q.gpus]
+    without = sorted((q for q in usable if not q.gpus), key=lambda q: bool(q.slices))
     return gpu, gpu if gpu and gpu.is_default else _first_taken(without, base, refused)
 
 
@@ -266,8 +335,12 @@ def _try_options(queue: Queue | None, base: list[str], refused: dict[str, str | 
 
 
 def _try_gpus(queue: Queue, base: list[str]) -> dict[str, str | None]:
-    """Ways to ask for a node's GPUs, with a memory too where nothing is taken without."""
-    counts = [str(queue.gpus), *(f"{kind}:{queue.gpus}" for kind in queue.gpu_types)]
+    """Ways to ask for a node's GPUs, with a memory too where nothing is taken without.
+
+    Each type is asked for with its own count. Where there are slices too, a request without a type might be given them.
+    """
+    typed, untyped = [f"{kind}:{queue.types[kind]}" for kind in queue.gpu_types], [str(queue.gpus)]
+    counts = [*typed, *untyped] if queue.slices else [*untyped, *typed]
     options = [option for count in counts for option in (f"--gpus-per-node={count}", f"--gres=gpu:{count}")]
     tried: dict[str, str | None] = {}
     for memory in ([], ["--mem=1G"]):
@@ -327,5 +400,5 @@ def _interfaces() -> Iterator[str]:
     for folder in sorted(Path("/sys/class/net").glob("*")):
         inner = folder.name == "lo" or (folder / "bridge").exists() or (folder / "brport").exists()
         with contextlib.suppress(OSError):
-            if not inner and (folder / "operstate").read_text().strip() == "up":
+            if not inner and (folder / "operstate").read_text(encoding="utf-8").strip() == "up":
                 yield folder.name

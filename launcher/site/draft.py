@@ -104,7 +104,8 @@ def _partitions(facts: Facts) -> Iterator[Entry]:
         yield Entry(
             "cpu_partition", facts.cpu_partition.name, f"For stages without GPUs: {_size(facts.cpu_partition)}."
         )
-    usable = {q.name: _limits(q) for q in facts.queues if not q.closed}
+    kind = _needed_type(facts)
+    usable = {q.name: _limits(q, kind) for q in facts.queues if not q.closed}
     closed = "".join(f" Left out: {q.name}, {q.closed}." for q in facts.queues if q.closed)
     if usable:
         yield Entry("partitions", usable, f"From scontrol show partition and sinfo.{closed}")
@@ -116,14 +117,15 @@ def _partitions(facts: Facts) -> Iterator[Entry]:
 
 def _size(queue: Queue) -> str:
     gpus = f" with {queue.gpus} GPUs" if queue.gpus else " without GPUs"
-    return f"{queue.nodes} node{'' if queue.nodes == 1 else 's'}{gpus}"
+    away = f", {queue.away} of them out of service now" if queue.away else ""
+    return f"{queue.nodes} node{'' if queue.nodes == 1 else 's'}{gpus}{away}"
 
 
-def _limits(queue: Queue) -> dict[str, Any]:
+def _limits(queue: Queue, kind: str | None) -> dict[str, Any]:
     limits = {"max_nodes": queue.max_nodes, "max_time": queue.max_time}
     return {
         **{k: v for k, v in limits.items() if v is not None},
-        "gpus_per_node": queue.gpus,
+        "gpus_per_node": queue.gpus_of(kind),
         **({"cpus_per_node": queue.cpus} if queue.cpus else {}),
     }
 
@@ -139,22 +141,38 @@ def _gpus(facts: Facts) -> Iterator[Entry]:
     queue = facts.partition
     if queue is None or not queue.gpus:
         return
-    tried = {k: v for k, v in facts.refused.items() if k.startswith(("--gpus-per-node", "--gres"))}
-    taken = [option for option, said in tried.items() if said is None]
+    tried, taken = _gpu_requests(facts)
     if not taken:
-        yield Entry(
-            "gpu_request", "gres", f"Nothing was taken: {'; '.join(f'{k}: {v}' for k, v in tried.items())}.", False
-        )
+        away = f" {queue.away} of its nodes are out of service: look again when they are back." if queue.away else ""
+        why = f"Nothing was taken: {'; '.join(f'{k}: {v}' for k, v in tried.items())}.{away}"
+        yield Entry("gpu_request", "gres", why, False)
         return
     refused = "".join(f"; {k} is refused: {v}" for k, v in tried.items() if v)
     how = "gpus_per_node" if taken[0].startswith("--gpus-per-node") else "gres"
     yield Entry("gpu_request", how, f"sbatch --test-only took {' and '.join(taken)}{refused}.")
-    kind = re.search(r"[=:]([^:=]+):\d+$", taken[0].replace("--gres=gpu:", "--gres="))
-    types = ", ".join(queue.gpu_types)
-    if kind:
-        yield Entry("gpu_type", kind[1], f"A type has to be named. Here: {types}.")
+    kind = _needed_type(facts)
+    types = ", ".join(f"{kind} ({queue.types[kind]} a node)" for kind in queue.gpu_types)
+    slices = ", ".join(f"{kind or 'untyped'} ({count} a node)" for kind, count in sorted(queue.slices.items()))
+    if kind and slices:
+        yield Entry("gpu_type", kind, f"Without a type a job might get slices, which are {slices}. GPUs: {types}.")
+    elif kind:
+        yield Entry("gpu_type", kind, f"A type has to be named. Here: {types}.")
     elif types:
-        yield Entry("gpu_type", queue.gpu_types[0], f"Types here: {types}.", seen=False)
+        also = f" Slices, which no stage here counts on: {slices}." if slices else ""
+        yield Entry("gpu_type", queue.gpu_types[0], f"Types here: {types}.{also}", seen=False)
+
+
+def _gpu_requests(facts: Facts) -> tuple[dict[str, str | None], list[str]]:
+    """The ways to ask for GPUs that were tried, and those that were taken, the one to use first."""
+    tried = {k: v for k, v in facts.refused.items() if k.startswith(("--gpus-per-node", "--gres"))}
+    return tried, [option for option, said in tried.items() if said is None]
+
+
+def _needed_type(facts: Facts) -> str | None:
+    """The type of GPU that requests name; None where none has to be."""
+    _, taken = _gpu_requests(facts)
+    kind = re.search(r"[=:]([^:=]+):\d+$", taken[0].replace("--gres=gpu:", "--gres=")) if taken else None
+    return kind[1] if kind else None
 
 
 def _memory(facts: Facts) -> Entry:

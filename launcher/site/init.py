@@ -33,7 +33,7 @@ def init_profile(name: str | None, output: str | None, force: bool) -> tuple[Pro
     text = draft_profile(facts)
     with tempfile.TemporaryDirectory() as folder:
         tried = Path(folder, path.name)
-        tried.write_text(text)
+        tried.write_text(text, encoding="utf-8", errors="surrogateescape")
         profile = load_profile(str(tried))
     store.write_atomic(path, text, 0o644)
     return profile, path

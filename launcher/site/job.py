@@ -38,8 +38,9 @@ def run(stage_json: str) -> int:
     spec, root = read_stage(stage_json), Path(os.environ["PRISM_ROOT"])
     restarts = os.environ.get("SLURM_RESTART_COUNT") or "0"
     attempt = SlurmAttempt(os.environ["SLURM_JOB_ID"], restarts, os.environ["SLURMD_NODENAME"])
+    folder = store.new_attempt(store.stage_dir(root, spec.run, spec.stage), attempt.name)
+    attempt = replace(attempt, folder=folder.name)
     life = Life(spec, slurm_place(spec, root, sys.executable, attempt), attempt)
-    store.new_attempt(life.folder.parent, life.folder.name)
     earlier = life.folder.with_name(f"{attempt.job}.{int(restarts) - 1}") / "job.json"
     if (store.read_json(earlier) or {}).get("requeue") == "asked":
         life.note(began=time.time(), ended=True)
@@ -117,10 +118,12 @@ class Life:
         complaint = None
         while srun.poll() is None and time.monotonic() < deadline:
             # srun says of a task that could not be started, but ends with 0 when the others have ended.
-            if complaint is None and (complaint := _COMPLAINT.search(self._log(step).read_text(errors="replace"))):
+            if complaint is None and (
+                complaint := _COMPLAINT.search(self._log(step).read_text(errors="replace", encoding="utf-8"))
+            ):
                 deadline = min(deadline, time.monotonic() + _OTHERS_S)
             time.sleep(0.05)
-        complaint = complaint or _COMPLAINT.search(self._log(step).read_text(errors="replace"))
+        complaint = complaint or _COMPLAINT.search(self._log(step).read_text(errors="replace", encoding="utf-8"))
         late = srun.poll() is None and not complaint
         with contextlib.suppress(ProcessLookupError):
             os.killpg(srun.pid, signal.SIGKILL)
@@ -203,5 +206,9 @@ def _sbatch(script: Path) -> str:
 def _tail(folder: Path, step: Step) -> str:
     """The last lines of a step's own log, or of srun's."""
     names = [f"{step.name}.srun.log", *(f"{step.name}.{rank}.log" for rank in range(step.ntasks))]
-    texts = [path.read_text(errors="replace").strip() for path in (folder / name for name in names) if path.exists()]
+    texts = [
+        path.read_text(errors="replace", encoding="utf-8").strip()
+        for path in (folder / name for name in names)
+        if path.exists()
+    ]
     return "\n".join(line for text in texts for line in text.splitlines()[-4:])[-2000:]

@@ -266,7 +266,7 @@ def _imports(outcome: Outcome) -> Iterator[Check]:
         trains = kind in ("host", "train")
         found = there + (f"; absent: {', '.join(absent)}" if absent else "")
         target = "python" if kind == "host" else f"images.{kind}"
-        mend = f"{target}: an environment with the packages of `prism-launch[train]`"
+        mend = f"{target}: an environment with torch and megatron-core, as containers/train/Dockerfile installs them"
         if broken:
             yield Check(f"imports, {where}", "fail", "\n".join(broken), f"{target}: rebuild these against its torch")
         elif trains and set(_NEEDED) & set(absent):

@@ -92,7 +92,7 @@ def _await_mark(folder: Path, name: str, peer: Lines) -> float | None:
     began = time.monotonic()
     while time.monotonic() - began < SEEN_WITHIN_S:
         with contextlib.suppress(OSError):
-            if (folder / name).read_text() == name:
+            if (folder / name).read_text(encoding="utf-8") == name:
                 return time.monotonic() - began
         time.sleep(0.01)
     return None

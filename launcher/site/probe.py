@@ -49,7 +49,7 @@ for name in sys.argv[1:]:
 
 def look_at_node(stage_json: str) -> int:
     """The node itself, then what it shares with the first node: files and network."""
-    config = json.loads(Path(stage_json).read_text())["config"]
+    config = json.loads(Path(stage_json).read_text(encoding="utf-8"))["config"]
     root = os.environ["PRISM_ROOT"]
     report: dict[str, Any] = {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -58,7 +58,7 @@ def look_at_node(stage_json: str) -> int:
         "cpus": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
         "paths": {path: _path(path) for path in config["paths"]},
-        "filesystem": filesystem(root, Path("/proc/mounts").read_text()),
+        "filesystem": filesystem(root, Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape")),
         "interfaces": list(_interfaces()),
         "infiniband": sorted(p.name for p in Path("/sys/class/infiniband").glob("*")),
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -85,7 +85,12 @@ def _import_in_turn(names: list[str]) -> dict[str, Any]:
     """What was told of the first names, up to one that ended the interpreter."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORTS, *names], capture_output=True, text=True, errors="replace", timeout=150
+            [sys.executable, "-c", _IMPORTS, *names],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=150,
+            encoding="utf-8",
         )
         out, why = done.stdout, f"ended the interpreter, exit code {done.returncode}"
     except subprocess.TimeoutExpired as error:
@@ -135,7 +140,7 @@ def _gpus() -> dict[str, Any]:
     named = next((os.environ[name] for name in _VISIBLE if name in os.environ), None)
     shown = None if named is None else len([word for word in named.split(",") if word])
     try:
-        done = subprocess.run(_SMI, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(_SMI, capture_output=True, text=True, timeout=60, encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return {"shown": shown, "real": None}
     except (OSError, subprocess.TimeoutExpired) as failed:
@@ -177,7 +182,7 @@ def _interfaces() -> Iterator[dict[str, Any]]:
             continue
         speed = ""
         with contextlib.suppress(OSError):
-            speed = Path(f"/sys/class/net/{name}/speed").read_text().strip()
+            speed = Path(f"/sys/class/net/{name}/speed").read_text(encoding="utf-8").strip()
         mbit = int(speed) if speed.isdigit() else None
         yield {"name": name, "address": socket.inet_ntoa(address[20:24]), "mbit": mbit}
 

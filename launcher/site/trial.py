@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import slurm, store
-from launcher.cluster import Partition, Profile, check_resources, place_stage
+from launcher.cluster import Partition, Profile, alternatives, check_resources, place_stage
 from launcher.configs import Resources
 from launcher.errors import UserError, WorldError
 from launcher.run_record import PlannedStage
 from launcher.sbatch import sbatch_text
-from launcher.site.ask import refusal, show_queues
+from launcher.site.ask import Queue, may_start_later, refusal, show_queues
 from launcher.spec import Limits, StageSpec, Step, stage_text
 
 RUN = "cluster-test"
@@ -64,7 +64,8 @@ def plan_trial(profile: Profile, root: Path, partition: str | None, asked_nodes:
     if profile.scheduler != "slurm":
         raise UserError(f"cluster {profile.name} has no Slurm: there is nothing to submit a test to")
     name = partition or profile.partition
-    limits = profile.partitions[name] if name and name in profile.partitions else _limits_by_slurm(name)
+    told = [profile.partitions[each] for each in alternatives(name) if each in profile.partitions]
+    limits = told[0] if told else _limits_by_slurm(name, profile.gpu_type)
     nodes = asked_nodes or min(2, limits.max_nodes or 2)
     gpus = limits.gpus_per_node or 0
     cores = min(_CORES, limits.cpus_per_node or 1)
@@ -94,12 +95,18 @@ def plan_trial(profile: Profile, root: Path, partition: str | None, asked_nodes:
     return place_stage(PlannedStage(spec, (), resources), short, root)
 
 
-def _limits_by_slurm(name: str | None) -> Partition:
+def _limits_by_slurm(name: str | None, gpu_type: str | None) -> Partition:
     """What Slurm says of a partition that the profile does not describe; of the default one where none is named."""
-    for queue in show_queues():
-        if queue.name == name or (name is None and queue.is_default):
-            return Partition(max_nodes=queue.max_nodes, gpus_per_node=queue.gpus, cpus_per_node=queue.cpus)
+    for queue in _meant(name):
+        gpus = queue.gpus_of(gpu_type)
+        return Partition(max_nodes=queue.max_nodes, gpus_per_node=gpus, cpus_per_node=queue.cpus)
     return Partition()
+
+
+def _meant(name: str | None) -> list[Queue]:
+    """The partitions that a name, a list of names or none stands for, as the site has them."""
+    names = alternatives(name)
+    return [queue for queue in show_queues() if (queue.name in names if names else queue.is_default)]
 
 
 def _steps(profile: Profile, nodes: int, gpus: int, cores: int) -> Iterator[Step]:
@@ -137,12 +144,21 @@ def submit_trial(stage: PlannedStage, profile: Profile, root: Path) -> Trial:
     short = replace(profile, limits=spec.limits, preflight=None)
     store.write_atomic(script, sbatch_text(stage, short, root, "launcher.site"))
     refused = refusal(str(script))
-    if refused:
+    if refused and _holds_for_now(refused, stage.resources.partition, "reservation" in profile.sbatch):
+        print(f"cannot start for now, and waits in the queue: {refused}", file=sys.stderr)
+    elif refused:
         raise UserError(f"cluster {profile.name}: Slurm refuses the test: {refused}\n  script: {script}")
     store.write_atomic(folder / "stage.json", stage_text(spec))
     trial = Trial(folder, slurm.submit(str(script)), spec.config)
     store.write_json(folder / "submitted.json", {"job": trial.job, "asked": dict(trial.asked)})
     return trial
+
+
+def _holds_for_now(refused: str, partition: str | None, reserved: bool) -> bool:
+    """Whether Slurm would queue a test that it cannot start: because nodes of its partition are out of service, say."""
+    if may_start_later(refused, away=False, reserved=reserved):
+        return True
+    return may_start_later(refused, away=True, reserved=reserved) and any(q.away for q in _meant(partition))
 
 
 def find_trial(root: Path, job: str) -> Trial:
@@ -221,7 +237,7 @@ def read_outcome(trial: Trial, job: slurm.Job | None) -> Outcome:
         for path in folder.glob("*.json")
         if path.name != "job.json" and (report := store.read_json(path)) is not None
     }
-    logs = [path.read_text(errors="replace") for path in trial.folder.glob(f"{trial.job}_0_log.*")]
+    logs = [path.read_text(errors="replace", encoding="utf-8") for path in trial.folder.glob(f"{trial.job}_0_log.*")]
     return Outcome(
         trial=trial,
         state=job.state if job else "UNKNOWN",

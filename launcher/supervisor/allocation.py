@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import pwd
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from launcher.supervisor.classify import Outcome
 from launcher.supervisor.containers import contain, remove_leftovers
 from launcher.supervisor.preflight import Findings
 from launcher.supervisor.processes import Process, popen
+from launcher.users import user_name
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ThisMachine:
             inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
         if container in ("none", "charliecloud"):  # the others start their containers from another process
             inherited["PRISM_PARENT"] = str(os.getpid())
-        return {"USER": _user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
+        return {"USER": user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 
     def preflight(self, place: Place, stopped: Callable[[], bool]) -> Findings | None:
         """Nothing: `doctor` looks at this machine."""
@@ -146,13 +146,6 @@ class ThisMachine:
     def go_on(self, exclude: Sequence[str]) -> str | None:
         """The driver starts another attempt."""
         return None
-
-
-def _user_name() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
 
 
 def _free_port() -> int:

@@ -5,14 +5,13 @@ The submitting side writes one line a link into ROOT/runs/RUN/jobs.jsonl; all li
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from launcher import store
 from launcher.attempts import Attempt, attempts_at
 from launcher.spec import StageSpec
+from launcher.submitted import read_submitted
 
 #: The line of a job stands there as soon as sbatch has answered, which may be after the job's start.
 _WRITTEN_S = 10.0
@@ -22,24 +21,13 @@ def read_links(root: Path, spec: StageSpec, job: str) -> tuple[str, ...]:
     """The jobs of the chain that `job` is part of, in order; the job alone where nothing is known of it."""
     end = time.monotonic() + _WRITTEN_S
     while True:
-        known = [line for line in _lines(root, spec) if line.get("stage") == spec.stage]
-        chain = next((line.get("chain") for line in known if line.get("job") == job), None)
+        known = [line for line in read_submitted(root, spec.run) if line.stage == spec.stage]
+        chain = next((line.chain for line in known if line.job == job), None)
         if chain is not None:
-            return tuple(str(line["job"]) for line in known if line.get("chain") == chain)
+            return tuple(line.job for line in known if line.chain == chain)
         if time.monotonic() > end:
             return (job,)
         time.sleep(0.2)
-
-
-def _lines(root: Path, spec: StageSpec) -> list[dict[str, Any]]:
-    path = store.run_dir(root, spec.run) / "jobs.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def is_over(root: Path, spec: StageSpec, job: str) -> tuple[int, str] | None:
@@ -51,11 +39,11 @@ def is_over(root: Path, spec: StageSpec, job: str) -> tuple[int, str] | None:
         return 0, "made by an earlier job of the chain"
     earlier = [life for life in attempts_at(root, spec) if is_of(life, read_links(root, spec, job))]
     last = earlier[-1].end if earlier else None
-    if last is None or last.get("action") != "stop":
+    if last is None or last.action != "stop":
         return None
-    return 1, f"{earlier[-1].name} has failed for good: {last.get('class')}: {last.get('message')}"
+    return 1, f"{earlier[-1].name} has failed for good: {last.exit_class}: {last.message}"
 
 
 def is_of(life: Attempt, jobs: tuple[str, ...]) -> bool:
     """Whether an attempt is a life of one of these jobs."""
-    return life.name.partition(".")[0] in jobs
+    return life.job in jobs

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.spec import ExitClass
-from launcher.supervisor.faults import GpuFault, gpu_fault, is_peers_fault
+from launcher.supervisor.faults import GpuFault, gpu_fault, is_peers_fault, waited_in_vain
 from launcher.supervisor.memory import SIG_OOM
 
 #: done: the artifact is whole. again: another attempt may get further. stop: the same would happen again, or the user
@@ -32,6 +32,19 @@ ACTIONS: Mapping[ExitClass, Action] = {
     "user-error": "stop",
 }
 
+#: What a rank can only say of itself.
+OWN_CAUSES: tuple[ExitClass, ...] = ("user-error", "diverged", "storage", "out-of-memory")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a process wrote of its own end, and of what it used."""
+
+    exit_class: str
+    message: str = ""
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: float = 0.0
+
 
 @dataclass(frozen=True)
 class RankExit:
@@ -43,7 +56,7 @@ class RankExit:
     step: str
     rank: int
     code: int
-    said: Mapping[str, Any] | None = None
+    said: Said | None = None
     node: str | None = None
     log: str = ""
 
@@ -81,10 +94,11 @@ class Outcome:
 def classify(evidence: Evidence) -> Outcome:
     """The outcome of an attempt: the first process that ended badly decides, unless the stop was asked for.
 
-    Of ranks that lost the connection to others it is the others that decide, where they said anything.
+    Of ranks that lost others, or waited for them in vain, it is the others that decide, where they said anything.
     """
     bad = [e for e in evidence.exits if not _ended_well(e)]
-    first = next((e for e in bad if not is_peers_fault(_message(e))), bad[0] if bad else None)
+    causes = [e for e in bad if not is_secondhand(e)] or [e for e in bad if not is_peers_fault(_message(e))]
+    first = next(iter(causes or bad), None)
     own_fault = first is not None and first.code > 0 and not is_peers_fault(_message(first))
     if evidence.asked is not None and not own_fault:
         if first is None and evidence.exits and not any(_said(e) == "time-limit" for e in evidence.exits):
@@ -98,14 +112,21 @@ def classify(evidence: Evidence) -> Outcome:
         return replace(_failed(first, evidence.memory_kill), blamed=(first.step, first.rank))
     unfinished = next((e for e in evidence.exits if _said(e) == "time-limit"), None)
     if unfinished is not None:
-        return outcome("time-limit", str((unfinished.said or {}).get("message", "")))
+        return outcome("time-limit", _message(unfinished))
     return outcome("finished", "")
 
 
-def only_lost_peers(exits: Sequence[RankExit]) -> bool:
-    """Whether ranks ended badly, and none of them by more than the loss of others."""
+def only_secondhand(exits: Sequence[RankExit]) -> bool:
+    """Whether ranks ended badly, and all of them through others."""
     bad = [e for e in exits if not _ended_well(e)]
-    return bool(bad) and all(is_peers_fault(_message(e)) for e in bad)
+    return bool(bad) and all(is_secondhand(e) for e in bad)
+
+
+def is_secondhand(exit: RankExit) -> bool:
+    """Whether a rank ended because another was lost, or did not come: that one's end is the cause."""
+    if _said(exit) in OWN_CAUSES:
+        return False
+    return is_peers_fault(_message(exit)) or waited_in_vain(exit.log if exit.said is None else _message(exit))
 
 
 def outcome(exit_class: ExitClass, message: str, action: Action | None = None) -> Outcome:
@@ -114,7 +135,7 @@ def outcome(exit_class: ExitClass, message: str, action: Action | None = None) -
 
 
 def _said(exit: RankExit) -> str | None:
-    return (exit.said or {}).get("class")
+    return exit.said.exit_class if exit.said else None
 
 
 def _ended_well(exit: RankExit) -> bool:
@@ -123,7 +144,7 @@ def _ended_well(exit: RankExit) -> bool:
 
 
 def _message(exit: RankExit) -> str:
-    return str((exit.said or {}).get("message", ""))
+    return exit.said.message if exit.said else ""
 
 
 _ASKED = {
@@ -151,7 +172,7 @@ def _failed(exit: RankExit, memory_kill: bool) -> Outcome:
     where = f"step {exit.step}, rank {exit.rank}" + (f" on {exit.node}" if exit.node else "")
     said, message = _said(exit), _message(exit)
     full = exit.code == -SIG_OOM or (exit.code == -signal.SIGKILL and memory_kill)
-    if not full and said not in ("user-error", "diverged", "storage", "out-of-memory"):
+    if not full and said not in OWN_CAUSES:
         fault = gpu_fault(f"{message}\n{exit.log}")
         if fault is not None:
             return _gpu_failed(where, exit.node, fault)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from launcher.containers import list_argv, name_prefix, remove_argv
 from launcher.errors import WorldError
-from launcher.supervisor.classify import RankExit
+from launcher.supervisor.classify import RankExit, Said
 from launcher.supervisor.processes import Process
 
 #: $0: the client's process group; the rest: the command that removes the container. Standard input is the supervisor's.
@@ -45,11 +43,15 @@ class Contained(Process):
         killed = 128 < ended.code < 128 + 65
         return replace(ended, code=128 - ended.code) if killed else ended
 
-    def _not_started(self) -> Mapping[str, Any]:
+    def _not_started(self) -> Said:
         log = self.attempt_dir / f"{self.step.name}.{self.rank}.log"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(_COMPLAINTS)]
+        lines = [
+            line
+            for line in log.read_text(errors="replace", encoding="utf-8").splitlines()
+            if line.startswith(_COMPLAINTS)
+        ]
         words = lines[-1] if lines else f"see {log}"
-        return {"class": "crashed", "message": f"{self.runtime} could not start the container: {words}"}
+        return Said("crashed", f"{self.runtime} could not start the container: {words}")
 
     def _kill_group(self) -> None:
         """Kill the client and, unless the container has ended by itself, the container."""
@@ -79,7 +81,16 @@ def remove_leftovers(runtime: str, artifact: str, attempt_dir: Path) -> None:
 def _call(argv: tuple[str, ...]) -> str:
     """What the command prints. Raises WorldError with what it says where it fails."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_CALL_S, cwd=os.sep, check=False)
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=_CALL_S,
+            cwd=os.sep,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
     except FileNotFoundError:
         raise WorldError(f"{argv[0]}: no such program here") from None
     except subprocess.TimeoutExpired:

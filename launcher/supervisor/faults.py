@@ -25,6 +25,7 @@ _XID: dict[Blame, frozenset[int]] = {
     "innocent": frozenset({94}),  # a contained memory error: the GPU goes on, the program is lost
 }
 _XID_LINE = re.compile(r"\bXid\s*(?:\([^)]*\))?\s*:?\s*(\d+)\b")
+_TIMED_OUT = ("watchdog caught collective operation timeout", "nccl watchdog thread terminated")
 #: The words of CUDA's, NCCL's and PyTorch's messages, in lower case.
 _WORDS: dict[Blame, tuple[str, ...]] = {
     "node": (
@@ -35,7 +36,7 @@ _WORDS: dict[Blame, tuple[str, ...]] = {
         "uncorrectable nvlink error",
         "sxid",
     ),
-    "suspect": ("watchdog caught collective operation timeout", "nccl watchdog thread terminated", "ibv_"),
+    "suspect": (*_TIMED_OUT, "ibv_"),
 }
 _PEER_LOST = (
     "connection reset by peer",
@@ -65,6 +66,11 @@ def _fault_in(line: str) -> GpuFault | None:
     lower = line.lower()
     found = (blame for blame, words in _WORDS.items() if any(word in lower for word in words))
     return next((GpuFault(line.strip(), blame) for blame in found), None)
+
+
+def waited_in_vain(text: str) -> bool:
+    """Whether a log or message tells that a rank's collective timed out: the others' ends may say why."""
+    return any(words in text.lower() for words in _TIMED_OUT)
 
 
 def is_peers_fault(text: str) -> bool:

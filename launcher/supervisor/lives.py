@@ -24,7 +24,7 @@ def next_life(result: Outcome, lives: Sequence[Attempt], limits: Limits) -> Outc
     fruitless = lives_without_progress(lives, result)
     if fruitless > limits.max_no_progress:
         return _stop(result, f"given up: {fruitless} lives in a row without progress, at the end of the last: ")
-    known = {node for life in lives for node in (life.end or {}).get("excluded", ())}
+    known = {node for life in lives for node in (life.end.excluded if life.end else ())}
     if len(known | set(result.exclude)) <= limits.max_excluded:
         return result
     if result.exit_class == "node-failure":  # Slurm itself gives no job to a node that is down
@@ -39,7 +39,7 @@ def _stop(result: Outcome, why: str) -> Outcome:
 
 def _with_strikes(result: Outcome, lives: Sequence[Attempt]) -> Outcome:
     """A suspect that was one before is left out."""
-    before = {node for life in lives for node in (life.end or {}).get("suspect", ())}
+    before = {node for life in lives for node in (life.end.suspect if life.end else ())}
     twice = tuple(node for node in result.suspect if node in before)
     return replace(result, exclude=(*result.exclude, *twice))
 
@@ -48,9 +48,9 @@ def lives_without_progress(lives: Sequence[Attempt], result: Outcome) -> int:
     """How many of the latest lives in a row did not get further than those before them, through their own fault."""
     count = best = 0
     for life in lives:
-        ended, excluded = ((life.end or {}).get(key) for key in ("class", "excluded"))
+        ended, excluded = (life.end.exit_class, life.end.excluded) if life.end else (None, ())
         if life is lives[-1]:
-            ended, excluded = result.exit_class, list(result.exclude)
+            ended, excluded = result.exit_class, result.exclude
         further = step_of(life) > best
         best = max(best, step_of(life))
         if further:

@@ -22,24 +22,32 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__, store
-from launcher.attempts import attempts_at, last_words
+from launcher.attempts import EVENTS, attempts_at, last_words, next_number
 from launcher.containers import DETACHED
 from launcher.errors import PrismError, UserError
 from launcher.notify import LIMIT_S, notify, state_after
-from launcher.progress import CLAIM_S
+from launcher.progress import claim_s
 from launcher.spec import SpecError, StageSpec, Step, encode, read_stage
 from launcher.steps import Place
 from launcher.supervisor import chain, memory, processes, sealing
 from launcher.supervisor.allocation import Allocation, Reason, ThisMachine
-from launcher.supervisor.classify import Evidence, Outcome, RankExit, classify, only_lost_peers, outcome
+from launcher.supervisor.beats import Heartbeats, RunningTime
+from launcher.supervisor.classify import (
+    Evidence,
+    Outcome,
+    RankExit,
+    classify,
+    is_secondhand,
+    only_secondhand,
+    outcome,
+)
 from launcher.supervisor.preflight import judge
 from launcher.supervisor.processes import Process
 from launcher.supervisor.slurm_job import SlurmJob
 
-EVENTS = "events.jsonl"
 _POLL_S = 0.05
-#: What a life leaves an earlier one that Slurm has given up on, but cannot reach, to notice that its claim is gone.
-_NOTICE_S = 3 * CLAIM_S
+#: Seconds between looks at files that tell of a stop.
+_NOTICED_S = 1.0
 #: How long the cause is waited for when ranks have only said that they lost others.
 _CAUSE_S = 2.0
 #: Seconds for the hook when Slurm may be ending the job.
@@ -89,8 +97,8 @@ def _allocation(spec: StageSpec, root: Path, stage_json: Path) -> Allocation:
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError("the supervisor is started by `prism-launch run` or by a rendered sbatch script")
     found = SlurmJob.current(spec, root, sys.executable)
-    store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
-    return found
+    folder = store.new_attempt(found.attempt_dir.parent, found.attempt_dir.name)
+    return replace(found, attempt=replace(found.attempt, folder=folder.name))
 
 
 @dataclass
@@ -109,7 +117,7 @@ class Supervisor:
         self.owner = store.this_process(job=self.allocation.job)
         self.attempt_dir = self.allocation.attempt_dir
         self.claim = store.claim_dir(self.root, self.spec.artifact)
-        self._claim_read = time.monotonic()
+        self._claim_read = self._looked = time.monotonic()
         # Beside the work, which a slow hook must not hold up.
         before = "waiting" if self.allocation.job is None else "queued"
         self.telling = threading.Thread(target=self._tell, args=(before, "running"), daemon=True)
@@ -121,7 +129,8 @@ class Supervisor:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda got, _: self.asked.append(signal.Signals(got)))
         try:
-            self._event("start", owner=encode(self.owner), version=__version__, fingerprint=self.spec.fingerprint)
+            facts = {"fingerprint": self.spec.fingerprint, "number": next_number(self.root, self.spec)}
+            self._event("start", owner=encode(self.owner), version=__version__, **facts)
             self.telling.start()
             result = self._make()
         except OSError as error:
@@ -200,7 +209,8 @@ class Supervisor:
             time.sleep(0.5)
         if before is not None and told is None and store.is_alive(before) is None:
             self._event("waiting", message=f"an earlier life on {before.host} was cut off: it gets time to notice")
-            time.sleep(_NOTICE_S)
+            # An earlier one that Slurm has given up on, but cannot reach: it has to notice that its claim is gone.
+            time.sleep(3 * claim_s(self.spec))
         self._claim_read = time.monotonic()
         return True
 
@@ -232,9 +242,9 @@ class Supervisor:
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
         else:  # the children are sruns or clients of containers; ranks that were killed told nothing
-            told = [store.read_json(path) or {} for path in self.attempt_dir.glob("exit.*.json")]
-            cpu = sum(t.get("cpu_seconds", 0.0) for t in told)
-            peak = max((t.get("peak_memory_bytes", 0) for t in told), default=0)
+            told = [said for path in self.attempt_dir.glob("exit.*.json") if (said := processes.read_said(path))]
+            cpu = sum(said.cpu_seconds for said in told)
+            peak = int(max((said.peak_memory_bytes for said in told), default=0))
         return {"seconds": seconds, "cpu_seconds": cpu, "peak_memory_bytes": peak}
 
     # ---- steps
@@ -257,8 +267,8 @@ class Supervisor:
             self._event("launched", step=step.name, rank=process.rank, pid=process.popen.pid, argv=argv)
 
     def _wait_ready(self, step: Any, place: Place) -> bool:
-        end = time.monotonic() + step.probe.deadline
-        while time.monotonic() < end and not self.asked and not self._exits():
+        clock = RunningTime()
+        while clock() < step.probe.deadline and not self.asked and not self._exits():
             if processes.is_ready(step.probe, place):
                 self._event("ready", step=step.name)
                 return True
@@ -267,28 +277,30 @@ class Supervisor:
 
     def _until_decided(self) -> Evidence:
         noticed: list[RankExit] = []
-        newest, seen, lost = 0.0, time.monotonic(), None  # the wall clock may jump
+        clock, lost = RunningTime(), None  # the wall clock may jump, and this process be stopped
+        beats = Heartbeats(self.spec, self.attempt_dir, clock())
         while True:
             noticed += [e for e in self._exits() if (e.step, e.rank) not in {(n.step, n.rank) for n in noticed}]
-            now = time.monotonic()
-            if only_lost_peers(noticed) and not self.asked:
-                lost = lost or now
+            now = clock()
+            if only_secondhand(noticed) and not self.asked:
+                lost = now if lost is None else lost
                 if now - lost < _CAUSE_S:
                     time.sleep(_POLL_S)
                     continue
+                noticed += self._on_their_way_out(noticed)
             self.reason = self.reason or self._noticed()
             if self.asked or self.reason or self._decided(noticed):
                 return self._stopped(noticed)
-            beat = self._newest_beat()
-            if beat != newest:
-                newest, seen = beat, now
-            if now - seen > self.spec.limits.hang_s:
+            if beats.silence(now) > self.spec.limits.hang_s:
                 return self._hang()
             time.sleep(_POLL_S)
 
     def _noticed(self) -> Reason | None:
         now = time.monotonic()
-        if now - self._claim_read > CLAIM_S:
+        if now - self._looked < _NOTICED_S:
+            return None
+        self._looked = now
+        if now - self._claim_read > claim_s(self.spec):
             self._claim_read = now
             if self._is_superseded():
                 processes.kill_all(self.started)
@@ -340,9 +352,13 @@ class Supervisor:
         grace = min(3.0, self.spec.limits.save_s) if short else self.spec.limits.save_s
         processes.stop_all(self.started, grace)
 
-    def _newest_beat(self) -> float:
-        beats = [p.stat().st_mtime for p in self.attempt_dir.glob("heartbeat.*.json")]
-        return max(beats, default=0.0)
+    def _on_their_way_out(self, noticed: list[RankExit]) -> list[RankExit]:
+        """Ranks that have said why they fail, and are still there: they may wait for those that wait for them."""
+        known = {(e.step, e.rank) for e in noticed}
+        ranks = [(s.name, rank) for s in self.spec.steps for rank in range(s.ntasks) if (s.name, rank) not in known]
+        ends = [RankExit(*r, 1, processes.read_said(self.attempt_dir / f"exit.{r[0]}.{r[1]}.json")) for r in ranks]
+        bad = [e for e in ends if e.said is not None and e.said.exit_class not in ("finished", "time-limit")]
+        return [e for e in bad if not is_secondhand(e)]
 
     def _hang(self) -> Evidence:
         for process in self.started:
@@ -367,7 +383,7 @@ class Supervisor:
 
     def _event(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), "event": event, **facts})
-        with (self.attempt_dir / EVENTS).open("a") as file:
+        with (self.attempt_dir / EVENTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def _end(self, result: Outcome) -> None:

@@ -56,7 +56,7 @@ def look(
 ) -> Findings:
     """Run the preflight's commands (name, srun's argv) one after the other; each one's words go to NAME.log."""
     began = time.monotonic()
-    (folder / PREFLIGHT_SEEN).write_text("")
+    (folder / PREFLIGHT_SEEN).write_text("", encoding="utf-8")
     findings = Findings(nodes, {})
     for name, argv in commands:
         said = _said(_run(name, argv, environment, folder, began + asked.deadline_s, stopped))
@@ -86,7 +86,7 @@ def _run(
     if process.poll() is None:
         os.killpg(process.pid, 9)
         process.wait()
-    return path.read_text(errors="replace")
+    return path.read_text(errors="replace", encoding="utf-8")
 
 
 def _said(text: str) -> list[dict[str, Any]]:

@@ -20,7 +20,29 @@ from launcher.errors import UserError
 from launcher.spec import Probe, Step
 from launcher.steps import Place, fill
 from launcher.supervisor import memory
-from launcher.supervisor.classify import RankExit
+from launcher.supervisor.beats import RunningTime
+from launcher.supervisor.classify import RankExit, Said
+
+
+def read_said(path: Path) -> Said | None:
+    """What an exit file says; None where there is none, or it is damaged."""
+    try:
+        data = store.read_json(path)
+    except OSError:
+        return None
+    if not isinstance(data, dict) or not isinstance(data.get("class"), str):
+        return None
+    message = data.get("message")
+    used = {name: _number(data.get(name)) for name in ("cpu_seconds", "peak_memory_bytes")}
+    return Said(data["class"], message if isinstance(message, str) else "", **used)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, (int, float)) and 0 <= value < _MOST else 0.0
+
+
+#: More than any process has used, of anything.
+_MOST = 1e18
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,7 @@ class Process:
         return [self._rank_exit(self.rank, code)]
 
     def _rank_exit(self, rank: int, code: int, node: str | None = None) -> RankExit:
-        said = store.read_json(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
+        said = read_said(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
         log = "" if code == 0 or not self.step.gpus else _tail(self.attempt_dir / f"{self.step.name}.{rank}.log")
         return RankExit(self.step.name, rank, code, said, node, log)
 
@@ -86,7 +108,7 @@ class SrunStep(Process):
         if ended > 128:
             ended = 128 - ended  # all ranks were killed
         found = [self._rank_exit(rank, ended) for rank in range(self.step.ntasks)]
-        unwell = [e for e in found if (e.said or {}).get("class") != "finished"]
+        unwell = [e for e in found if e.said is None or e.said.exit_class != "finished"]
         return [(unwell or found)[0]]
 
     def signal(self, number: signal.Signals) -> None:
@@ -105,7 +127,7 @@ class SrunStep(Process):
         assert self.popen.stderr is not None
         text = (self.popen.stderr.read() or b"").decode(errors="replace")
         if text:
-            with (self.attempt_dir / f"{self.step.name}.srun.log").open("a") as log:
+            with (self.attempt_dir / f"{self.step.name}.srun.log").open("a", encoding="utf-8") as log:
                 log.write(text)
         return complaints(text)
 
@@ -175,8 +197,8 @@ def stop_all(processes: list[Process], grace: float) -> None:
     """Ask what still runs to save and stop, and kill what has not after `grace` seconds."""
     for process in processes:
         process.signal(signal.SIGUSR2)
-    end = time.monotonic() + grace
-    while time.monotonic() < end and any(p.poll() is None for p in processes):
+    clock = RunningTime()
+    while clock() < grace and any(p.poll() is None for p in processes):
         time.sleep(0.05)
     kill_all(processes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import time
@@ -16,6 +15,8 @@ from launcher.errors import UserError, WorldError
 from launcher.progress import RECORD
 from launcher.spec import StageSpec, encode
 from launcher.store import Owner, Receipt
+from launcher.supervisor.beats import RunningTime
+from launcher.users import user_name
 
 #: In an unfinished artifact: what its attempts have cost so far.
 COST = "cost.json"
@@ -36,8 +37,8 @@ def check_inputs(root: Path, spec: StageSpec, stopped: Callable[[], bool] = lamb
 
     What is not there is waited for, for as long as this file system may hide what another node has written.
     """
-    end = time.monotonic() + spec.limits.visibility_s
-    while _unseen(root, spec) and time.monotonic() < end and not stopped():
+    clock = RunningTime()
+    while _unseen(root, spec) and clock() < spec.limits.visibility_s and not stopped():
         time.sleep(0.5)
     problems = []
     for port, found in spec.inputs.items():
@@ -95,13 +96,21 @@ def clear_outputs(root: Path, spec: StageSpec) -> None:
 def add_cost(root: Path, spec: StageSpec, seconds: float, cpu_seconds: float, peak_memory_bytes: float) -> None:
     """Add an attempt to what the artifact has cost."""
     path = store.partial_dir(root, spec.artifact) / COST
-    old: dict[str, Any] = store.read_json(path) or {}
+    old = _read_cost(path)
     cost = {
-        "seconds": old.get("seconds", 0.0) + seconds,
-        "cpu_seconds": old.get("cpu_seconds", 0.0) + cpu_seconds,
-        "peak_memory_bytes": int(max(old.get("peak_memory_bytes", 0), peak_memory_bytes)),
+        "seconds": old["seconds"] + seconds,
+        "cpu_seconds": old["cpu_seconds"] + cpu_seconds,
+        "peak_memory_bytes": int(max(old["peak_memory_bytes"], peak_memory_bytes)),
     }
     store.write_json(path, cost)
+
+
+def _read_cost(path: Path) -> dict[str, Any]:
+    """What attempts have cost; nothing where that is not written down, or damaged."""
+    data = store.read_json(path)
+    known = data if isinstance(data, dict) else {}
+    found = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_bytes": 0}
+    return {k: v if isinstance(v := known.get(k), (int, float)) and 0 <= v < 1e18 else z for k, z in found.items()}
 
 
 def finish_interrupted(root: Path, spec: StageSpec) -> bool:
@@ -128,8 +137,7 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
             raise WorldError(
                 f"{folder}: port {port} is empty although the worker finished; this is a fault of its code"
             )
-    record = store.read_json(partial / RECORD) or {}
-    cost = store.read_json(partial / COST) or {}
+    record, cost = store.read_json(partial / RECORD), _read_cost(partial / COST)
     files = {name: facts for name, facts in store.list_files(partial).items() if name not in (RECORD, COST)}
     receipt = Receipt(
         kind=spec.kind,
@@ -142,9 +150,9 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
         inputs=encode(spec.inputs),
         outputs=encode(spec.outputs),
         files=files,
-        record=record,
+        record=record if isinstance(record, dict) else {},
         created=time.time(),
-        made_by=_user(),
+        made_by=user_name(),
         made_on=owner.host,
         image=next((step.image for step in spec.steps if step.image), None),
         attempts=made_in,
@@ -155,10 +163,3 @@ def seal(root: Path, spec: StageSpec, owner: Owner, made_in: int) -> None:
     for name in (RECORD, COST):  # once their content stands in the receipt
         (partial / name).unlink(missing_ok=True)
     store.seal(root, spec.artifact, receipt)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that no passwd file knows
-        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher import slurm, store
+from launcher import slurm, store, submitted
 from launcher.attempts import attempts_at
 from launcher.errors import WorldError
 from launcher.progress import TERM_NOTE
@@ -157,11 +158,7 @@ class SlurmJob:
             return store.is_alive(owner)
         if owner.job == self.job:
             return False
-        try:
-            known = slurm.job_states([owner.job]).get(owner.job)
-        except WorldError:  # a controller that does not answer for a while is no reason to fail
-            return None
-        return None if known is None else known.is_active
+        return submitted.lives(self.root, owner.job)
 
     def next_life(self, result: Outcome) -> Outcome:
         """The outcome where the stage gets another life, or with why this one was its last."""
@@ -178,8 +175,7 @@ class SlurmJob:
         In a chain the jobs that follow are kept off them. Returns why there will be no other life.
         """
         if self.spec.limits.continuation == "chain":
-            links = chain.read_links(self.root, self.spec, self.job)
-            for job in links[links.index(self.job) + 1 :] if exclude else ():
+            for job in self._waiting_links() if exclude else ():
                 _keep_off(job, exclude, slurm.show_job(job))
             return None
         # Ending this life, Slurm sends TERM to all that runs in it, the commands of Slurm below too.
@@ -188,11 +184,19 @@ class SlurmJob:
         if known is None or known.restarts <= int(self.attempt.restarts):
             refused = slurm.requeue(self.job)
             if refused is not None:
-                said = f"Slurm does not put the job back into its queue ({refused})"
-                return f"{said}; set `continuation: chain` under limits: of the cluster profile"
+                return _not_requeued(refused)
         if exclude:  # at once: after the requeue there is KillWait for it
             _keep_off(self.job, exclude, known)
         return None
+
+    def _waiting_links(self) -> list[str]:
+        """The jobs that follow in the chain, as far as Slurm still knows them by these numbers."""
+        links = chain.read_links(self.root, self.spec, self.job)
+        after = links[links.index(self.job) + 1 :]
+        lines = [line for line in submitted.read_submitted(self.root, self.spec.run) if line.job in after]
+        with contextlib.suppress(WorldError):
+            return [j.id for j in submitted.told_states(self.root, self.spec.run, lines).values() if j.is_active]
+        return []
 
 
 def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
@@ -200,6 +204,13 @@ def _hosts_elsewhere(spec: StageSpec) -> dict[str, str]:
     away = [step for step in spec.steps if is_elsewhere(step)]
     nodes = {name: slurm.hostnames(os.environ[name]) for name in dict.fromkeys(map(nodelist, away))}
     return {step.name: nodes[nodelist(step)][step.first_node] for step in away}
+
+
+def _not_requeued(refused: str) -> str:
+    if "nvalid job id" in refused:
+        return "Slurm has forgotten this job: `prism-launch run` submits another, which goes on from what is saved"
+    said = f"Slurm does not put the job back into its queue ({refused})"
+    return f"{said}; set `continuation: chain` under limits: of the cluster profile"
 
 
 def _keep_off(job: str, nodes: Sequence[str], known: Job | None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from launcher.configs import AnalyzeConfig
+from launcher.configs import LEAST_TEXTS, AnalyzeConfig
 from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import write_json
 
 
@@ -83,17 +83,17 @@ def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, li
     from launcher.workers.problems import problem_text, read_problems
     from launcher.workers.tokens import read_indexed
 
-    maker, _, name = config.problems.partition("/")
-    problems = read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")[: config.num_texts]
+    prompts = job.input(port_of(config.problems, "prompts"))
+    problems = read_problems(prompts / f"{item_of(config.problems)}.jsonl")[: config.num_texts]
     found = {"problems": [problem_text(p) for p in problems]}
     if config.source:
-        maker, _, name = config.source.partition("/")
-        pieces = text_pieces(read_indexed(job.input(f"{maker}.tokens") / name), config.num_texts)
+        prefix = job.input(port_of(config.source, "tokens")) / item_of(config.source)
+        pieces = text_pieces(read_indexed(prefix), config.num_texts)
         found["source"] = [tokenizer.decode(ids) for ids in pieces]
     for label, texts in found.items():
-        if len(texts) < 4:
-            where = Path(config.problems if label == "problems" else config.source or "")
-            raise UserError(f"{where}: only {len(texts)} texts for CKA; at least 4 are needed")
+        if len(texts) < LEAST_TEXTS:
+            where = config.problems if label == "problems" else config.source
+            raise UserError(f"{where}: only {len(texts)} texts for CKA; at least {LEAST_TEXTS} are needed")
     return found
 
 

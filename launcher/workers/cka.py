@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.user_json import decode
+from launcher.workers.sampling import AS_TEXT
 from launcher.workers.weight_diff import run_by_hand
 
 MAX_TOKENS = 256
@@ -29,7 +31,7 @@ def pooled_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     """Mean over tokens of every layer's hidden states, the embedding first: [layers + 1, texts, hidden]."""
     found = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
+        ids = tokenizer(text, **AS_TEXT, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
         states = model(input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
         found.append(torch.stack([state[0].double().mean(0).cpu() for state in states]))
     return torch.stack(found, dim=1)
@@ -103,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(path: Path) -> list[str]:
     """One text a line. Raises UserError where there are fewer than four."""
     try:
-        texts = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        texts = [line for line in decode(path.read_bytes(), str(path)).split("\n") if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     if len(texts) < 4:
         raise UserError(f"{path}: {len(texts)} texts; CKA needs at least 4, and means little below a hundred")
     return texts

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.configs import EvaluateConfig
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import read_json, write_atomic, write_json
 
 
@@ -28,15 +29,23 @@ def main(job: StageJob) -> None:
     ]
     loaded: dict[str, Any] = {}
     results, samples = [], []
+    set_aside: dict[str, list[str]] = {}
     for number, unit in enumerate(units):
         done = _saved(job, number, unit) or _evaluate(job, config, number, len(units), unit, loaded)
         results.append(done["result"])
         samples += done["samples"]
+        set_aside[unit[0]] = done["set_aside"]
         job.beat(number + 1, len(units), accuracy=done["result"]["accuracy"])
     folder = job.output("scores")
     write_atomic(folder / "samples.jsonl", "".join(json.dumps(s, sort_keys=True) + "\n" for s in samples))
     write_json(folder / "results.json", {"results": results})
-    job.record(versions=_versions(), engine="transformers generate")
+    job.record(versions=_versions(), engine="transformers generate", settings=_settings(config, set_aside))
+
+
+def _settings(config: EvaluateConfig, set_aside: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What the receipt says of how completions were drawn, and which settings of the files count for nothing."""
+    drawn = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": config.max_new_tokens}
+    return {**drawn, "added_to_every_text": None, "set_aside": dict(set_aside)}
 
 
 def _versions() -> dict[str, str]:
@@ -52,7 +61,7 @@ def _unit_file(job: StageJob, number: int) -> Path:
 def _saved(job: StageJob, number: int, unit: Sequence[Any]) -> Any | None:
     """What an earlier attempt found for this unit."""
     saved = read_json(_unit_file(job, number))
-    return saved if saved and saved["unit"] == list(unit) else None
+    return saved if saved and saved["unit"] == list(unit) and "set_aside" in saved else None
 
 
 def _evaluate(
@@ -63,7 +72,7 @@ def _evaluate(
     unit: tuple[str, str, float, int],
     loaded: dict[str, Any],
 ) -> dict[str, Any]:
-    from launcher.workers.checkpoints import load_model, quiet
+    from launcher.workers.checkpoints import load_checkpoint, quiet
     from launcher.workers.problems import read_problems
     from launcher.workers.sampling import sample
 
@@ -71,10 +80,9 @@ def _evaluate(
     checkpoint, benchmark, temperature, seed = unit
     if checkpoint not in loaded:
         loaded.clear()  # one model in memory at a time
-        loaded[checkpoint] = load_model(job.input(checkpoint))
-    model, tokenizer = loaded[checkpoint]
-    maker, _, name = benchmark.partition("/")
-    problems = read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")
+        loaded[checkpoint] = load_checkpoint(job.input(checkpoint))
+    model, tokenizer = loaded[checkpoint].model, loaded[checkpoint].tokenizer
+    problems = read_problems(job.input(port_of(benchmark, "prompts")) / f"{item_of(benchmark)}.jsonl")
 
     def after_batch(done: int) -> None:
         if job.stop_requested:
@@ -93,11 +101,12 @@ def _evaluate(
         after_batch=after_batch,
     )
     result, samples = score(problems, completions)
-    head = {"checkpoint": checkpoint, "benchmark": name, "temperature": temperature, "seed": seed}
+    head = {"checkpoint": checkpoint, "benchmark": item_of(benchmark), "temperature": temperature, "seed": seed}
     body = {
         "unit": list(unit),
         "result": {**head, **result, "seconds": round(time.monotonic() - started, 3)},
         "samples": [{**head, **s} for s in samples],
+        "set_aside": list(loaded[checkpoint].set_aside),
     }
     write_json(_unit_file(job, number), body)
     return body

@@ -69,7 +69,7 @@ def store_problems(root: Path, attempt: Path, node: str, min_free_gb: float) -> 
     try:
         if not (attempt / PREFLIGHT_SEEN).exists():
             return [f"the store's root {root} is not what the first node sees; is its file system mounted?"]
-        (attempt / PREFLIGHT_LEFT.format(node=node)).write_text("x")
+        (attempt / PREFLIGHT_LEFT.format(node=node)).write_text("x", encoding="utf-8")
         free = shutil.disk_usage(root).free / 1e9
     except OSError as error:
         return [f"the store's root {root} cannot be used: {error.strerror}"]
@@ -102,7 +102,15 @@ def _ask_nvidia_smi() -> list[dict[str, str]]:
     """One row a GPU. Raises ValueError with what nvidia-smi said where it fails."""
     for fields in ((*_IDENTITY, *_FAULTS), _IDENTITY):  # an older one does not know all of these
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_S, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_NVIDIA_SMI_S,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
         if done.returncode == 0:
             lines = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
             return [dict(zip(fields, line, strict=True)) for line in lines if line]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.configs import PrepareConfig
 from launcher.errors import UserError
-from launcher.models.side_files import is_tokenizer_file
+from launcher.models.side_files import copy_tokenizer
+from launcher.models.tokenizer_files import end_of, read_tokenizer_files
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import is_on_hub
 from launcher.store import sha256_of, write_atomic
 
 
@@ -26,17 +27,18 @@ def main(job: StageJob) -> None:
     total = len(config.problems) + len(config.sources) + 1
     problems = _draw_all(job, config, total)
     texts = {name: read_source(name, source, problems, job.spec.seed) for name, source in config.sources.items()}
-    tokenizer, end_id = _tokenizer(job, config, [text.documents for text in texts.values()])
+    tokenizer, end_id, settings = _tokenizer(job, config, [text.documents for text in texts.values()])
     job.beat(len(problems) + 1, total)
     sources = []
     for name, text in texts.items():
         _stop_if_asked(job)
-        sources.append(_write_source(job, name, text, tokenizer, end_id, config.sources[name].kind))
+        sources.append(_write_source(job, config, name, text, tokenizer, end_id))
         job.beat(len(problems) + 1 + len(sources), total, tokens=sources[-1]["tokens"])
     job.record(
         sources=sources,
         problems={name: len(rows) for name, rows in problems.items()},
         tokenizer={"vocab_size": tokenizer.get_vocab_size(), "trained": config.tokenizer.path is None},
+        settings=settings,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("reasoning_gym", "tokenizers", "numpy")},
@@ -68,9 +70,8 @@ def check(config: PrepareConfig) -> None:
     from launcher.workers.tokens import check_vocab_size
 
     def tokenizer() -> None:
-        if config.tokenizer.path is None:
-            check_vocab_size(config.tokenizer)
-        else:
+        check_vocab_size(config.tokenizer)
+        if config.tokenizer.path is not None:
             _find_tokenizer(config.tokenizer.path)
 
     _all_problems(
@@ -121,52 +122,29 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
 
 def _find_tokenizer(path: str) -> Path:
     """The folder of a tokenizer that exists. Raises UserError where it is none."""
-    if path.startswith("hf:"):
+    if is_on_hub(path):
         raise UserError(
             f"tokenizer.path: {path}: fetching from a hub is not built yet; download it and name its folder"
         )
     folder = Path(path).expanduser()
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer.path: {folder}: holds no tokenizer.json; name a folder that AutoTokenizer saved")
-    _end_token(folder)
+    end_of(read_tokenizer_files(folder))
     return folder
 
 
-def _end_token(folder: Path) -> str:
-    path = folder / "tokenizer_config.json"
-    try:
-        token = json.loads(path.read_text()).get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: no tokenizer's settings: {error}") from None
-    content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str):
-        raise UserError(f"{path}: names no eos_token, which ends every document")
-    return content
-
-
-def _tokenizer(job: StageJob, config: PrepareConfig, texts: Iterable[Sequence[str]]) -> tuple[Any, int]:
-    """The tokenizer and the id of its end token; its files are in the port `tokenizer`."""
-    from tokenizers import Tokenizer
-
-    from launcher.workers.tokens import END, save_tokenizer, train_tokenizer
+def _tokenizer(job: StageJob, config: PrepareConfig, texts: Iterable[Sequence[str]]) -> tuple[Any, int, dict[str, Any]]:
+    """The tokenizer, the id of its end token and what the receipt says; its files are in the port `tokenizer`."""
+    from launcher.workers import tokenizer
+    from launcher.workers.tokens import save_tokenizer, train_tokenizer
 
     folder = job.output("tokenizer")
     if config.tokenizer.path is None:
-        tokenizer = train_tokenizer(_sample(texts), config.tokenizer)
-        save_tokenizer(tokenizer, folder)
-        return tokenizer, tokenizer.token_to_id(END)
-    source = _find_tokenizer(config.tokenizer.path)
-    for path in sorted(p for p in source.iterdir() if is_tokenizer_file(p.name) and p.is_file()):
-        shutil.copyfile(path, folder / path.name)
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises no narrower class
-        raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer: {error}") from None
-    end = _end_token(folder)
-    end_id = tokenizer.token_to_id(end)
-    if end_id is None:
-        raise UserError(f"{source / 'tokenizer_config.json'}: eos_token {end} is not in tokenizer.json")
-    return tokenizer, int(end_id)
+        save_tokenizer(train_tokenizer(_sample(texts), config.tokenizer), folder)
+    else:
+        copy_tokenizer(_find_tokenizer(config.tokenizer.path), folder)
+    files = read_tokenizer_files(folder)
+    allowed = config.tokenizer.allowed_special
+    made = tokenizer.build(files, allowed)
+    return made, end_of(files)[1], tokenizer.facts(made, allowed, files.set_aside)
 
 
 def _sample(texts: Iterable[Sequence[str]], documents: int = 1500, characters: int = 6000) -> list[str]:
@@ -174,18 +152,26 @@ def _sample(texts: Iterable[Sequence[str]], documents: int = 1500, characters: i
     return [text[:characters] for source in texts for text in source[:documents]]
 
 
-def _write_source(job: StageJob, name: str, text: Any, tokenizer: Any, end_id: int, kind: str) -> dict[str, Any]:
+def _write_source(
+    job: StageJob, config: PrepareConfig, name: str, text: Any, tokenizer: Any, end_id: int
+) -> dict[str, Any]:
+    from launcher.workers.tokenizer import spelled
     from launcher.workers.tokens import encode_documents, token_dtype, write_indexed
 
     prefix = job.output("tokens") / name
     ids = encode_documents(tokenizer, text.documents, end_id)
     documents, tokens = write_indexed(prefix, ids, token_dtype(max(tokenizer.get_vocab().values()) + 1))
+    special = spelled(tokenizer, text.documents, config.tokenizer.allowed_special)
+    if special["as_text"]:
+        counts = ", ".join(f"{token} ×{count}" for token, count in special["as_text"].items())
+        print(f"sources.{name}: special tokens that it spells are text: {counts}")
     facts: Mapping[str, Any] = {
         "name": name,
-        "kind": kind,
+        "kind": config.sources[name].kind,
         "documents": documents,
         "tokens": tokens,
         "bytes": sum(len(d.encode()) for d in text.documents),
+        "special_tokens": special,
         "sha256": sha256_of(prefix.with_name(f"{name}.bin")),
         "origin": dict(text.origin),
     }

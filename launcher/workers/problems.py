@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.configs import ProblemSetConfig
 from launcher.errors import UserError
+from launcher.user_json import bounded, decode, rows
 
 OPEN, CLOSE = "<think>", "</think>"
 #: Draws for each problem wanted, before a task is called exhausted.
@@ -136,20 +137,19 @@ def problem_text(problem: Problem, terse: bool = False) -> str:
 def read_problems(path: Path) -> list[dict[str, Any]]:
     """The problems of a SET.jsonl. Raises UserError naming every line that is none."""
     try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
-    rows: list[dict[str, Any]] = []
-    wrong = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(_problem(json.loads(line)))
-            except ValueError as error:
-                wrong.append(f"{path}:{number}: not a problem: {error}")
-    if wrong or not rows:
-        raise UserError(wrong or f"{path}: holds no problem")
-    return rows
+        text = decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    problems: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for place, row in rows(text, str(path), wrong):
+        try:
+            problems.append(_problem(row))
+        except ValueError as error:
+            wrong.append(f"{place}: not a problem: {error}")
+    if wrong or not problems:
+        raise UserError(bounded(wrong, str(path)) or f"{path}: holds no problem")
+    return problems
 
 
 def _problem(row: Any) -> dict[str, Any]:
@@ -158,6 +158,11 @@ def _problem(row: Any) -> dict[str, Any]:
     missing = [key for key in ("id", "task", "prompt", "answer", "trace", "entry") if key not in row]
     if missing:
         raise ValueError(f"without {', '.join(missing)}")
+    wrong = [key for key in ("id", "task", "prompt", "answer", "trace") if not isinstance(row[key], str)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must be text")
+    if not row["prompt"].strip():
+        raise ValueError("its prompt is blank")
     return row
 
 

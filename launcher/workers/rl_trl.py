@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import RLConfig
+from launcher.configs import TrlRL
+from launcher.errors import UserError, WorldError
 from launcher.progress import StageJob, Stopped, run_worker
+from launcher.references import item_of, port_of
 from launcher.store import sync_tree, write_json
 from launcher.workers.problems import reward
 from launcher.workers.sampling import completion
@@ -23,23 +25,27 @@ def main(job: StageJob) -> None:
     """Fill the port `checkpoint` (format hf); go on from the newest whole trainer checkpoint there is."""
     import torch
 
-    from launcher.workers.checkpoints import load_model, quiet
+    from launcher.workers.checkpoints import load_checkpoint, quiet, save_checkpoint
 
-    config: RLConfig = job.config(RLConfig)
+    config: TrlRL = job.config(TrlRL)
+    problems = _problems(job, config)
     quiet()
     start = newest_checkpoint(job.workdir / "progress")
     tally = Tally.read(start) if start else Tally()
     job.truncate_metrics("step", tally.step)
-    model, tokenizer = load_model(start or job.input("checkpoint"))
+    loaded = load_checkpoint(start or job.input("checkpoint"), described_in=job.input("checkpoint"))
     if tally.step < config.max_steps:
         torch.manual_seed(job.spec.seed)
-        trainer = _trainer(job, config, model, tokenizer, _problems(job, config), tally)
+        trainer = _trainer(job, config, loaded.model, loaded.tokenizer, problems, tally)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if tally.step < config.max_steps:
+        if not job.stop_requested:
+            raise WorldError(f"TRL ended after step {tally.step} of {config.max_steps}, and nothing asked it to")
         raise Stopped(f"saved after step {tally.step} of {config.max_steps}")
-    _export(job, model, tokenizer)
+    save_checkpoint(loaded, job.input("checkpoint"), job.output("checkpoint"))
     job.record(
         backend="trl",
+        settings=_settings(config, loaded),
         rewards=tally.facts(),
         versions={name: _version(name) for name in ("trl", "transformers", "torch", "reasoning_gym")},
         cpu_mode=not torch.cuda.is_available(),
@@ -52,17 +58,32 @@ def _version(name: str) -> str:
     return version(name)
 
 
-def _problems(job: StageJob, config: RLConfig) -> list[dict[str, Any]]:
+def _settings(config: TrlRL, loaded: Any) -> dict[str, Any]:
+    """What the receipt says of how completions were drawn."""
+    return {
+        "temperature": config.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "eos_token_id": loaded.tokenizer.eos_token_id,
+        "added_to_every_text": None,
+        "dropout": 0.0,
+        "set_aside": list(loaded.set_aside),
+    }
+
+
+def _problems(job: StageJob, config: TrlRL) -> list[dict[str, Any]]:
+    """The problems, one a prompt. Raises UserError where they are too few for a step: TRL takes whole steps alone."""
     from launcher.workers.problems import read_problems
 
-    maker, _, name = config.prompts.partition("/")
-    return read_problems(job.input(f"{maker}.prompts") / f"{name}.jsonl")
-
-
-def _export(job: StageJob, model: Any, tokenizer: Any) -> None:
-    folder = job.output("checkpoint")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    path = job.input(port_of(config.prompts, "prompts")) / f"{item_of(config.prompts)}.jsonl"
+    found = list({p["prompt"]: p for p in read_problems(path)}.values())
+    if len(found) < config.prompts_per_step:
+        raise UserError(
+            f"{path}: {len(found)} different prompts, fewer than the {config.prompts_per_step} of a step; "
+            "lower prompts_per_step or ask for more problems"
+        )
+    return found
 
 
 class Tally:
@@ -76,7 +97,7 @@ class Tally:
     @classmethod
     def read(cls, folder: Path) -> Tally:
         """The tally as it was at a checkpoint."""
-        return cls(**json.loads((folder / WHOLE).read_text()))
+        return cls(**json.loads((folder / WHOLE).read_text(encoding="utf-8")))
 
     def values(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -112,13 +133,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _trainer(
-    job: StageJob, config: RLConfig, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
+    job: StageJob, config: TrlRL, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
 ) -> Any:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOTrainer
 
     by_prompt = {p["prompt"]: p for p in problems}
+    tokenizer.split_special_tokens = True  # special tokens that a prompt spells are text
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_function(by_prompt, tokenizer, tally),
@@ -146,7 +168,7 @@ def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) 
     return answer_and_format
 
 
-def _arguments(job: StageJob, config: RLConfig) -> Any:
+def _arguments(job: StageJob, config: TrlRL) -> Any:
     from trl import GRPOConfig
 
     return GRPOConfig(
@@ -177,6 +199,8 @@ def _arguments(job: StageJob, config: RLConfig) -> Any:
         disable_tqdm=True,
         dataloader_num_workers=0,
         router_aux_loss_coef=0.0,  # TRL 1.16 asks hybrid Granite configs for experts that they do not have
+        top_p=1.0,
+        repetition_penalty=1.0,
         generation_kwargs={"top_k": 0},
         shuffle_dataset=True,
     )
@@ -188,7 +212,7 @@ def _has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _callback(job: StageJob, config: RLConfig, tally: Tally) -> Any:
+def _callback(job: StageJob, config: TrlRL, tally: Tally) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]

@@ -8,6 +8,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+
+#: How a text is made into tokens: nothing is added to it, and special tokens that it spells are text.
+AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,18 @@ def sample(
     """One completion a prompt, in the prompts' order; temperature 0 is greedy, otherwise plain sampling."""
     torch.manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-    how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    ids = [tokenizer(p, **AS_TEXT)["input_ids"] for p in prompts]
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=pad,
+        use_cache=True,
+        **({"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}),
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+    )
     found: list[Completion | None] = [None] * len(prompts)
     done = 0
     for batch in _batches([len(i) for i in ids], batch_size):
@@ -51,12 +65,7 @@ def sample(
         output = model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=pad,
-            top_k=0,
-            top_p=1.0,
-            **how,
+            generation_config=how,
         )
         for i, row in zip(batch, output[:, start.shape[1] :].tolist(), strict=True):
             found[i] = completion(tokenizer, row)
@@ -70,4 +79,5 @@ def completion(tokenizer: Any, ids: Sequence[int]) -> Completion:
     end = tokenizer.eos_token_id
     ended = end in ids
     kept = list(ids[: list(ids).index(end)]) if ended else list(ids)
-    return Completion(tokenizer.decode(kept), ended, len(kept) + ended)
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Completion(text, ended, len(kept) + ended)

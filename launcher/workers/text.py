@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
-import json
 import os
 import platform
 import random
 import sysconfig
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from launcher.configs import SourceConfig
+from launcher.corpus import form, look, told
 from launcher.errors import UserError
+from launcher.user_json import TOLD, bounded, decode, parse, rows
 from launcher.workers.problems import problem_text
 
 #: Parts of the library that are no prose of programs: tests, generated and vendored code.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
-_SUFFIXES = {".txt", ".md", ".py", ".jsonl"}
-#: Wrong lines of a file that are named one by one: a corpus may hold millions.
-_TOLD = 20
+#: Problems of a whole corpus that are told.
+_MOST = 3 * TOLD
 
 
 @dataclass(frozen=True)
@@ -110,27 +113,42 @@ def _python_files(root: Path) -> list[Path]:
 @lru_cache
 def _read_files(name: str) -> Source:
     path = Path(name)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    wanted = [p for p in files if p.suffix in _SUFFIXES]
-    if not wanted:
-        raise UserError(f"{path}: {'holds' if path.is_dir() else 'is'} no {', '.join(sorted(_SUFFIXES))} file")
-    problems: list[str] = []
-    documents = [document for file in wanted for document in _read_file(file, problems)]
+    corpus = look(path)
+    problems = list(corpus.problems)
+    documents = [document for file in corpus.read for document in _read_file(file, problems)]
+    if len(problems) > _MOST:
+        problems[_MOST:] = [f"{path}: {len(problems) - _MOST:,} more files or lines are wrong"]
     if problems:
         raise UserError(problems)
-    return Source(tuple(documents), {"path": name, "files": len(wanted)})
+    if corpus.passed:
+        print(told(corpus.passed, path))
+    origin = {
+        "path": name,
+        "files": len(corpus.read),
+        "bytes": sum(file.stat().st_size for file in corpus.read),
+        "documents": len(documents),
+        "not_read": {
+            "files": len(corpus.passed),
+            "bytes": sum(p.stat().st_size for p in corpus.passed if p.is_file()),
+            "names": {str(p.relative_to(path)): why for p, why in list(corpus.passed.items())[:TOLD]},
+        },
+    }
+    return Source(tuple(documents), origin)
 
 
 def _read_file(path: Path, problems: list[str]) -> list[str]:
+    reader, packed = form(path)
     if not path.is_file():
         problems.append(f"{path}: not a regular file; remove it")
         return []
     try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not text: byte {error.start} is not UTF-8; remove it or convert it")
+        content = path.read_bytes()
+        text = decode(gzip.decompress(content) if packed else content, str(path))
+    except UserError as error:
+        problems += error.problems
+        return []
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        problems.append(f"{path}: not whole in gzip's form ({error}); get it again")
         return []
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
@@ -141,28 +159,37 @@ def _read_file(path: Path, problems: list[str]) -> list[str]:
     if not text.strip():
         problems.append(f"{path}: is empty; remove it")
         return []
-    return _read_jsonl(path, text, problems) if path.suffix == ".jsonl" else [text]
-
-
-def _read_jsonl(path: Path, text: str, problems: list[str]) -> list[str]:
-    documents, wrong = [], []
-    # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            wrong.append(f"{path}:{number}: not JSON: {error}")
-            continue
-        document = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(document, str):
-            wrong.append(f"{path}:{number}: expected an object whose key `text` holds text")
-        elif not document.strip():
-            wrong.append(f"{path}:{number}: its text is blank; remove the line")
-        else:
-            documents.append(document)
-    problems += wrong[:_TOLD]
-    if len(wrong) > _TOLD:
-        problems.append(f"{path}: {len(wrong) - _TOLD:,} more lines are wrong")
+    if reader == "text":
+        return [text]
+    wrong: list[str] = []
+    found = rows(text, str(path), wrong) if reader == "rows" else _json_rows(path, text, wrong)
+    documents = [document for place, row in found for document in _document(place, row, wrong)]
+    problems += bounded(wrong, str(path))
     return documents
+
+
+def _json_rows(path: Path, text: str, wrong: list[str]) -> Iterable[tuple[str, Any]]:
+    """The rows of a .json file: an array of objects, one object, or, as some data sets have it, one a line."""
+    first = text.strip().partition("\n")[0]
+    try:
+        value = parse(text, str(path), strict=True)
+    except UserError as error:
+        with contextlib.suppress(UserError):
+            if isinstance(parse(first, ""), dict):
+                return rows(text, str(path), wrong)
+        wrong += error.problems
+        return ()
+    if not isinstance(value, list):
+        return [(str(path), value)]
+    return ((f"{path}: item {number}", row) for number, row in enumerate(value, 1))
+
+
+def _document(place: str, row: Any, wrong: list[str]) -> list[str]:
+    document = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(document, str):
+        wrong.append(f"{place}: expected an object whose key `text` holds text")
+    elif not document.strip():
+        wrong.append(f"{place}: its text is blank; remove the line")
+    else:
+        return [document]
+    return []

@@ -16,10 +16,9 @@ from typing import Any
 import numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from launcher.configs import TokenizerConfig
+from launcher.configs import END, PAD, TokenizerConfig
 from launcher.errors import UserError
 
-PAD, END = "<pad>", "<eos>"
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES = {numpy.dtype(numpy.uint16): 8, numpy.dtype(numpy.int32): 4}
 
@@ -68,9 +67,8 @@ def read_indexed(prefix: Path) -> list[numpy.ndarray[Any, Any]]:
 
 def check_vocab_size(config: TokenizerConfig) -> None:
     """Raises UserError where the vocabulary has no room for all bytes and the special tokens."""
-    least = len(pre_tokenizers.ByteLevel.alphabet()) + len({PAD, END, *config.special_tokens})
-    if config.vocab_size < least:
-        raise UserError(f"tokenizer.vocab_size: {config.vocab_size} is below the {least} that bytes and specials take")
+    if config.too_small:
+        raise UserError(f"tokenizer.vocab_size: {config.too_small}")
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -103,7 +101,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end_id: int) -> list[list[int]]:

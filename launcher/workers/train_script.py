@@ -21,6 +21,7 @@ from launcher.configs import TrainConfig
 from launcher.errors import UserError, WorldError
 from launcher.models.families import shape_of
 from launcher.progress import StageJob, Stopped, die_with_parent, run_worker
+from launcher.references import item_of, port_of
 from launcher.workers.megatron_arguments import Paths, script_arguments
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -63,21 +64,18 @@ def main(job: StageJob) -> None:
 
 
 def _paths(job: StageJob, config: TrainConfig, save: Path) -> Paths:
-    data = {str(job.input(f"{stage}.tokens") / item): weight for stage, item, weight in _sources(config)}
+    folders = {ref: job.input(port_of(ref, "tokens")) for ref in config.data}
+    data = {str(folders[ref] / item_of(ref)): weight for ref, weight in config.data.items()}
     tokenizers = [job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer")]
     start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
     going_on = _iteration(save) is not None
     return Paths(data, tokenizers[0], save, save if going_on else start, is_start=not going_on)
 
 
-def _sources(config: TrainConfig) -> list[tuple[str, str, float]]:
-    return [(name.partition("/")[0], name.partition("/")[2], weight) for name, weight in config.data.items()]
-
-
 def _iteration(folder: Path) -> int | None:
     """The last iteration that the script has saved; None where there is none."""
     try:
-        return int((folder / _TRACKER).read_text())
+        return int((folder / _TRACKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -95,6 +93,7 @@ def _run(job: StageJob, command: list[str], step_tokens: int) -> int:
         text=True,
         errors="replace",
         preexec_fn=partial(die_with_parent, os.getpid()),
+        encoding="utf-8",
     )
     ended = threading.Event()
 
@@ -145,7 +144,7 @@ def _deliver(job: StageJob, config: TrainConfig, save: Path) -> None:
         raise WorldError(f"{save / name}: named by {_TRACKER}, but it is not there")
     # The original stays until the artifact is whole: an attempt that is cut off before that starts from it again.
     shutil.copytree(save / name, target / name, copy_function=_link)
-    (target / _TRACKER).write_text(str(config.train_iters))
+    (target / _TRACKER).write_text(str(config.train_iters), encoding="utf-8")
     start = job.input("checkpoint") / "hf" if "checkpoint" in job.spec.inputs else None
     tokenizer = next(job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer"))
     hf_files.write(target / "hf", start, tokenizer, config.model.config, config.precision)

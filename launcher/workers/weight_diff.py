@@ -23,6 +23,7 @@ from typing import Any
 from launcher.errors import PrismError, UserError
 from launcher.models.headers import SINGLE, Held, adapter_problem, read_config, read_header, read_index
 from launcher.models.matching import harmless, notes_on
+from launcher.terminal import plain_output
 
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 BY_MODULE = 0.01
@@ -325,7 +326,8 @@ def _print(weights: Iterable[dict[str, Any]], modules: Iterable[dict[str, Any]])
 def run_by_hand(program: Callable[[], int]) -> int:
     """Run a program of this package from the command line; a user's mistake is text and exit code 2."""
     try:
-        return program()
+        with plain_output():
+            return program()
     except PrismError as error:
         print(f"prism-launch: {error}", file=sys.stderr)
         return error.exit_code

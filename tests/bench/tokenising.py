@@ -15,8 +15,8 @@ BUDGET = 20.0
 
 def measure(scratch: Path) -> list[Row]:
     """CPU seconds of the per-document paths over ours. Raises RuntimeError where files differ in any byte."""
-    from launcher.configs import TokenizerConfig
-    from launcher.workers.tokens import END, save_tokenizer, token_dtype, train_tokenizer
+    from launcher.configs import END, TokenizerConfig
+    from launcher.workers.tokens import save_tokenizer, token_dtype, train_tokenizer
 
     texts = {"library text": _library_text(), "short problems": _problems()}
     tokenizer = train_tokenizer([t[:6000] for t in texts["library text"][:300]], TokenizerConfig(vocab_size=8192))
@@ -60,17 +60,17 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def _library_text() -> list[str]:
-    from launcher.configs import SourceConfig
+    from launcher.configs import StdlibSource
     from launcher.workers.text import read_source
 
-    return list(read_source("bench", SourceConfig(kind="python-stdlib", max_bytes=1_500_000), {}, 0).documents)
+    return list(read_source("bench", StdlibSource(kind="python-stdlib", max_bytes=1_500_000), {}, 0).documents)
 
 
 def _problems() -> list[str]:
-    from launcher.configs import ProblemSetConfig
+    from launcher.configs import GeneratedSet
     from launcher.workers.problems import draw_problems, problem_text
 
-    return [problem_text(row) for row in draw_problems("bench", ProblemSetConfig(count=2500), 0, set())]
+    return [problem_text(row) for row in draw_problems("bench", GeneratedSet(count=2500), 0, set())]
 
 
 def _megatron_tokenizer(folder: Path) -> Callable[[str], Sequence[int]]:

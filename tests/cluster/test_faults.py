@@ -314,8 +314,8 @@ def test_a_rank_that_dies_while_the_controller_is_dead_is_requeued_later(on: OnS
 def worker(on: OnSlurm, record: RunRecord, stage: str) -> int:
     """The process of a stage's rank 0; nodes share this machine's process ids."""
     attempt = newest_attempt(on.root, record.stage(stage).spec)
-    assert attempt is not None and attempt.beat is not None
-    return int(attempt.beat["pid"])
+    assert attempt is not None
+    return int(store.read_json(attempt.folder / "heartbeat.count.0.json")["pid"])
 
 
 @pytest.mark.soak

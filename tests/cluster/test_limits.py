@@ -96,3 +96,58 @@ def test_what_fits_is_not_refused_and_nothing_is_queued(on: OnSlurm) -> None:
     assert len(site.nodes["batch"]) == 4 and {"associations", "limits", "qos"} <= site.enforced
     refuse_impossible(on.root, [asking(on, nodes=4, gpus_per_node=8, time="1-00:00:00")], on.profile)
     assert on.cluster.call("squeue", "--noheader", "--name=run.a") == ""
+
+
+@contextmanager
+def out_of_service(on: OnSlurm, command: str) -> Iterator[None]:
+    """Nodes drained or a partition down, by `scontrol update COMMAND`; mended at the end."""
+    what, *words = command.split()
+    on.cluster.call("scontrol", "update", what, *words)
+    try:
+        yield
+    finally:
+        on.cluster.call("scontrol", "update", what, "state=resume" if what.startswith("node") else "state=up")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("nodename=n[1-4] state=drain reason=test", "n1, n2, n3, n4 are out of service"),
+        ("nodename=n[2-4] state=drain reason=test", "n2, n3, n4 are out of service"),
+        ("partitionname=batch state=down", "partition batch is DOWN"),
+    ],
+)
+def test_what_cannot_start_now_is_queued_and_told(on: OnSlurm, command: str, said: str) -> None:
+    """sbatch --test-only says `Requested node configuration is not available` of all of these; sbatch queues them."""
+    record = asking(on, nodes=2)
+    with out_of_service(on, command):
+        (note,) = refuse_impossible(on.root, [record], on.profile)
+        assert note.startswith("stages.a: waits in the queue, cannot start now: ") and said in note
+        assert refused(on, asking(on, nodes=5)) == ["nodes: asks for 5 nodes, but partition batch has 4"]
+        (job,) = on.submit(record).values()
+        assert state(on.cluster, job) == "PENDING"
+        on.cluster.call("scancel", job)
+    until(lambda: refuse_impossible(on.root, [asking(on, nodes=2)], on.profile) == (), 20.0, "nothing to say any more")
+
+
+def test_a_reservation_that_begins_later_is_waited_for(on: OnSlurm) -> None:
+    made = "reservationname=later starttime=now+1hour duration=60 nodes=n1,n2 users=root"
+    on.cluster.call("scontrol", "create", "reservation", *made.split())
+    try:
+        on.profile = replace(on.profile, sbatch={"reservation": "later"})
+        (note,) = refuse_impossible(on.root, [asking(on, nodes=2)], on.profile)
+        on.profile = replace(on.profile, sbatch={"reservation": "never"})
+        (said,) = refused(on, asking(on, nodes=2))
+    finally:
+        on.cluster.call("scontrol", "delete", "reservationname=later")
+    assert note.startswith("stages.a: waits in the queue") and "reservation is invalid" in said
+
+
+def test_of_a_list_of_partitions_one_is_enough(on: OnSlurm) -> None:
+    assert refuse_impossible(on.root, [asking(on, partition="low,batch", nodes=4)], on.profile) == ()
+    (said,) = refused(on, asking(on, partition="batch,lwo"))
+    assert said.startswith("partition: Slurm has no partition lwo, did you mean low?")
+    assert refused(on, asking(on, partition="batch,low", nodes=5)) == [
+        "nodes: asks for 5 nodes, but partition batch has 4",
+        "nodes: asks for 5 nodes, but partition low has 4",
+    ]

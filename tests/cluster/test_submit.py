@@ -12,7 +12,7 @@ import pytest
 from on_slurm import until
 
 from launcher import slurm, store
-from launcher.attempts import attempts, newest_attempt
+from launcher.attempts import attempts, newest_attempt, step_of
 from launcher.cluster import load_profile, place_record
 from launcher.configs import Resources
 from launcher.devcluster.cluster import DevCluster
@@ -58,7 +58,7 @@ class OnSlurm:
 
     def step(self, record: RunRecord, stage: str = "a") -> int:
         attempt = newest_attempt(self.root, record.stage(stage).spec)
-        return int((attempt.beat or {}).get("step", 0)) if attempt else 0
+        return step_of(attempt) if attempt else 0
 
     def await_step(self, record: RunRecord, step: int, stage: str = "a", seconds: float = 60.0) -> None:
         until(lambda: self.step(record, stage) >= step, seconds, f"step {step} of {stage}")

@@ -128,7 +128,7 @@ def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
         ("{prepare/text: 1.0}", "{prepare/text: -1}", "weight must be above 0"),
         ("train_iters: 5", "train_iters: 5.5", "expected a whole number"),
         ("train_iters: 5", "train_iters: true", "expected a whole number, got true"),
-        ("{kind: files, path: data/a.txt}", "{kind: files}", "is required where kind is files"),
+        ("{kind: files, path: data/a.txt}", "{kind: files}", "path: is required"),
         ("stages:", "stage:", "unknown key, did you mean stages?"),
     ],
 )

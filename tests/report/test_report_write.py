@@ -100,7 +100,7 @@ def test_without_matplotlib_the_page_has_tables_and_names_the_extra(
     hide_matplotlib(tmp_path, monkeypatch)
     page = write_report(tmp_path, make_run(tmp_path, plan_run())).read_text()
     found = parsed(page)
-    assert "prism-launch[report]" in found.text and "<svg" not in page
+    assert "[report]" in found.text and "<svg" not in page
     assert "89.2 ± 1.4 %" in found.text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.configs import Resources, RLConfig
+from launcher.configs import AnyRL, Resources, RLConfig
 from launcher.spec import decode
 
 #: 2 nodes of 4 GPUs; 4 copies of a policy over 2 GPUs each.
@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 def rl_config(backend: str, **changes: Any) -> RLConfig:
     algorithm = "reinforce" if backend == "nemo-aligner" else "grpo"
-    return decode(RLConfig, {"backend": backend, "algorithm": algorithm, **CONFIG, **changes})
+    return decode(AnyRL, {"backend": backend, "algorithm": algorithm, **CONFIG, **changes})
 
 
 def resources(**changes: Any) -> Resources:

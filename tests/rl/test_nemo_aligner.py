@@ -8,6 +8,7 @@ import pytest
 from rl_stages import resources, rl_config, values
 
 from launcher.rl import nemo_aligner
+from launcher.spec import SpecError
 
 
 def test_the_actor_takes_its_numbers_from_the_recipe() -> None:
@@ -67,8 +68,6 @@ def test_in_a_heterogeneous_job_the_actor_is_the_first_part() -> None:
     ("changes", "key"),
     [
         ({"end_strings": []}, "end_strings"),
-        ({"num_iterations": 2}, "num_iterations"),
-        ({"importance_cap": 2.0}, "importance_cap"),
         ({"parallelism": {"context_parallel_size": 2}}, "parallelism.context_parallel_size"),
         ({"parallelism": {"recompute": "full"}}, "parallelism.recompute"),
     ],
@@ -76,3 +75,10 @@ def test_in_a_heterogeneous_job_the_actor_is_the_first_part() -> None:
 def test_what_it_does_not_do_is_refused(changes: dict[str, Any], key: str) -> None:
     assert key in dict(nemo_aligner.problems(rl_config("nemo-aligner", **changes), resources()))
     assert nemo_aligner.problems(rl_config("nemo-aligner"), resources()) == []
+
+
+@pytest.mark.parametrize(("key", "value", "able"), [("num_iterations", 2, "trl"), ("importance_cap", 2.0, "nemo-rl")])
+def test_what_other_backends_know_is_refused_with_their_name(key: str, value: Any, able: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        rl_config("nemo-aligner", **{key: value})
+    assert caught.value.problems == ((key, f"backend nemo-aligner does not know it; backend {able} does"),)

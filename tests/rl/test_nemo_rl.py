@@ -71,4 +71,3 @@ def test_what_it_does_not_do_is_refused() -> None:
     assert nemo_rl.problems(config, asked) == []
     apart = replace(asked, placement="heterogeneous")
     assert "resources.placement" in dict(nemo_rl.problems(config, apart))
-    assert "num_iterations" in dict(nemo_rl.problems(replace(config, num_iterations=2), asked))

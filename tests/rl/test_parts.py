@@ -84,7 +84,6 @@ def problems(changes: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "asked", "key", "message"),
     [
-        ({"max_prompt_length": None}, {}, "max_prompt_length", "is required"),
         ({}, {"time": None}, "resources.time", "saves by its own clock"),
         ({}, {"time": "40:00"}, "resources.time", "too short"),
         ({}, {"gpus_per_node": 0}, "resources.gpus_per_node", "needs GPUs"),

@@ -33,7 +33,7 @@ def test_gpus_beside_a_default_partition_without(monkeypatch: pytest.MonkeyPatch
             partition("small", 2),
             partition("gpu", 16, MaxNodes="8", MaxTime="UNLIMITED", DefaultTime="00:01:00", MaxCPUsPerNode="96"),
             partition("vip", 64, AllowAccounts="boss,chief"),
-            partition("old", 64, State="DOWN"),
+            partition("old", 64, State="INACTIVE"),
             partition("staff", 64, AllowGroups="staff"),
         ],
         "cpu|40|64|(null)|(null)\nsmall|2|64|gpu:a100:4|(null)\ngpu|12|128|gpu:h100:8(S:0-1),shard:8|ib,h100\n"
@@ -57,7 +57,7 @@ def test_gpus_beside_a_default_partition_without(monkeypatch: pytest.MonkeyPatch
     )
     assert (profile.runtime.container, profile.runtime.mpi) == ("none", "none")  # a working profile: no image is known
     assert profile.code == "/home/me/prism launch"
-    for said in ("vip, for accounts boss,chief only", "old, its state is DOWN", "staff, for groups staff only"):
+    for said in ("vip, for accounts boss,chief only", "old, its state is INACTIVE", "staff, for groups staff only"):
         assert said in " ".join(text.replace("\n# ", " ").split())
     assert "# gpu_type: h100" in text and "pyxis" in text and "MaxWall=7-00:00:00" in text
     assert not any(line.startswith("max_submit: 4") for line in text.splitlines())

@@ -91,7 +91,7 @@ def test_more_nodes_than_a_job_may_have_are_refused_not_cut() -> None:
 
 
 def test_what_the_profile_does_not_say_is_asked_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    queues = (Queue("a", 4, gpus=2, cpus=32), Queue("b", 1, is_default=True, max_nodes=1, gpus=8, cpus=4))
+    queues = (Queue("a", 4, types={"h100": 2}, cpus=32), Queue("b", 1, True, 1, types={"": 8}, cpus=4))
     monkeypatch.setattr(trial, "show_queues", lambda: queues)
     bare = Profile(name="bare", scheduler="slurm")
     default = trial.plan_trial(bare, ROOT, None).resources

@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from launcher.spec import ExitClass
-from launcher.supervisor.classify import ACTIONS, Evidence, RankExit, classify
+from launcher.supervisor.classify import ACTIONS, Evidence, RankExit, Said, classify
 
 FINISHED = {"class": "finished"}
 SAVED = {"class": "time-limit", "message": "saved at 3"}
@@ -24,7 +24,8 @@ def ended(
     node: str | None = None,
     log: str = "",
 ) -> RankExit:
-    return RankExit(step, rank, code, said, node, log)
+    words = Said(said["class"], said.get("message", "")) if said else None
+    return RankExit(step, rank, code, words, node, log)
 
 
 @pytest.mark.parametrize(

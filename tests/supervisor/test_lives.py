@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from launcher.attempts import Attempt
+from launcher.attempts import Attempt, Beat, End
 from launcher.spec import Limits
 from launcher.supervisor.classify import Outcome
 from launcher.supervisor.lives import end_of_chain, lives_without_progress, next_life
 
 
 def life(number: int, step: int, exit_class: str = "crashed", **end: Any) -> Attempt:
-    beat = {"time": float(number), "step": step}
-    return Attempt(f"7.{number}", Path("x"), float(number), None, {"class": exit_class, **end}, beat)
+    beat, ended = Beat(float(number), step), End(float(number), exit_class, **end)
+    return Attempt(f"7.{number}", Path("x"), float(number), None, ended, beat)
 
 
 def lives(*of: tuple[int, str] | tuple[int, str, dict[str, Any]]) -> list[Attempt]:
@@ -31,12 +31,13 @@ def lives(*of: tuple[int, str] | tuple[int, str, dict[str, Any]]) -> list[Attemp
         (lives((5, "crashed"), (5, "crashed"), (6, "crashed")), 0),
         (lives((0, "crashed"), (0, "preempted"), (0, "node-failure"), (0, "crashed")), 2),
         (lives((0, "preempted")), 0),
-        (lives((0, "preflight", {"excluded": ["n1"]}), (0, "preflight")), 1),
+        (lives((0, "preflight", {"excluded": ("n1",)}), (0, "preflight")), 1),
     ],
 )
 def test_lives_that_got_no_further_are_counted(had: list[Attempt], fruitless: int) -> None:
-    last = had[-1].end or {}
-    result = Outcome(last["class"], "why", "again", exclude=tuple(last.get("excluded", ())))
+    last = had[-1].end
+    assert last is not None
+    result = Outcome(last.exit_class, "why", "again", exclude=last.excluded)  # type: ignore[arg-type]
     assert lives_without_progress(had, result) == fruitless
     given_up = next_life(result, had, Limits(max_no_progress=0, max_excluded=9))
     assert (given_up.action == "stop") == (fruitless > 0)
@@ -52,7 +53,7 @@ def test_what_stops_or_is_done_stays_so() -> None:
 
 
 def test_no_more_nodes_are_left_out_than_allowed() -> None:
-    had = lives((0, "preflight", {"excluded": ["n1"]}), (0, "preflight"))
+    had = lives((0, "preflight", {"excluded": ("n1",)}), (0, "preflight"))
     result = Outcome("preflight", "n2: sees 7 GPUs of 8", "again", exclude=("n2",))
     assert next_life(result, had, Limits(max_excluded=2)) == result
     given_up = next_life(result, had, Limits(max_excluded=1))
@@ -71,9 +72,9 @@ def test_a_suspect_is_left_out_the_second_time() -> None:
     result = Outcome("gpu-fault", "timeout", "again", suspect=("n3",))
     first = next_life(result, lives((3, "gpu-fault")), Limits())
     assert first.exclude == ()
-    second = next_life(result, lives((3, "gpu-fault", {"suspect": ["n3"]}), (4, "gpu-fault")), Limits())
+    second = next_life(result, lives((3, "gpu-fault", {"suspect": ("n3",)}), (4, "gpu-fault")), Limits())
     assert second.exclude == ("n3",)
-    other = next_life(result, lives((3, "gpu-fault", {"suspect": ["n2"]}), (4, "gpu-fault")), Limits())
+    other = next_life(result, lives((3, "gpu-fault", {"suspect": ("n2",)}), (4, "gpu-fault")), Limits())
     assert other.exclude == ()
 
 

@@ -127,6 +127,8 @@ def test_tokenizer_that_exists(stages: dict[str, WorkerStage], tmp_path: Path) -
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    root, tmp_path = tmp_path / "root", tmp_path / "text"
+    tmp_path.mkdir()
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text"}\n')
     config = small_prepare(tokenizer={"vocab_size": 100})
@@ -136,7 +138,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     config["problems"]["b"] = {**CHAIN_SUM, "count": 5, "exclude": ["a"]}
     config["sources"]["none"] = {"kind": "files", "path": str(tmp_path / "absent")}
     config["sources"]["files"] = {"kind": "files", "path": str(tmp_path)}
-    stage = make_stage(tmp_path / "root", "prepare", config)
+    stage = make_stage(root, "prepare", config)
     code, errors = stage.run()
     assert code == 2
     assert "Traceback" not in errors
@@ -152,7 +154,12 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tokenizer_config", "message"),
-    [(None, "no tokenizer's settings"), ("{}", "names no eos_token"), ('{"eos_token": "<end>"}', "<end> is not in")],
+    [
+        (None, "names no eos_token"),
+        ("{", "tokenizer_config.json: not JSON"),
+        ("{}", "names no eos_token"),
+        ('{"eos_token": "<end>"}', "<end> is not in"),
+    ],
 )
 def test_tokenizers_that_cannot_be_used(
     stages: dict[str, WorkerStage], tmp_path: Path, tokenizer_config: str | None, message: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.configs import ProblemSetConfig
+from launcher.configs import GeneratedSet
 from launcher.errors import UserError
 from launcher.workers.problems import (
     TRACES,
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def drawn(task: str, count: int, seed: int = 0) -> list[dict]:
-    return draw_problems("set", ProblemSetConfig(task=task, count=count, settings=SETTINGS[task]), seed)
+    return draw_problems("set", GeneratedSet(task=task, count=count, settings=SETTINGS[task]), seed)
 
 
 def completion_of(problem: dict, terse: bool = False) -> str:
@@ -102,7 +102,7 @@ def test_problems_are_different_and_repeatable() -> None:
 
 
 def test_excluded_problems_stay_out_whatever_their_case_and_spaces() -> None:
-    config = ProblemSetConfig(task="count_bits", count=100, settings={"min_n": 1, "max_n": 200})
+    config = GeneratedSet(task="count_bits", count=100, settings={"min_n": 1, "max_n": 200})
     first = [p["prompt"] for p in draw_problems("a", config, 0)]
     excluded = {normalised(prompt.upper().replace(" ", "  ")) for prompt in first}
     second = [p["prompt"] for p in draw_problems("b", config, 0, excluded)]
@@ -111,7 +111,7 @@ def test_excluded_problems_stay_out_whatever_their_case_and_spaces() -> None:
 
 def test_totals_stay_within_the_limits() -> None:
     settings = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
-    problems = draw_problems("s", ProblemSetConfig(count=100, settings=settings, totals=(2, 7)), 0)
+    problems = draw_problems("s", GeneratedSet(count=100, settings=settings, totals=(2, 7)), 0)
     totals = [t for p in problems for t in totals_of(p["trace"])]
     assert (min(totals), max(totals)) == (2, 7)
 
@@ -130,11 +130,11 @@ def test_totals_stay_within_the_limits() -> None:
 )  # fmt: skip
 def test_bad_sets_are_refused(config: dict, message: str) -> None:
     with pytest.raises(UserError, match=rf"problems\.mine\..*{message}"):
-        open_task("mine", ProblemSetConfig(**config), 0)
+        open_task("mine", GeneratedSet(**config), 0)
 
 
 def test_too_few_different_problems() -> None:
-    config = ProblemSetConfig(task="count_bits", count=8, settings={"min_n": 1, "max_n": 7})
+    config = GeneratedSet(task="count_bits", count=8, settings={"min_n": 1, "max_n": 7})
     with pytest.raises(UserError, match="8 wanted, but 1600 draws of count_bits gave only 7 different ones"):
         draw_problems("mine", config, 0)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from worker_stages import WorkerStage, make_stage, variant
 
-from launcher.configs import RLConfig
+from launcher.configs import TrlRL
 from launcher.progress import Stopped
 from launcher.spec import decode
 from launcher.workers import rl_trl, sampling
@@ -163,7 +163,7 @@ def test_rewards_that_are_all_zero_leave_every_bit_and_are_counted(stage: Worker
 
 def test_settings_are_the_recipes(stage: WorkerStage) -> None:
     config = {**stage.spec.config, "temperature": 0.8, "beta": 0.0, "num_iterations": 2, "clip_grad": 0.5}
-    arguments = rl_trl._arguments(stage.job(), decode(RLConfig, config))
+    arguments = rl_trl._arguments(stage.job(), decode(TrlRL, config))
     wanted = {
         "loss_type": "dapo", "scale_rewards": "group", "beta": 0.0, "num_iterations": 2, "temperature": 0.8,
         "top_k": 0, "top_p": 1.0, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta1": 0.9, "adam_beta2": 0.95,

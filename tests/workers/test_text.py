@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.configs import ProblemSetConfig, SourceConfig
+from launcher.configs import FilesSource, GeneratedSet, ProblemsSource, StdlibSource
 from launcher.errors import UserError
 from launcher.workers.problems import draw_problems, problem_text
 from launcher.workers.text import read_documents, read_source
 
 
-def files(path: Path, **settings: object) -> SourceConfig:
-    return SourceConfig(kind="files", path=str(path), **settings)  # type: ignore[arg-type]
+def files(path: Path, **settings: object) -> FilesSource:
+    return FilesSource(kind="files", path=str(path), **settings)  # type: ignore[arg-type]
 
 
 def test_disjoint_shares_have_nothing_in_common_and_lose_nothing(tmp_path: Path) -> None:
@@ -34,9 +34,9 @@ def test_disjoint_shares_have_nothing_in_common_and_lose_nothing(tmp_path: Path)
 
 
 def test_shares_of_problems_are_disjoint_in_problems() -> None:
-    problems = {"p": draw_problems("p", ProblemSetConfig(task="gcd", count=80, settings={"max_value": 300}), 0)}
+    problems = {"p": draw_problems("p", GeneratedSet(task="gcd", count=80, settings={"max_value": 300}), 0)}
     halves = [
-        read_source(name, SourceConfig(kind="problems", problems="p", share=share, terse_share=terse), problems, 3)
+        read_source(name, ProblemsSource(kind="problems", problems="p", share=share, terse_share=terse), problems, 3)
         for name, share, terse in (("one", (0.0, 0.5), 0.9), ("two", (0.5, 1.0), 0.1))
     ]
     prompts = [{d.partition("<think>")[0] for d in half.documents} for half in halves]
@@ -46,8 +46,8 @@ def test_shares_of_problems_are_disjoint_in_problems() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_terse_share(share: float) -> None:
-    problems = draw_problems("p", ProblemSetConfig(task="gcd", count=200, settings={"max_value": 999}), 0)
-    config = SourceConfig(kind="problems", problems="p", terse_share=share)
+    problems = draw_problems("p", GeneratedSet(task="gcd", count=200, settings={"max_value": 999}), 0)
+    config = ProblemsSource(kind="problems", problems="p", terse_share=share)
     documents = read_source("s", config, {"p": problems}, 0).documents
     written = {problem_text(p, t): t for p in problems for t in (True, False)}
     terse = sum(written[d] for d in documents)
@@ -86,7 +86,7 @@ def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:
         read_documents(files(tmp_path))
     found = [p.removeprefix(f"{tmp_path}/") for p in caught.value.problems]
     assert [p.partition(": ")[0] for p in found] == [
-        "binary.txt", "empty.txt", "nulls.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5",
+        "binary.txt:1", "empty.txt", "nulls.py", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5",
         "rows.jsonl:6",
     ]  # fmt: skip
     assert "byte 3 is not UTF-8" in found[0]
@@ -105,7 +105,7 @@ def test_absent_and_useless_paths(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\0")
     with pytest.raises(UserError, match="no such file or folder"):
         read_documents(files(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"holds no \.jsonl, \.md, \.py, \.txt file"):
+    with pytest.raises(UserError, match=r"holds no \.json, \.jsonl, \.md, \.ndjson, \.py, \.txt file"):
         read_documents(files(tmp_path))
     with pytest.raises(UserError, match=r"weights\.bin: is no "):
         read_documents(files(tmp_path / "weights.bin"))
@@ -115,7 +115,7 @@ def test_standard_library() -> None:
     import argparse
     import inspect
 
-    source = read_documents(SourceConfig(kind="python-stdlib"))
+    source = read_documents(StdlibSource(kind="python-stdlib"))
     assert inspect.getsource(argparse) in source.documents
     assert source.origin["interpreter"].split() == ["CPython", ".".join(map(str, sys.version_info[:3]))]
     assert len(source.origin["sha256"]) == 64

@@ -301,7 +301,7 @@ def _check_tensors(path: Path, model: nn.Module) -> None:
 
 def _weights_dir(folder: Path) -> Path:
     try:
-        text = (folder / TRACKER).read_text().strip()
+        text = (folder / TRACKER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{folder}: no {TRACKER}; is it a checkpoint of format megatron?") from None
     if text != "release" and not text.isdecimal():

@@ -24,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 
 from launcher.errors import UserError
+from launcher.references import item_of, split_ref
 from launcher.store import sync_tree
 from launcher.workers.megatron.documents import Batch
 from launcher.workers.megatron.parallel import sum_over_ranks
@@ -56,8 +57,7 @@ def read_sources(
     sources: list[Source] = []
     total = sum(weights.values())
     for name, weight in weights.items():
-        stage, _, item = name.partition("/")
-        prefix = folders[stage] / item
+        prefix = folders[split_ref(name)[0]] / item_of(name)
         try:
             tokens = count_tokens(prefix)
         except UserError as error:

@@ -15,35 +15,18 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
-from launcher.models.side_files import is_tokenizer_file
+from launcher.models.side_files import copy_tokenizer
+from launcher.models.tokenizer_files import named_tokens, vocabulary
+from launcher.user_json import read_object
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
-def vocabulary(folder: Path) -> dict[str, int]:
-    """Token to id, of a tokenizer.json; empty where there is none."""
-    data = _read(folder / "tokenizer.json")
-    if data is None:
-        return {}
-    try:
-        vocab = data["model"]["vocab"]
-        ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-        return ids | {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    except (KeyError, TypeError, ValueError):
-        problem = "no vocabulary in it; is it a tokenizer of Hugging Face?"
-        raise UserError(f"{folder / 'tokenizer.json'}: {problem}") from None
-
-
 def special_ids(folder: Path) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as the tokenizer names them."""
-    config = _read(folder / "tokenizer_config.json") or {}
-    ids, found = vocabulary(folder), {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = config.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
-            found[f"{name}_id"] = ids[content]
-    return found
+    ids, named = vocabulary(folder), named_tokens(folder)
+    wanted = ("bos_token", "eos_token", "pad_token")
+    return {f"{role}_id": ids[named[role]] for role in wanted if named.get(role) in ids}
 
 
 def check_tokenizers(folders: Mapping[str, Path], vocab_size: int) -> None:
@@ -68,7 +51,7 @@ def check_tokenizers(folders: Mapping[str, Path], vocab_size: int) -> None:
 
 def check_start(folder: Path, wanted: ModelShape) -> None:
     """Refuse a checkpoint whose config.json describes another model. Raises UserError naming every difference."""
-    config = _read(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config is None:
         raise UserError(f"{folder / 'config.json'}: not there; is it a checkpoint of format megatron?")
     try:
@@ -91,29 +74,16 @@ def write(target: Path, source: Path | None, tokenizer: Path | None, config: Map
         for path in source.iterdir():
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
+        copy_tokenizer(source, target)
     if tokenizer is not None:
-        for path in tokenizer.iterdir():
-            if is_tokenizer_file(path.name) and path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+        copy_tokenizer(tokenizer, target)
     ids = special_ids(target)
-    known = _read(target / "config.json") or {**config}
+    known = read_object(target / "config.json") or {**config}
     known = {**ids, **{k: v for k, v in known.items() if k != "torch_dtype"}, "dtype": _DTYPES[precision]}
     _write(target / "config.json", known)
     if ids and not (target / "generation_config.json").exists():
         _write(target / "generation_config.json", ids)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:  # of JSON or of UTF-8
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; damaged?")
-    return value
-
-
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -125,7 +125,7 @@ def earlier_losses(job: StageJob, most: int) -> list[float]:
     """
     path, found = job.workdir / METRICS, list[float]()
     if job.rank == 0 and path.exists():
-        found = [json.loads(line)["loss"] for line in path.read_text().splitlines()][-most:]
+        found = [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()][-most:]
     count, *losses = sum_over_ranks([len(found), *found, *[0.0] * (most - len(found))])
     return losses[: int(count)]
 

@@ -125,7 +125,7 @@ def _speed(job: StageJob, resumed: Path | None) -> float | None:
     Steps before it may have run on another layout.
     """
     start = int(resumed.name.removeprefix("iter_")) if resumed else 0
-    rows = map(json.loads, (job.workdir / METRICS).read_text().splitlines())
+    rows = map(json.loads, (job.workdir / METRICS).read_text(encoding="utf-8").splitlines())
     speeds = [row["tokens_per_s"] for row in rows if row["iteration"] > start + _WARM_STEPS]
     return statistics.median(speeds) if speeds else None
 

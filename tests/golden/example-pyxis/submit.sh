@@ -6,6 +6,7 @@ mode=600
 umask 077
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 1
+user=$(id -un 2>/dev/null) || user=$(id -u)
 declare -A ids
 submitted=()
 links=()
@@ -32,10 +33,28 @@ send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `
     shift
     for name in "$@"; do after+=":${ids[$name]}"; done
     after=${after:+afterok$after}${link:+${after:+,}afterany:$link}
-    id=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$here/$script.sbatch") ||
-        stop "$script" "sbatch refused it, as it says above"
-    id=${id%%;*}
-    [[ $id =~ ^[0-9]+$ ]] || stop "$script" "sbatch answered '$id', which is no job id"
+    file=$here/$script.sbatch
+    said=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$file") && code=0 || code=$?
+    id=${said%%;*}
+    [[ $code = 0 && $id =~ ^[0-9]+$ ]] && return
+    id=$(queued "$file")  # something stands beside the number, or in its place
+    [[ -n $id || $code != 0 ]] || id=$(numbers <<< "$said" | tail -n 1)
+    [[ -n $id || $code = 0 ]] || stop "$script" "sbatch refused it, as it says above"
+    [[ -n $id ]] || stop "$script" "sbatch answered '$said', which is no job id, and squeue knows no new job of it"
+}
+
+queued() {  # SCRIPT: the newest job of it that Slurm has and that was not known
+    local job path
+    squeue --me --noheader --states=all --format='%i|%o' 2>/dev/null | while IFS='|' read -r job path; do
+        job=${job%%[_+]*}
+        if [[ $path = "$1" && $job =~ ^[0-9]+$ ]] && ! grep -qs "\"job\": \"${job}[_\"]" "$run/jobs.jsonl"; then
+            echo "$job"
+        fi
+    done | sort -n | tail -n 1
+}
+
+numbers() {  # of jobs, in what sbatch says: a line of its own, `;CLUSTER` in a federation, or a sentence
+    sed -nE 's/^[[:space:]]*([0-9]+)(;[^;[:space:]]*)?[[:space:]]*$/\1/p; s/.*Submitted batch job ([0-9]+).*/\1/p'
 }
 
 ready() {  # STAGE
@@ -45,8 +64,11 @@ ready() {  # STAGE
 known() {  # STAGE, its fingerprint, its job and the first of its chain: `prism-launch status` and `run` know of it then
     [ -n "${ids[$1]}" ] || submitted+=("$1")
     ids[$1]=$3
-    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s}\n' \
-        "$1" "$2" "$3" "$(date +%s)" "$(id -un)" "${4:+, \"chain\": \"$4\"}" >> "$run/jobs.jsonl"
+    local path=${file//\\/\\\\}
+    path=${path//\"/\\\"}
+    [[ $path != *[[:cntrl:]]* ]] || path=""
+    printf '{"stage": "%s", "fingerprint": "%s", "job": "%s", "time": %s, "user": "%s"%s, "script": "%s"}\n' \
+        "$1" "$2" "$3" "$(date +%s)" "$user" "${4:+, \"chain\": \"$4\"}" "$path" >> "$run/jobs.jsonl"
 }
 
 submit() {  # STAGE, its fingerprint and the stages that it reads
@@ -100,9 +122,9 @@ if ! put run.json "$run/run.json"; then
     exit 1
 fi
 
-submit prepare e92b3b12286cda78edf2
+submit prepare 2e667a1f7a030113c5b6
 submit small-052cb9-to-megatron b24409002a9ca4fe2a09
-submit midtrain bf982591065240cf4d20 prepare small-052cb9-to-megatron
-submit midtrain-to-hf cbfe661354639d7ffbca midtrain
-submit evaluate f19a2160312491715dfa midtrain-to-hf prepare
-submit_array sweep sweep.held-out.0 99ed72c93e72277e62a3 sweep.held-out.1 2fb0867b6e05bae04d0c sweep.easy.0 3c39de28d5a5bba2396a sweep.easy.1 b430658098d3cdf0625d -- midtrain-to-hf prepare
+submit midtrain 1883d8aa03fa5036572a prepare small-052cb9-to-megatron
+submit midtrain-to-hf 8f43d6db0dcc2149d85f midtrain
+submit evaluate f7b490e9b7d70597ba46 midtrain-to-hf prepare
+submit_array sweep sweep.held-out.0 ad9dbe503b64be8cd8eb sweep.held-out.1 b9227568522665562a7e sweep.easy.0 72902a925ef4ad053824 sweep.easy.1 2cc89330a791a856c254 -- midtrain-to-hf prepare

@@ -1,0 +1,56 @@
+"""Files that users and others name, read within bounds: no device, no pipe that nobody fills, no more than a limit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+from pathlib import Path
+
+from launcher.errors import UserError
+
+#: Bytes of a file that people write: recipes, profiles, config.json.
+MOST = 16 << 20
+_PIPE_S = 10
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def read_bytes(path: Path, most: int = MOST, *, piped: bool = False) -> bytes:
+    """What a regular file holds; where `piped`, also what comes through a pipe, as from `<(program)`.
+
+    Raises OSError where it cannot be opened, UserError where it is no file or holds more than `most` bytes.
+    """
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: a path cannot hold a NUL character")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe waits for nobody
+    try:
+        kind = stat.S_IFMT(os.fstat(handle).st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        is_pipe = piped and kind == stat.S_IFIFO
+        if kind != stat.S_IFREG and not is_pipe:
+            raise UserError(f"{path}: is {_KINDS.get(kind, 'special')}; name a file")
+        return _read(handle, path, most, is_pipe)
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, path: Path, most: int, is_pipe: bool) -> bytes:
+    pieces: list[bytes] = []
+    count = 0
+    while True:
+        if is_pipe and not select.select([handle], [], [], _PIPE_S)[0]:
+            raise UserError(f"{path}: nothing has come through this pipe in {_PIPE_S} s")
+        piece = os.read(handle, 1 << 20)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+        count += len(piece)
+        if count > most:
+            raise UserError(f"{path}: is larger than {most >> 20} MiB, which is more than is read of such a file")
