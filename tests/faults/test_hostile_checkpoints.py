@@ -203,9 +203,11 @@ def test_a_config_that_never_ends_is_not_read(
 
 def by_command(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     recipe = folder.parent / "r.yaml"
+    (folder.parent / "text.txt").write_text("words")
     recipe.write_text(
-        "stages:\n  prepare: {kind: prepare, tokenizer: {path: src}, problems: {p: {count: 4}}}\n"
-        "  rl: {kind: rl, backend: trl, checkpoint: ./src, prompts: prepare/p, max_steps: 1}\n"
+        "model: llama-tiny\nstages:\n"
+        "  prepare: {kind: prepare, tokenizer: {path: src}, sources: {t: {kind: files, path: text.txt}}}\n"
+        "  train: {kind: train, checkpoint: ./src, data: {prepare/t: 1.0}, train_iters: 2, lr: 1.0e-3}\n"
     )
     words = {
         "convert": ["convert", str(folder), str(folder.parent / "dst"), "--to", "megatron"],
