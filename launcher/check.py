@@ -19,14 +19,17 @@ from launcher.configs import (
 from launcher.containers import image_warning
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
-from launcher.inputs import text_problems
+from launcher.inputs import external_checkpoints, text_problems
+from launcher.models.checkpoints import format_of, obstacles, unreadable
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
-from launcher.references import split_ref
+from launcher.references import checkpoint_path, split_ref
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
 from launcher.stages import kinds
+from launcher.stages.convert import CONVERSIONS
+from launcher.stages.kind import Need
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -36,6 +39,7 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
         for key, message in _stage_problems(recipe, stage, _without_gpu(stage.resources, profile), profile.gpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
+    found += _checkpoint_problems(recipe)
     for planned in stages:
         for part, resources in planned.job_parts.items():
             for key, message in check_resources(resources, planned.spec, profile):
@@ -43,6 +47,30 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
                 found.append(f"{recipe.where(path)}: {path}: {message}")
     found += text_problems(recipe)
     return list(dict.fromkeys(found))
+
+
+def _checkpoint_problems(recipe: Recipe) -> Iterator[str]:
+    """What the headers of checkpoints outside the store rule out, which jobs would say after the queue."""
+    for stage, need in external_checkpoints(recipe):
+        folder = checkpoint_path(need.ref, Path(recipe.path).parent)
+        if folder.is_dir():
+            path = f"stages.{stage.name}.{need.where}"
+            yield from (f"{recipe.where(path)}: {path}: {problem}" for problem in _obstacles(stage, need, folder))
+
+
+def _obstacles(stage: Stage, need: Need, folder: Path) -> list[str]:
+    form = format_of(folder)
+    if form not in need.accepts:
+        target = next((to for to in need.accepts if (form, to) in CONVERSIONS), None)
+    elif form == "hf" and stage.kind != "merge":
+        return unreadable(folder, to_train=stage.kind == "rl")
+    else:
+        target = None
+    try:
+        wanted = shape_of(stage.config.model.config) if isinstance(stage.config, TrainConfig) else None
+    except UserError:  # told of the model itself
+        wanted = None
+    return obstacles(folder, target, wanted)
 
 
 def warnings_of(stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:

@@ -26,3 +26,20 @@ class UserError(PrismError):
 
 class WorldError(PrismError):
     """The world is at fault: disk full, folder not writable, program absent, a stage failed. Exit code 1."""
+
+
+#: Lines of one kind that are shown.
+_MOST_SHOWN = 20
+
+
+def bounded(problems: Iterable[str], where: object) -> list[str]:
+    """The first of many problems, and how many more there are at `where`."""
+    found = list(problems)
+    left = len(found) - _MOST_SHOWN
+    return found[:_MOST_SHOWN] + [f"{where}: {left} more"] * (left > 0)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names with commas between them, the first of many and how many there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

@@ -14,13 +14,15 @@ from launcher.configs import AnalyzeConfig, EvaluateConfig, PrepareConfig, RLCon
 from launcher.corpus import look, told
 from launcher.errors import UserError
 from launcher.files import read_bytes
+from launcher.models.checkpoints import CARRIED
+from launcher.models.headers import adapter_problem, read_config
 from launcher.models.tokenizer_files import end_of, read_tokenizer_files
+from launcher.models.torch_dist import TRACKER
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
 from launcher.stages import kinds
-from launcher.stages.kind import Outside
-from launcher.user_json import read_object
+from launcher.stages.kind import Need, Outside
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
     problems: list[str] = []
     absent: list[Absent] = []
     checkpoints: dict[str, External] = {}
-    for where, ref in _external_refs(recipe):
+    for stage, need in external_checkpoints(recipe):
+        where, ref = f"stages.{stage.name}.{need.where}", need.ref
         place = f"{recipe.where(where)}: {where}"
         path = checkpoint_path(ref, Path(recipe.path).parent)
         try:
@@ -83,15 +86,14 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
     return Inputs(checkpoints, facts, tuple(absent))
 
 
-def _external_refs(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for name, stage in recipe.stages.items():
+def external_checkpoints(recipe: Recipe) -> Iterator[tuple[Stage, Need]]:
+    """Every checkpoint outside the store that a stage of the recipe reads."""
+    for stage in recipe.stages.values():
         try:
             needs = kinds()[stage.kind].needs(stage.config)
         except UserError:
             continue  # an unknown backend: reported by the plan, with its place
-        for need in needs:
-            if need.what == "checkpoint" and is_external(need.ref):
-                yield f"stages.{name}.{need.where}", need.ref
+        yield from ((stage, need) for need in needs if need.what == "checkpoint" and is_external(need.ref))
 
 
 def _facts(recipe: Recipe, stage: Stage, absent: list[Absent]) -> dict[str, str]:
@@ -127,27 +129,25 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
     path = checkpoint_path(ref, relative_to)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    if (path / "latest_checkpointed_iteration.txt").exists():
-        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / "hf" / "config.json"))
+    if (path / TRACKER).exists():
+        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / CARRIED))
     if (path / "config.json").exists():
         if not list(path.glob("*.safetensors")):
             raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
-        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path / "config.json"))
+        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path))
     raise UserError(
-        f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one (latest_checkpointed_iteration.txt)"
+        adapter_problem(path) or f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one ({TRACKER})"
     )
 
 
-def _model_type(config: Path) -> str | None:
-    try:
-        data = read_object(config)
-    except UserError as error:
-        raise UserError(f"{error}; not a model's config.json") from None
-    if data is None:
+def _model_type(folder: Path) -> str | None:
+    """The model type of a folder's config.json; None where there is none."""
+    if not (folder / "config.json").exists():
         return None
-    if not isinstance(data.get("model_type"), str):
-        raise UserError(f"{config}: not a model's config.json: no model_type in it")
-    return str(data["model_type"])
+    found = read_config(folder).get("model_type")
+    if not isinstance(found, str):
+        raise UserError(f"{folder / 'config.json'}: not a model's config.json: it has no model_type")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ text and tokenizers
@@ -172,15 +172,15 @@ def _tokenizers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         name = config.tokenizer.path
         if name and not name.startswith("hf:") and Path(name).exists():
             yield f"stages.{stage.name}.tokenizer.path", Path(name)
-    for where, ref in _external_refs(recipe):
-        config = recipe.stages[where.split(".")[1]].config
-        folder = checkpoint_path(ref, Path(recipe.path).parent)
+    for stage, need in external_checkpoints(recipe):
+        config = stage.config
+        folder = checkpoint_path(need.ref, Path(recipe.path).parent)
         loads = isinstance(config, (EvaluateConfig, AnalyzeConfig)) or (
             isinstance(config, RLConfig) and config.backend == "trl"
         )
         # One without a tokenizer.json is left to transformers.
         if loads and (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
-            yield where, folder
+            yield f"stages.{stage.name}.{need.where}", folder
 
 
 def text_notes(recipe: Recipe) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from launcher import configs
 from launcher.configs import ConvertConfig, ModelConfig, PrepareConfig, Resources
 from launcher.errors import UserError
 from launcher.inputs import External, Inputs
+from launcher.models.families import FAMILIES
 from launcher.recipe import Recipe, Stage
 from launcher.references import is_external, split_ref
 from launcher.run_record import PlannedStage
@@ -266,8 +267,8 @@ def fingerprint(
 
 def _check_family(builder: _Builder, stage: Stage, need: Need, external: External) -> None:
     maker, model = _model_wanted(builder, stage)
-    if model is None or external.model_type in (None, model.family):
-        return
+    if model is None or external.model_type not in FAMILIES or external.model_type == model.family:
+        return  # of a model type that is not covered `check` says more
     mend = "a merge is of one model" if maker else "name the model that fits it"
     message = (
         f"{external.path} is a checkpoint of model type {external.model_type}, "

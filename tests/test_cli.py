@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from sparse_checkpoints import sparse_checkpoint
 
 from launcher import cli, slurm
 from launcher.cluster import load_profile
@@ -182,7 +184,7 @@ def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, mo
             "is a checkpoint of model type granite",
         ),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, "no .safetensors file"),
-        ({"config.json": "no json", "model.safetensors": ""}, "not a model's config.json"),
+        ({"config.json": "no json", "model.safetensors": ""}, "start/config.json: not JSON"),
         ({"README": "hello"}, "neither a Hugging Face folder"),
         ({}, "neither a Hugging Face folder"),
     ],
@@ -265,9 +267,9 @@ def test_status_of_a_submitted_run_does_without_slurm(tmp_path: Path) -> None:
 
 #: Each full-scale recipe: its model's type, and what it reads that is not here.
 PRISM = {
-    "llama-3.1-8b": ("llama", 20),
-    "nemotron-h-8b": ("nemotron_h", 20),
-    "granite-3.3-8b-long-context": ("granite", 17),
+    "llama-3.1-8b": 20,
+    "nemotron-h-8b": 20,
+    "granite-3.3-8b-long-context": 17,
 }
 
 
@@ -278,9 +280,8 @@ def data(folder: Path, recipe: str) -> list[str]:
     model = next(path for path in absent if "/models/" in path)
     for path in absent - {model}:
         (folder / "data" / Path(path).name).mkdir(parents=True)
-    (folder / "model").mkdir()
-    (folder / "model" / "model.safetensors").write_text("")
-    (folder / "model" / "config.json").write_text(json.dumps({"model_type": PRISM[recipe][0]}))
+    named = CHECKOUT / "recipes" / "models" / f"{recipe.removesuffix('-long-context')}.yaml"
+    sparse_checkpoint(folder / "model", yaml.safe_load(named.read_text())["config"])
     (folder / "model" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"</s>": 0}}}))
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     paths = {"prepare.folder": "data", "prepare.tokenizer.path": "model", "midtrain.checkpoint": "model"}
@@ -294,7 +295,7 @@ def data(folder: Path, recipe: str) -> list[str]:
 def test_check_of_a_full_scale_recipe_names_what_is_not_here_and_nothing_else(recipe: str) -> None:
     done = prism("check", f"prism/{recipe}", "--cluster", "example-pyxis")
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and lines[-1] == f"prism-launch: {PRISM[recipe][1]} problems"
+    assert done.returncode == 2 and lines[-1] == f"prism-launch: {PRISM[recipe]} problems"
     assert all(": No such file or directory" in line or ": no such checkpoint" in line for line in lines[:-1])
     assert all(".yaml:" in line and ": stages." in line for line in lines[:-1])
 

@@ -54,6 +54,7 @@ def _submit(args: argparse.Namespace) -> int:
     from launcher.cluster import place_record
     from launcher.commands.shared import root_of, slurm_profile
     from launcher.inputs import read_checkpoint
+    from launcher.models.checkpoints import obstacles
     from launcher.submit import submit_run
 
     local = [name for name in ("fold_multipliers", "parity", "config") if getattr(args, name)]
@@ -69,6 +70,8 @@ def _submit(args: argparse.Namespace) -> int:
     source = read_checkpoint(str(Path(os.path.abspath(args.source))), Path())
     if (source.format, args.to) not in CONVERSIONS:
         raise UserError(f"{source.path}: is of format {source.format}; nothing converts that to {args.to}")
+    if refused := obstacles(Path(source.path), args.to):
+        raise UserError(refused)
     config = ConvertConfig(checkpoint=source.path, source=source.format, target=args.to, verify=not args.no_verify)
     record = place_record(_run_of(config, source, profile, args.cluster), profile, root)
     jobs = submit_run(root, record, profile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from launcher.fit.memory import Layout
 from launcher.fit.search import GIB, Fit, Task, base_mfu, find_layouts, layout_problems
 from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
+from launcher.models.headers import adapter_problem, read_config, shape_in
 from launcher.models.shape import ModelShape
 from launcher.terminal import console
 from launcher.units import format_count, format_duration, significant
-from launcher.user_json import read_json
 
 #: Options of the command line that fix a size, and the size's name in `Layout`.
 _FIXED = {
@@ -82,16 +82,9 @@ def _shape(model: str) -> ModelShape:
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json":
         return shape_of(read_model(model).config)
-    try:
-        config = read_json(file)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; name a model, or a checkpoint's folder") from None
-    if not isinstance(config, Mapping):
-        raise UserError(f"{file}: not a model's config.json")
-    try:
-        return shape_of(config)
-    except UserError as error:
-        raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
+    if not file.exists():
+        raise UserError(adapter_problem(path) or f"{file}: not there; name a model, or a checkpoint's folder")
+    return shape_in(read_config(file), file)
 
 
 def _obstacles(task: Task) -> list[str]:

@@ -13,21 +13,21 @@ import torch
 from launcher.convert import nemo, run_config
 from launcher.convert.entry import Entry
 from launcher.convert.files import Member, in_folder, in_tar, leave_cache, pack
-from launcher.convert.folders import CARRIED, Checkpoint, Reader, copy_side_files, open_checkpoint
+from launcher.convert.folders import CARRIED, Checkpoint, Reader, copy_side_files, model_alone, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
-from launcher.convert.links import Format, Link, links
+from launcher.convert.links import Link, links
 from launcher.convert.moving import Job, Progress, check_written, target_entries
 from launcher.convert.target import ARCHIVE, check_room
 from launcher.convert.torch_dist import (
-    RELEASE,
     RELEASE_COMMON,
-    TRACKER,
     TorchDistReader,
     TorchDistWriter,
     extra_states,
 )
-from launcher.errors import UserError
+from launcher.errors import UserError, bounded
+from launcher.models.formats import Format
 from launcher.models.shape import ModelShape
+from launcher.models.torch_dist import RELEASE, TRACKER
 
 #: Bytes beside a tensor's own in any format, at most, and of the files around them.
 _TENSOR_OVERHEAD, _FOLDER_OVERHEAD = 4096, 64 << 20
@@ -56,10 +56,9 @@ def convert(
     if found.format == to:
         raise UserError(f"{source}: is in format {to} already")
     folded = _folded(found, to, fold)
+    in_source = len(found.reader.held)
+    found = model_alone(found)
     table = links(found.shape, found.format, to, folded)
-    check_tensors(
-        found.reader, {n: fit for link in table for n, fit in zip(link.sources, link.source_shapes, strict=True)}
-    )
     _check_types(found.reader, table, folded if to == "nemo" else None)
     wanted = target_entries(found.reader, table)
     final = (final or target).absolute()
@@ -78,7 +77,7 @@ def convert(
     exact = folded is None or to == "nemo"
     if verify:
         job.compare(written, exact)
-    return _record(found, to, written, job, files)
+    return {**_record(found, to, written, job, files), "tensors_in_source": in_source}
 
 
 def _folded(found: Checkpoint, to: Format, fold: bool) -> torch.dtype | None:
@@ -91,28 +90,6 @@ def _folded(found: Checkpoint, to: Format, fold: bool) -> torch.dtype | None:
         return None
     name = str(found.config.get("dtype") or found.config.get("torch_dtype") or "bfloat16")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
-
-
-def check_tensors(reader: Reader, shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
-    """Raise UserError unless every tensor of the model is there with a shape that fits, and nothing else is."""
-    there = reader.entries
-    problems = [
-        f"{reader.where}: {name} {list(fit[0])} is missing; is config.json that of this checkpoint?"
-        for name, fit in shapes.items()
-        if name not in there
-    ]
-    problems += [
-        f"{reader.where}: {name} {there[name]} is no tensor of this model; is config.json that of this checkpoint?"
-        for name in there
-        if name not in shapes
-    ]
-    problems += [
-        f"{reader.where}: {name} is {list(there[name].shape)}, config.json makes it {list(fit[0])}"
-        for name, fit in shapes.items()
-        if name in there and there[name].shape not in fit
-    ]
-    if problems:
-        raise UserError(_shown(problems, reader.where))
 
 
 def _check_types(reader: Reader, table: Sequence[Link], exact: torch.dtype | None) -> None:
@@ -131,11 +108,7 @@ def _check_types(reader: Reader, table: Sequence[Link], exact: torch.dtype | Non
     if len({n for link in table for n in link.sources}) != sum(len(link.sources) for link in table):
         raise RuntimeError("the family's table uses a tensor twice")
     if problems:
-        raise UserError(_shown(problems, reader.where))
-
-
-def _shown(problems: list[str], where: Path) -> list[str]:
-    return problems[:20] + [f"{where}: {len(problems) - 20} more"] * (len(problems) > 20)
+        raise UserError(bounded(problems, reader.where))
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -168,7 +141,8 @@ def _write_around(target: Path, to: Format, found: Checkpoint, wanted: Mapping[s
     """The files beside the tensors; returns the names of those carried along."""
     if to == "megatron":
         (target / TRACKER).write_text(RELEASE, encoding="utf-8")
-        run_config.write(target / RELEASE, found.shape, wanted, found.config)
+        weights = wanted["embedding.word_embeddings.weight"].dtype
+        run_config.write(target / RELEASE, found.shape, weights, found.config)
     if to == "nemo":
         import yaml
 
@@ -199,7 +173,7 @@ def digest_of(sums: Mapping[str, str]) -> str:
 def _record(found: Checkpoint, to: Format, written: Reader, job: Job, files: list[str]) -> dict[str, Any]:
     checked = ("rounded" if job.rounded else "bit-exact") if job.verify else "not run"
     folded = any(link.dtype is not None for link in job.table)
-    notes = [_FOLDED] if folded and to == "nemo" else [_unfolded(job)] if folded else []
+    notes = [*found.notes, *([_FOLDED] if folded and to == "nemo" else [_unfolded(job)] if folded else [])]
     return {
         "from": found.format,
         "to": to,

@@ -24,11 +24,11 @@ class Span:
     def __str__(self) -> str:
         return f"{self.path}: {self.member}" if self.member else str(self.path)
 
-    def read(self) -> bytes:
-        """All of it: for small files."""
+    def read(self, most: int = 1 << 62) -> bytes:
+        """All of it, or its first bytes: for small files."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return file.read(self.size)
+            return file.read(min(self.size, most))
 
 
 #: Name, with slashes, to its bytes.

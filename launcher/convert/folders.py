@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from launcher.convert import nemo
-from launcher.convert.entry import Entry
+from launcher.convert.entry import Entry, raw_bytes
 from launcher.convert.files import Files, Span, directly_in, in_tar
-from launcher.convert.hf import INDEX, HfReader
-from launcher.convert.links import Format
-from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader, checkpoint_dir
+from launcher.convert.hf import HfReader
+from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
-from launcher.models.families import shape_of
+from launcher.models import headers
+from launcher.models.checkpoints import CARRIED, carried_in, format_of
+from launcher.models.formats import Format, tensors_of
+from launcher.models.headers import INDEX, Held, adapter_problem
+from launcher.models.matching import match
 from launcher.models.shape import ModelShape
-from launcher.models.side_files import is_side_file
-
-#: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
-CARRIED = "hf"
+from launcher.models.side_files import TEMPLATES, is_side_file
+from launcher.models.torch_dist import RELEASE, TRACKER, checkpoint_dir
 
 
 class Reader(Protocol):
-    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages."""
+    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages.
+
+    `held` are all tensors, `entries` those that can be read.
+    """
 
     where: Path
+    held: Mapping[str, Held]
     entries: dict[str, Entry]
     paths: Sequence[Path]
 
@@ -42,7 +49,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to read: `config` is its config.json as read, `side` the files carried along, by name."""
+    """A checkpoint to read: `config` is its config.json as read, `side` the files carried along, by name.
+
+    `notes` tell what of its files is left out.
+    """
 
     format: Format
     where: Path
@@ -50,6 +60,7 @@ class Checkpoint:
     shape: ModelShape
     side: Files
     reader: Reader
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint:
@@ -60,7 +71,11 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
     name, files = _look_at(path)
     if config_folder is not None and not config_folder.is_dir():
         raise UserError(f"--config: {config_folder}: no such folder")
-    side = _side(files, CARRIED if name != "hf" else "") if config_folder is None else _side(directly_in(config_folder))
+    side = (
+        _side(files, CARRIED if name != "hf" else "")
+        if config_folder is None
+        else _side(directly_in(config_folder, TEMPLATES))
+    )
     where = config_folder or (path if name == "hf" else path / CARRIED)
     if "config.json" not in side and name != "hf" and config_folder is None:
         mend = "put the model's there, or name a folder that has it with --config"
@@ -72,19 +87,81 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
     return Checkpoint(name, path, config, shape, side, _reader(name, path, files))
 
 
+def model_alone(found: Checkpoint) -> Checkpoint:
+    """The checkpoint with the model's tensors alone, under the model's names. Raises UserError where one is missing or
+    does not fit, and for a tensor beside them that could be another model's."""
+    fit = match(found.reader.held, found.shape, found.format, found.reader.where, found.config)
+    if fit.copy:
+        _check_copy(found.reader, *fit.copy, found.shape.vocab_size)
+    return replace(found, reader=_Model(found.reader, fit.names), notes=fit.notes)
+
+
+def _check_copy(reader: Reader, copy: str, original: str, rows: int) -> None:
+    """Raise UserError where a second output weight is another one; padding rows do not count."""
+    if not same_values(*(reader.read(name)[:rows] for name in (copy, original))):
+        raise UserError(
+            f"{reader.where}: {copy} differs from {original}, to which config.json ties it (tie_word_embeddings); set "
+            f"that to false if the model has output weights of its own, or take {copy} out"
+        )
+
+
+def check_beside(folder: Path) -> tuple[str, ...]:
+    """Raise UserError where a whole checkpoint has tensors that the library which loads it would drop, and that could
+    be another model's.
+
+    Returns notes on what is dropped without harm. Families and settings that are not covered here are passed over, as
+    is what is not whole: the library says so itself.
+    """
+    try:
+        config, shape = read_config(_side(directly_in(carried_in(folder))), carried_in(folder))
+        form = format_of(folder)
+        reader = _reader(form, folder, {})
+    except UserError:
+        return ()
+    held = reader.held
+    whole = all(name in held and held[name].shape in fit for name, fit in tensors_of(shape, form).items())
+    if "quantization_config" in config or not whole:
+        return ()
+    return model_alone(Checkpoint(form, folder, config, shape, {}, reader)).notes
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bytes, or in different types the same values."""
+    return raw_bytes(a) == raw_bytes(b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
+
+
+class _Model:
+    """A reader's tensors under the model's names, without what lies beside them."""
+
+    def __init__(self, reader: Reader, names: Mapping[str, str]):
+        self.where, self.paths, self._reader, self._names = reader.where, reader.paths, reader, names
+        self.held = {name: reader.held[held] for name, held in names.items()}
+        self.entries = {name: reader.entries[held] for name, held in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._reader.read(self._names[name])
+
+    def read_together(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors of one type."""
+        return self._reader.read_together([self._names[name] for name in names])
+
+
 def _look_at(path: Path) -> tuple[Format, Files]:
     """The format of a checkpoint, and its files."""
     if path.is_file():
         return "nemo", in_tar(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    files = directly_in(path, CARRIED, nemo.WEIGHTS)
+    files = directly_in(path, CARRIED, nemo.WEIGHTS, TEMPLATES, f"{CARRIED}/{TEMPLATES}")
     if ".metadata" in files and re.fullmatch(rf"{RELEASE}|iter_\d+", path.resolve().name):
         raise UserError(f"{path}: an iteration of a checkpoint of format megatron; name the folder with its {TRACKER}")
     if TRACKER in files:
         return "megatron", files
     if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
         return "nemo", files
+    if "config.json" not in files and (problem := adapter_problem(path)):
+        raise UserError(problem)
     if "config.json" in files or INDEX in files or any(name.endswith(".safetensors") for name in files):
         return "hf", files
     raise UserError(
@@ -113,7 +190,7 @@ def _check_backend(where: Path, files: Files) -> None:
         kind = f"{pickle} is a pickle, which is never loaded" if pickle else "no metadata.json"
         raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
     try:
-        backend = json.loads(files["metadata.json"].read())["sharded_backend"]
+        backend = json.loads(files["metadata.json"].read(headers.MOST_CONFIG))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError):
         backend = "unknown"
     if backend != "torch_dist":
@@ -128,33 +205,29 @@ def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape
     path = where / "config.json"
     if "config.json" not in side:
         raise UserError(f"{path}: No such file or directory; put the model's config.json there")
-    try:
-        config = json.loads(side["config.json"].read())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); get the file again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a config.json of a model; get the file again")
-    try:
-        return config, shape_of(config)
-    except UserError as error:
-        raise UserError(f"{path}: {problem}" for problem in error.problems) from None
+    config = headers.parse_config(side["config.json"].read(headers.MOST_CONFIG + 1), path)
+    return config, headers.shape_in(config, path)
 
 
 def _side(files: Files, folder: str = "") -> Files:
     prefix = f"{folder}/" if folder else ""
     names = {n.removeprefix(prefix): s for n, s in files.items() if n.startswith(prefix)}
-    return {n: s for n, s in names.items() if is_side_file(n) and "/" not in n}
+    return {n: s for n, s in names.items() if is_side_file(n)}
 
 
 def copy_side_files(side: Files, target: Path) -> list[str]:
     """Write config, generation config and tokenizer; returns their names."""
     target.mkdir(exist_ok=True)
     for name, span in side.items():
+        (target / name).parent.mkdir(exist_ok=True)
         _copy(span, target / name)
     return sorted(side)
 
 
 def _copy(span: Span, target: Path) -> None:
+    if target.suffix == ".json":  # with a byte-order mark no other program reads it
+        target.write_bytes(span.read().removeprefix(codecs.BOM_UTF8))
+        return
     with span.path.open("rb") as source, target.open("wb") as file:
         source.seek(span.start)
         left = span.size

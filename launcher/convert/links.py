@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from torch import Tensor
 from launcher.convert.entry import Shape
 from launcher.convert.folding import fold, unfold
 from launcher.models.families import tensor_map
+from launcher.models.formats import Format, names_of, row_in, shapes_of
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import TensorMap
 
-Format = Literal["hf", "megatron", "nemo"]
 Transform = Callable[[Sequence[Tensor]], list[Tensor]]
-#: Tensor-parallel sizes of runs, by which NeMo and Megatron-LM pad the vocabularies of what they save.
-_TP = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,6 @@ def links(shape: ModelShape, source: Format, target: Format, folded: torch.dtype
     return tuple(_link(row, shape, source, target, folded) for row in tensor_map(shape))
 
 
-def slot(row: TensorMap, key: str) -> str:
-    """A tensor's name in a hybrid model's checkpoint, which homogeneous models' readers and writers use too."""
-    return key if row.layer is None else f"decoder.layers.{row.layer}.{key}"
-
-
 def _link(row: TensorMap, shape: ModelShape, source: Format, target: Format, folded: torch.dtype | None) -> Link:
     read, written = (_packing(row, shape, name, folded) for name in (source, target))
     dtype = None if folded is None else torch.float32 if target == "nemo" else folded
@@ -87,12 +79,10 @@ def _link(row: TensorMap, shape: ModelShape, source: Format, target: Format, fol
 
 
 def _packing(row: TensorMap, shape: ModelShape, name: Format, folded: torch.dtype | None) -> _Packing:
+    slots, shapes = names_of(row, name), shapes_of(row, shape, name)
     if name == "hf":
-        return _Packing(row.hf, tuple((s,) for s in row.hf_shapes), list, list)
-    if name == "nemo":
-        row = replace(row, megatron_shapes=row.hf_shapes) if row.transform == "vocab" else row
-    shapes = tuple(_fitting(row, shape, s, name) for s in row.megatron_shapes)
-    slots = tuple(slot(row, key) for key in row.megatron)
+        return _Packing(slots, shapes, list, list)
+    row = row_in(row, name)
     if name == "megatron" or folded is None:
         return _Packing(slots, shapes, lambda t: to_megatron(row, shape, t), lambda t: to_hf(row, shape, t))
     return _Packing(
@@ -101,22 +91,6 @@ def _packing(row: TensorMap, shape: ModelShape, name: Format, folded: torch.dtyp
         lambda tensors: to_megatron(row, shape, fold(row, shape, tensors)),
         lambda tensors: unfold(row, shape, to_hf(row, shape, tensors), folded),
     )
-
-
-def _fitting(row: TensorMap, shape: ModelShape, size: Shape, name: Format) -> tuple[Shape, ...]:
-    if row.transform != "vocab":
-        return (size,)
-    unit = vocabulary_unit(shape.vocab_size) if name == "nemo" else shape.make_vocab_size_divisible_by
-    padded = (-(-size[0] // (unit * tp)) * unit * tp for tp in _TP)
-    return tuple(dict.fromkeys((rows, *size[1:]) for rows in (size[0], row.hf_shapes[0][0], *padded)))
-
-
-def vocabulary_unit(vocab_size: int) -> int:
-    """`make_vocab_size_divisible_by` as NeMo's converters choose it: 128, halved until it divides the vocabulary."""
-    unit = 128
-    while vocab_size % unit:
-        unit //= 2
-    return unit
 
 
 def to_megatron(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from launcher.convert import lanes, run_config
-from launcher.convert.conversion import check_tensors, digest_of, torch_dist_writer
+from launcher.convert.conversion import digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.files import in_folder, leave_cache
-from launcher.convert.folders import CARRIED, Checkpoint, copy_side_files, open_checkpoint
+from launcher.convert.folders import CARRIED, Checkpoint, copy_side_files, model_alone, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
-from launcher.convert.links import links
 from launcher.convert.moving import Progress, Reporter, check_unchanged, check_written, is_finite, stamps
 from launcher.convert.target import check_room
-from launcher.convert.torch_dist import RELEASE, TRACKER, TorchDistReader
-from launcher.errors import UserError, WorldError
+from launcher.convert.torch_dist import TorchDistReader
+from launcher.errors import UserError, WorldError, bounded, listed
+from launcher.models.torch_dist import RELEASE, TRACKER
 
 _ROOM_BESIDE = 64 << 20
 
@@ -43,15 +43,18 @@ def merge(
             f"merge: {len(sources)} checkpoints and {len(weights)} weights; one weight for each of two or more"
         )
     found = [open_checkpoint(path) for path in sources]
-    first = found[0]
     _check(found)
+    found = [model_alone(one) for one in found]
+    _check_shapes(found)
+    first = found[0]
     entries = first.reader.entries
     check_room(target, sum(e.nbytes + 4096 for e in entries.values()) + _ROOM_BESIDE)
     hf = first.format == "hf"
     writer: Any = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
     if not hf:
         (target / TRACKER).write_text(RELEASE, encoding="utf-8")
-        run_config.write(target / RELEASE, first.shape, entries, first.config)
+        weights_type = entries["embedding.word_embeddings.weight"].dtype
+        run_config.write(target / RELEASE, first.shape, weights_type, first.config)
     files = copy_side_files(first.side, target if hf else target / CARRIED)
     before = [stamps(one.reader) for one in found]
     sums, not_finite = _sum_all(found, weights, writer, verify, progress)
@@ -63,7 +66,7 @@ def merge(
     check_written(written, entries)
     wrong = sorted(name for name in entries if verify and checksum(written.read(name)) != sums[name])
     if wrong:
-        raise WorldError(f"{written.where}: {', '.join(wrong)}: read back, not what was computed; merge again")
+        raise WorldError(f"{written.where}: {listed(wrong)}: read back, not what was computed; merge again")
     return {
         "format": first.format,
         "family": first.shape.family,
@@ -75,7 +78,7 @@ def merge(
         "read_back": "the bytes that were computed" if verify else "not run",
         "sha256": digest_of(sums) if verify else None,
         "not_finite": not_finite,
-        "notes": _notes(weights),
+        "notes": [*_notes(weights), *(f"{one.where}: {note}" for one in found for note in one.notes)],
         "versions": {"torch": torch.__version__},
     }
 
@@ -97,9 +100,10 @@ def _check(found: Sequence[Checkpoint]) -> None:
             problems.append(f"{other.where}: config.json describes another model than that of {first.where}")
     if problems:
         raise UserError(problems)
-    for one in found:
-        table = links(one.shape, one.format, "megatron" if one.format == "hf" else "hf")
-        check_tensors(one.reader, {n: fit for k in table for n, fit in zip(k.sources, k.source_shapes, strict=True)})
+
+
+def _check_shapes(found: Sequence[Checkpoint]) -> None:
+    first = found[0]
     differ = [
         f"{other.reader.where}: {name} is {list(other.reader.entries[name].shape)}, the first has {list(entry.shape)}"
         for other in found[1:]
@@ -107,7 +111,7 @@ def _check(found: Sequence[Checkpoint]) -> None:
         if other.reader.entries[name].shape != entry.shape
     ]
     if differ:
-        raise UserError(differ)
+        raise UserError(bounded(differ, first.where))
 
 
 def _sum_all(

@@ -6,8 +6,6 @@ that a forged file does is to describe tensors that are not there, which the rea
 
 from __future__ import annotations
 
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
 
 from launcher.errors import UserError
+from launcher.models import pickles
 
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _RECORDS: dict[tuple[str, str], Any] = {
@@ -42,17 +41,6 @@ _ADMITTED = _RECORDS | {
 _ADMITTED |= {("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside itself")
-
-
 def read_metadata(path: Path) -> Metadata:
     """What a `.metadata` file describes. Raises UserError, before anything is run, where it names anything else."""
     try:
@@ -65,17 +53,19 @@ def read_metadata(path: Path) -> Metadata:
 def parse_metadata(content: bytes, where: str) -> Metadata:
     """What the content of a `.metadata` file describes; `where` is its name in messages. Raises UserError."""
     try:
-        found = _Unpickler(io.BytesIO(content)).load()
+        found = pickles.load(content, _ADMITTED)
     except Exception as error:  # whatever broken bytes lead an unpickler to
         raise UserError(f"{where}: refused: {error}; get the checkpoint from where it was written") from None
-    if not isinstance(found, Metadata) or not _described(found.state_dict_metadata, found.storage_data):
+    if not isinstance(found, Metadata) or not _described(found):
         raise UserError(f"{where}: describes no checkpoint; get the checkpoint from where it was written")
     return found
 
 
-def _described(tensors: Any, places: Any) -> bool:
-    """Whether these are tensors by key, and places of their pieces: a record from a pickle can lack any field."""
+def _described(found: Metadata) -> bool:
+    """Whether it has tensors by key, and places of their pieces: a record from a pickle can lack any field."""
     try:
+        tensors: Any = found.state_dict_metadata
+        places: Any = found.storage_data
         return all(isinstance(key, str) and _is_entry(value) for key, value in tensors.items()) and all(
             isinstance(index, metadata.MetadataIndex)
             and isinstance(index.fqn, str)

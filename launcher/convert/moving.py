@@ -15,7 +15,7 @@ from launcher.convert import lanes
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.folders import Reader
 from launcher.convert.links import Link
-from launcher.errors import WorldError
+from launcher.errors import WorldError, listed
 
 #: Called with the bytes of tensors that are done and all that there are, those to verify included.
 Progress = Callable[[int, int], None]
@@ -105,8 +105,7 @@ class Job:
         self.seconds["verify"] = time.monotonic() - began
         if wrong:
             raise WorldError(
-                f"{written.where}: {', '.join(sorted(wrong))}: read back, not the bytes that were converted; "
-                "convert again"
+                f"{written.where}: {listed(sorted(wrong))}: read back, not the bytes that were converted; convert again"
             )
 
 
@@ -151,4 +150,4 @@ def check_written(written: Reader, wanted: Mapping[str, Entry]) -> None:
     """Raise WorldError unless exactly the tensors wanted are there."""
     wrong = sorted(name for name in {*written.entries, *wanted} if written.entries.get(name) != wanted.get(name))
     if wrong:
-        raise WorldError(f"{written.where}: {', '.join(wrong)}: not as they should be after writing; convert again")
+        raise WorldError(f"{written.where}: {listed(wrong)}: not as they should be after writing; convert again")

@@ -15,34 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert.folding import folded_epsilon
-from launcher.convert.links import vocabulary_unit
 from launcher.errors import UserError
+from launcher.models.formats import nemo_problems, vocabulary_unit
 from launcher.models.shape import ModelShape
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
 PREFIX = "model."
-#: NeMo has llama3 scaling built in for this factor alone.
-_FACTOR = 8.0
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
 
 def refuse(shape: ModelShape, fold: bool) -> None:
     """Raise UserError where NeMo cannot have the model, or not as it is."""
-    problems = []
-    if shape.hybrid_override_pattern is not None:
-        problems.append(f"model type {shape.family} does not go into format nemo; llama, mistral and granite 3 do")
-    if shape.family == "granite" and not fold:
-        problems.append(
-            "model type granite: NeMo has no setting for its multipliers. --fold-multipliers puts them into the "
-            "weights, in fp32: for inference only, since training then goes another way"
-        )
-    if fold and shape.family != "granite":
-        problems.append(f"--fold-multipliers: model type {shape.family} has no multipliers")
-    rope = shape.rope_scaling or {}
-    if rope and rope.get("factor") != _FACTOR:
-        problems.append(f"RoPE's factor is {rope.get('factor')}; NeMo has {_FACTOR:g} built in")
-    if problems:
+    if problems := nemo_problems(shape, fold):
         raise UserError(problems)
 
 

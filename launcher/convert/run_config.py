@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from launcher.convert.entry import Entry
 from launcher.models.shape import ModelShape
+from launcher.models.torch_dist import checkpoint_dir
 
 RUN_CONFIG = "run_config.yaml"
 #: Bridge has none for Granite: its multipliers are no fields of megatron-core's config.
@@ -25,18 +25,23 @@ _PROVIDERS = {
 _ACTIVATIONS = {"silu": "torch.nn.functional.silu", "squared_relu": "megatron.core.activations.squared_relu"}
 
 
-def write(folder: Path, shape: ModelShape, entries: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
-    """Write the file into a checkpoint of `entries`; none for a family that Bridge does not know.
+def write(folder: Path, shape: ModelShape, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """Write the file into a checkpoint of weights in `dtype`; none for a family that Bridge does not know.
 
-    `config` is the model's config.json, of which only the spread of random weights is used.
+    `config` is the model's config.json, of which only the spread of random weights is used. A file that is there,
+    as another program's scripts write it, stays.
     """
-    if shape.family not in _PROVIDERS:
+    if shape.family not in _PROVIDERS or (folder / RUN_CONFIG).exists():
         return
     import yaml
 
-    weights = entries["embedding.word_embeddings.weight"].dtype
-    found = run_config(shape, weights, config.get("initializer_range"))
+    found = run_config(shape, dtype, config.get("initializer_range"))
     (folder / RUN_CONFIG).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
+
+
+def write_beside(folder: Path, shape: ModelShape, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """The same beside the tensors of the newest checkpoint in a folder of format `megatron`."""
+    write(checkpoint_dir(folder), shape, dtype, config)
 
 
 def run_config(shape: ModelShape, dtype: torch.dtype, initializer_range: Any = None) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher import store
-from launcher.convert.links import Format
 from launcher.errors import UserError, WorldError
+from launcher.models.formats import Format
 
 #: The end of an archive's name, which NeMo goes by.
 ARCHIVE = ".nemo"

@@ -1,8 +1,8 @@
 """Named tensors in megatron-core's torch_dist format, read and written one at a time, without megatron-core.
 
-    latest_checkpointed_iteration.txt    the iteration, or `release` for a checkpoint that no training wrote
-    iter_NNNNNNN/ or release/            .metadata (a pickle), *.distcp (one torch.save after another), metadata.json,
-                                         common.pt
+    .metadata         a pickle: what there is, and where
+    *.distcp          one torch.save after another
+    metadata.json, common.pt
 
 A homogeneous GPT model has one tensor for all layers, `decoder.layers.mlp.linear_fc2.weight`, with a leading layer
 axis; here it is one tensor a layer, `decoder.layers.3.mlp.linear_fc2.weight`, as in files that have it so.
@@ -38,18 +38,14 @@ from launcher.convert.entry import Entry, Shape
 from launcher.convert.files import Files, Member, begin_writing
 from launcher.convert.lanes import LANES
 from launcher.convert.metadata import parse_metadata
-from launcher.errors import UserError
+from launcher.errors import UserError, bounded
+from launcher.models.headers import Held
 from launcher.models.shape import ModelShape
+from launcher.models.torch_dist import is_weight, layers_of
 
-TRACKER = "latest_checkpointed_iteration.txt"
-#: Megatron-LM takes no iteration 0; a checkpoint to start training from is a `release`.
-RELEASE = "release"
 #: What Megatron-LM reads beside the tensors.
 RELEASE_COMMON = {"iteration": 0, "checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}
-_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-#: What a training run saves besides the model.
-_NOT_WEIGHTS = ("optimizer.", "chained_")
 
 
 #: Modules of each kind of layer that ask a checkpoint for a state, in one version of Transformer Engine or another.
@@ -92,6 +88,7 @@ class TorchDistReader:
     def __init__(self, where: Path, files: Files, prefix: str = ""):
         self.where, self._files = where, files
         self.entries: dict[str, Entry] = {}
+        self.held: dict[str, Held] = {}
         self._keys: dict[str, tuple[str, int | None]] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         if ".metadata" not in files:
@@ -100,28 +97,23 @@ class TorchDistReader:
         tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and key.startswith(prefix) and not key.startswith(_NOT_WEIGHTS)
+            if isinstance(value, TensorStorageMetadata) and is_weight(key, prefix)
         }
         for key, value in tensors.items():
-            self._name(key, prefix, tuple(value.size), value.properties.dtype)
+            for name, size, layer in layers_of(key, tuple(value.size), prefix, where):
+                self.entries[name], self._keys[name] = Entry(size, value.properties.dtype), (key, layer)
+        sizes = {key: {tuple(c.offsets): tuple(c.sizes) for c in value.chunks} for key, value in tensors.items()}
         for index, info in metadata.storage_data.items():
             if index.fqn in tensors:
-                self._pieces.setdefault(index.fqn, []).append(_piece(tensors[index.fqn], index, info))
+                offsets = tuple(index.offset or (0,) * len(tensors[index.fqn].size))
+                piece = _Piece(offsets, sizes[index.fqn].get(offsets, (0,) * len(offsets)), info)
+                self._pieces.setdefault(index.fqn, []).append(piece)
         problems = [*self._holes(tensors), *self._broken_files()]
         if problems:
-            raise UserError(problems)
+            raise UserError(bounded(problems, where))
+        self.held = {n: Held(str(e.dtype).removeprefix("torch."), e.shape) for n, e in self.entries.items()}
         used = {piece.info.relative_path for pieces in self._pieces.values() for piece in pieces}
         self.paths = sorted({files[name].path for name in (".metadata", *used)})
-
-    def _name(self, key: str, prefix: str, size: Shape, dtype: torch.dtype) -> None:
-        name = key.removeprefix(prefix)
-        stacked = _STACKED.fullmatch(name)
-        if not stacked:
-            self.entries[name], self._keys[name] = Entry(size, dtype), (key, None)
-            return
-        for layer in range(size[0]):
-            one = f"decoder.layers.{layer}.{stacked[1]}"
-            self.entries[one], self._keys[one] = Entry(size[1:], dtype), (key, layer)
 
     def _holes(self, tensors: Mapping[str, TensorStorageMetadata]) -> Iterator[str]:
         for key, value in tensors.items():
@@ -180,13 +172,6 @@ class TorchDistReader:
         raise UserError(f"{span}: the piece of {key} at byte {piece.info.offset} {problem}; get the file again")
 
 
-def _piece(value: TensorStorageMetadata, index: MetadataIndex, info: _StorageInfo) -> _Piece:
-    """The piece of a tensor that `index` means; its size stands in the tensor's list of chunks."""
-    offsets = tuple(index.offset or (0,) * len(value.size))
-    sizes = next((tuple(c.sizes) for c in value.chunks if tuple(c.offsets) == offsets), (0,) * len(offsets))
-    return _Piece(offsets, sizes, info)
-
-
 def _overlap(piece: _Piece, start: Shape, size: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where a piece and the region (start, size) meet, as slices of the region and of the piece; None if nowhere."""
     into, of = [], []
@@ -197,21 +182,6 @@ def _overlap(piece: _Piece, start: Shape, size: Shape) -> tuple[tuple[slice, ...
         into.append(slice(low - s, high - s))
         of.append(slice(low - p, high - p))
     return tuple(into), tuple(of)
-
-
-def checkpoint_dir(folder: Path) -> Path:
-    """The folder of the newest checkpoint, which the tracker file names. Raises UserError."""
-    tracker = folder / TRACKER
-    try:
-        text = tracker.read_text(errors="replace", encoding="utf-8").strip()
-    except OSError:
-        raise UserError(f"{folder}: no {TRACKER}; a checkpoint of format megatron is wanted") from None
-    if text != RELEASE and not re.fullmatch("[0-9]{1,18}", text):
-        raise UserError(f"{tracker}: neither an iteration nor `{RELEASE}`")
-    path = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not (path / ".metadata").is_file():
-        raise UserError(f"{path}: named by {TRACKER}, but no torch_dist checkpoint is there")
-    return path
 
 
 class TorchDistWriter:
@@ -258,7 +228,7 @@ class TorchDistWriter:
             if len(t) > 1
         ]
         if mixed:
-            raise UserError(mixed)
+            raise UserError(bounded(mixed, self._path))
 
     def _place(self, name: str) -> tuple[str, int | None]:
         match = _LAYER.fullmatch(name)

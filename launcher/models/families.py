@@ -35,7 +35,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if not isinstance(family, str) or family not in FAMILIES:
         experts = next((n for key in _EXPERTS if isinstance(n := config.get(key), int) and n), 0)
         also = f", nor are its {experts} experts" if experts else ""
-        raise UserError(f"model type {family} is not covered{also}; there is {', '.join(FAMILIES)}")
+        raise UserError(f"model type {family} is not covered{also}; there is {', '.join(FAMILIES)}{_inside(config)}")
     try:
         shape: ModelShape = FAMILIES[family].shape_of(config)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
@@ -43,6 +43,18 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if problems := list(_wrong_values(shape)):
         raise UserError(f"model type {family}: {problem}" for problem in problems)
     return shape
+
+
+def _inside(config: Mapping[str, Any]) -> str:
+    """Advice on a model of several parts one of which is covered, as of text and images."""
+    for key in ("text_config", "llm_config", "language_config"):
+        part = config.get(key)
+        if isinstance(part, Mapping) and (inner := part.get("model_type")) in FAMILIES:
+            return (
+                f". Its {key} is of model type {inner}, which is: save that part alone (in Python, the model's "
+                f"language_model), its tensors under the names of {inner} and its {key} as config.json"
+            )
+    return ""
 
 
 def _wrong_values(shape: ModelShape) -> Iterator[str]:

@@ -21,9 +21,10 @@ def main(job: StageJob) -> None:
     total = len(config.pairs) + len(names)
     weights: list[dict[str, Any]] = []
     modules: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
     for number, (a, b) in enumerate(config.pairs):
         _beat(job, number, total)
-        whole, parts = weight_change(job.input(a), job.input(b), config.thresholds)
+        whole, parts = weight_change(job.input(a), job.input(b), config.thresholds, notes.setdefault)
         head = {"from": a, "to": b}
         weights += rows(whole, head)
         modules += module_rows(parts, head)
@@ -31,7 +32,7 @@ def main(job: StageJob) -> None:
     cka = _cka(job, config, names, total, set_aside)
     body = {"weights": weights, "weights_by_module": modules, "cka": cka, "dtypes": _dtypes(job, names)}
     write_json(job.output("analysis") / "analysis.json", body)
-    job.record(versions=_versions(), settings={"added_to_every_text": None, "set_aside": set_aside})
+    job.record(versions=_versions(), settings={"added_to_every_text": None, "set_aside": set_aside}, notes=list(notes))
 
 
 def _versions() -> dict[str, str]:

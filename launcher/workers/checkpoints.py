@@ -62,6 +62,7 @@ def load_checkpoint(folder: Path, described_in: Path | None = None) -> Loaded:
     from launcher.workers.tokenizer import load
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _tell_beside(folder)
     try:
         tokenizer, set_aside = load(side)
         config, instead = _config(raw)
@@ -136,6 +137,14 @@ def save_checkpoint(loaded: Loaded, source: Path, target: Path) -> None:
         write_json(target / "config.json", {**(read_object(target / "config.json") or {}), **kept})
     write_json(target / "generation_config.json", dict(loaded.generation))
     copy_tokenizer(source, target)
+
+
+def _tell_beside(folder: Path) -> None:
+    """Print what the folder holds beside the model; transformers drops it without a word. Raises UserError."""
+    from launcher.convert.folders import check_beside
+
+    for note in check_beside(folder):
+        print(f"{folder}: {note}", flush=True)
 
 
 def quiet() -> None:

@@ -9,8 +9,12 @@ def main(job: StageJob) -> None:
     """Train the stage's model and leave a finished checkpoint in the port `checkpoint`."""
     # Late, so that an absent library is reported as the stage's failure, and the processes that write
     # checkpoints, which import this module too, start at once.
+    from launcher.convert.folders import check_beside
     from launcher.workers.megatron.stage import train
 
+    if job.rank == 0 and "checkpoint" in job.spec.inputs:
+        for note in check_beside(job.input("checkpoint")):
+            print(f"checkpoint: {note}", flush=True)
     train(job)
 
 

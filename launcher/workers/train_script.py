@@ -133,6 +133,9 @@ def read_line(line: str) -> dict[str, Any] | None:
 
 def _deliver(job: StageJob, config: TrainConfig, save: Path) -> None:
     """Put the last checkpoint into the port, with what a conversion back to Hugging Face's format needs."""
+    import torch
+
+    from launcher.convert import run_config
     from launcher.workers.megatron import hf_files
 
     target = job.output("checkpoint")
@@ -145,6 +148,8 @@ def _deliver(job: StageJob, config: TrainConfig, save: Path) -> None:
     start = job.input("checkpoint") / "hf" if "checkpoint" in job.spec.inputs else None
     tokenizer = next(job.input(port) for port in sorted(job.spec.inputs) if port.endswith(".tokenizer"))
     hf_files.write(target / "hf", start, tokenizer, config.model.config, config.precision)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    run_config.write_beside(target, shape_of(config.model.config), dtype, config.model.config)
     tokens = config.train_iters * config.global_batch_size * config.seq_length
     job.record(entrypoint=config.entrypoint, tokens=tokens)
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import PrismError, UserError
+from launcher.models.headers import SINGLE, Held, adapter_problem, read_config, read_header, read_index
+from launcher.models.matching import harmless, notes_on
 from launcher.terminal import plain_output
 
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -112,46 +114,100 @@ class _Room:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to safetensors file. Raises UserError where the folder is no checkpoint of that kind."""
-    from safetensors import SafetensorError, safe_open
+    return {name: folder / held.file for name, held in _tensors(folder).items()}
 
+
+def _tensors(folder: Path) -> dict[str, Held]:
     files = _weight_files(folder) if folder.is_dir() else []
     if not files:
         raise UserError(f"{folder}: holds no .safetensors file; a Hugging Face checkpoint is wanted")
-    found = {}
+    found: dict[str, Held] = {}
     for file in files:
-        file.open("rb").close()  # of a file that may not be read safetensors says that there is none
         try:
-            with safe_open(file, "pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), file))
-        except (SafetensorError, OSError) as error:
+            found |= read_header(file)
+        except UserError as error:
             raise UserError(f"{file}: not readable as safetensors: {error}") from None
     return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files of model.safetensors.index.json, or of model.safetensors; some folders hold the weights twice."""
-    from launcher.convert.hf import SINGLE, read_index
-
     if index := read_index(folder):
         return sorted({folder / name for name in index.values()})
     whole = folder / SINGLE
+    if not whole.is_file() and (problem := adapter_problem(folder)):
+        raise UserError(problem)
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def read_pairs(before: Path, after: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Name and tensors of two checkpoints, one at a time. Raises UserError with every tensor that has no match."""
-    from safetensors import safe_open
+class _Model:
+    """The weights of a folder: `names` of tensors to what the files call them. `notes` tell what is left out."""
 
-    ours, theirs = tensor_files(before), tensor_files(after)
-    only = {before: sorted(set(ours) - set(theirs)), after: sorted(set(theirs) - set(ours))}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.held = folder, _tensors(folder)
+        kinds = harmless(self.held)
+        left_out = {name for names in kinds.values() for name in names}
+        self.names = {name: name for name in self.held if name not in left_out}
+        self.notes = notes_on(kinds)
+        self._opened: dict[str, Any] = {}
+
+    def read(self, name: str) -> Any:
+        """One tensor, a map of its file."""
+        from safetensors import safe_open
+
+        name = self.names[name]
+        file = self.held[name].file
+        if file not in self._opened:
+            self._opened[file] = safe_open(self.folder / file, "pt")
+        return self._opened[file].get_tensor(name)
+
+    def drop_copy(self, other: _Model) -> None:
+        """Leave output weights out that are the embedding's once more, if config.json or the other folder has it so."""
+        from launcher.convert.folders import same_values
+
+        embedding = next((name for name in self.names if _EMBEDDING.fullmatch(name)), None)
+        tied = _is_tied(self.folder)
+        if tied and embedding is None and _OUTPUT in self.names:
+            alike = next((name for name in other.names if _EMBEDDING.fullmatch(name)), "model.embed_tokens.weight")
+            self.names[alike] = self.names.pop(_OUTPUT)
+            self.notes.append(f"{_OUTPUT} was taken for {alike}, to which it is tied")
+        if embedding is None or _OUTPUT not in self.names or not (tied or _OUTPUT not in other.names):
+            return
+        if same_values(self.read(_OUTPUT), self.read(embedding)):
+            self.names.pop(_OUTPUT)
+            self.notes.append(f"{_OUTPUT} is a copy of {embedding}, to which it is tied: it was left out")
+        elif tied:
+            raise UserError(
+                f"{self.folder}: {_OUTPUT} differs from {embedding}, to which config.json ties it (tie_word_embeddings)"
+            )
+
+
+_OUTPUT = "lm_head.weight"
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embeddings|word_embeddings|wte)\.weight")
+
+
+def _is_tied(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and read_config(folder).get("tie_word_embeddings") is True
+
+
+def read_pairs(before: Path, after: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, Any, Any]]:
+    """Name and tensors of two checkpoints, one at a time. Raises UserError with every tensor that has no match.
+
+    `tell` is given what is left out.
+    """
+    ours, theirs = models = _Model(before), _Model(after)
+    ours.drop_copy(theirs)
+    theirs.drop_copy(ours)
+    for note in [f"{model.folder}: {note}" for model in models for note in model.notes]:
+        tell(note)
+    only = {before: sorted(set(ours.names) - set(theirs.names)), after: sorted(set(theirs.names) - set(ours.names))}
     problems = [
         f"{folder}: {names[0]} and {len(names)} in all are not in the other" for folder, names in only.items() if names
     ]
     if problems:
         raise UserError([*problems, "the two are not checkpoints of one model"])
-    opened = {path: safe_open(path, "pt") for path in {*ours.values(), *theirs.values()}}
-    for name in sorted(ours):
-        old, new = opened[ours[name]].get_tensor(name), opened[theirs[name]].get_tensor(name)
+    for name in sorted(ours.names):
+        old, new = ours.read(name), theirs.read(name)
         if old.shape != new.shape:
             raise UserError(f"{name}: {[*old.shape]} in {before}, {[*new.shape]} in {after}; not one model")
         yield name, old, new
@@ -176,9 +232,15 @@ def describe(name: str) -> tuple[int | None, str]:
 
 
 def weight_change(
-    before: Path, after: Path, thresholds: Sequence[float] = THRESHOLDS
+    before: Path,
+    after: Path,
+    thresholds: Sequence[float] = THRESHOLDS,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Change, dict[tuple[int | None, str], Change]]:
-    """The change of the whole model, and by (layer, module): some tensors at a time, added up in their order."""
+    """The change of the whole model, and by (layer, module): some tensors at a time, added up in their order.
+
+    `tell` is given a line for each kind of tensors that are left out of one of the folders.
+    """
     whole = Change(thresholds, changed=[0] * len(thresholds))
     parts: dict[tuple[int | None, str], Change] = {}
 
@@ -191,7 +253,7 @@ def weight_change(
 
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool:
         try:
-            for name, change in pool.map(one, read_pairs(before, after)):  # what is read is a map of the files
+            for name, change in pool.map(one, read_pairs(before, after, tell)):  # what is read is a map of the files
                 whole.add(change)
                 parts.setdefault(describe(name), Change(thresholds, changed=[0] * len(thresholds))).add(change)
         finally:
@@ -236,11 +298,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    whole, parts = weight_change(args.before, args.after)
+    notes: list[str] = []
+    whole, parts = weight_change(args.before, args.after, tell=notes.append)
     head = {"from": str(args.before), "to": str(args.after)}
     if args.json:
-        print(json.dumps({"weights": rows(whole, head), "weights_by_module": module_rows(parts, head)}, indent=2))
+        body = {"weights": rows(whole, head), "weights_by_module": module_rows(parts, head)}
+        print(json.dumps({**body, **({"notes": notes} if notes else {})}, indent=2))
         return 0
+    for note in notes:
+        print(note)
     _print(rows(whole, {}), module_rows(parts, {}))
     return 0
 

@@ -27,6 +27,7 @@ from launcher.convert.files import in_folder
 from launcher.convert.hf import INDEX, HfReader, HfWriter
 from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
 from launcher.errors import WorldError
+from launcher.models.torch_dist import TRACKER, checkpoint_dir
 
 Checkpoints = Callable[..., Path]
 
@@ -58,7 +59,7 @@ def read_all(folder: Path) -> dict[str, Tensor]:
 
 
 def reader_of(folder: Path) -> TorchDistReader:
-    path = torch_dist.checkpoint_dir(folder)
+    path = checkpoint_dir(folder)
     return TorchDistReader(path, in_folder(path))
 
 
@@ -147,7 +148,7 @@ def test_keys_and_sizes_are_those_of_megatron_core(name: str, tmp_path: Path, to
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     def tensors(folder: Path) -> dict[str, Any]:
-        found = load_tensors_metadata(str(torch_dist.checkpoint_dir(folder)))
+        found = load_tensors_metadata(str(checkpoint_dir(folder)))
         return {key: (tuple(t.global_shape), t.dtype) for key, t in found.items()}
 
     assert tensors(to_megatron(name)) == tensors(core_checkpoint(tmp_path / "core", name))
@@ -215,7 +216,7 @@ def test_layers_under_keys_of_their_own_are_read_too(
 ) -> None:
     stacked = to_megatron("Mistral-7B-v0.1")
     tensors, folder = read_all(stacked), new(tmp_path / "separate")
-    (folder / torch_dist.TRACKER).write_text("release")
+    (folder / TRACKER).write_text("release")
     writer = TorchDistWriter(
         folder / "release", {n: Entry(tuple(t.shape), t.dtype) for n, t in tensors.items()}, stacked=False
     )
@@ -437,7 +438,7 @@ def test_weights_come_out_of_a_training_checkpoint_with_its_optimizer(name: str,
     }
     whole = new(tmp_path / "training")
     dist_checkpointing.save(state, str(new(whole / "iter_0000007")))
-    (whole / torch_dist.TRACKER).write_text("7")
+    (whole / TRACKER).write_text("7")
     keys = pickle.loads((whole / "iter_0000007" / ".metadata").read_bytes()).state_dict_metadata
     assert any(key.startswith("optimizer.") for key in keys)
     hf_files.write(whole / "hf", None, None, CONFIGS[name], "bf16")
@@ -463,7 +464,7 @@ def test_both_layouts_of_megatron_core_are_read(stacked: bool, tmp_path: Path) -
     folder = new(tmp_path / "core")
     state = model.sharded_state_dict(metadata={**sharding_metadata(), "non_homogeneous_layers": not stacked})
     dist_checkpointing.save(state, str(new(folder / "iter_0000001")))
-    (folder / torch_dist.TRACKER).write_text("1")
+    (folder / TRACKER).write_text("1")
     keys = pickle.loads((folder / "iter_0000001" / ".metadata").read_bytes()).state_dict_metadata
     assert ("decoder.layers.mlp.linear_fc2.weight" in keys) is stacked
     assert ("decoder.layers.1.mlp.linear_fc2.weight" in keys) is not stacked
@@ -488,7 +489,7 @@ def test_megatron_core_loads_ours_with_strict_checks(
     from launcher.models.families import shape_of
     from launcher.workers.megatron.model import build_model, sharding_metadata
 
-    source = torch_dist.checkpoint_dir(to_megatron(name))
+    source = checkpoint_dir(to_megatron(name))
     shape = shape_of(CONFIGS[name])
     model = build_model(shape)
     asked = model.sharded_state_dict(metadata=sharding_metadata())

@@ -25,8 +25,9 @@ from torch import Tensor
 from launcher.configs import ModelConfig, Parallelism, TrainConfig
 from launcher.convert.__main__ import run
 from launcher.convert.files import in_folder
-from launcher.convert.torch_dist import TorchDistReader, checkpoint_dir
+from launcher.convert.torch_dist import TorchDistReader
 from launcher.models.families import shape_of
+from launcher.models.torch_dist import checkpoint_dir
 from launcher.workers.megatron_arguments import Paths, script_arguments
 
 CHECKOUT = os.environ.get("MEGATRON_LM", "")

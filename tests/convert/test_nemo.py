@@ -23,10 +23,10 @@ from launcher.convert.__main__ import main, run
 from launcher.convert.entry import checksum
 from launcher.convert.files import in_folder
 from launcher.convert.folders import open_checkpoint
-from launcher.convert.links import vocabulary_unit
 from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
 from launcher.models.families import shape_of
+from launcher.models.formats import vocabulary_unit
 
 Checkpoints = Callable[..., Path]
 NAMES = ["llama", "llama-tied", "Llama-3.1-8B", "Mistral-7B-v0.1", "Mistral-Small-24B-Base-2501"]

@@ -322,7 +322,10 @@ MEGATRON_REFUSALS: dict[str, tuple[Change, str]] = {
     "another vocabulary": (config(vocab_size=512), "embedding.word_embeddings.weight is [384, 48], config.json makes"),
     "more layers": (config(num_hidden_layers=3), "decoder.layers.2.mlp.linear_fc1.weight [128, 48] is missing"),
     "fewer layers": (config(num_hidden_layers=1), "decoder.layers.1.mlp.linear_fc1.weight [128, 48] float32 is no"),
-    "tied, yet two": (config(tie_word_embeddings=True), "output_layer.weight [384, 48] float32 is no tensor"),
+    "tied, yet two": (
+        config(tie_word_embeddings=True),
+        "output_layer.weight differs from embedding.word_embeddings.weight, to which config.json ties it",
+    ),
     "data cut short": (cut(DATA, 1000), "__0_0.distcp: 1000 bytes"),
     "data gone": (remove(DATA), "__0_0.distcp: not there, though .metadata names it"),
     "data damaged": (damage, "__0_0.distcp: the piece of"),

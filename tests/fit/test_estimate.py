@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sparse_checkpoints import sparse_checkpoint
 from test_fit_layouts import GRANITE_H, LLAMA
 from test_speed import receipt, write
 
@@ -121,13 +122,10 @@ def test_conversions_and_merges_write_what_they_read_and_trl_writes_fp32(tmp_pat
 
 def test_a_checkpoint_outside_the_store_is_as_large_as_its_files(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text(json.dumps(LLAMA))
-    for part, size in enumerate((1000, 234)):
-        (base / f"model-{part}.safetensors").write_bytes(bytes(size))
+    size = sparse_checkpoint(base, LLAMA, files=2)
     told = plan(tmp_path, "--set", f"mid.checkpoint={base}")
     (conversion,) = [s for s in told["stages"] if s["inserted"] and s["stage"].startswith("base-")]
-    assert conversion["estimate"]["artifact_bytes"] == 1234
+    assert conversion["estimate"]["artifact_bytes"] == size
     absent = plan(tmp_path, "--set", "mid.checkpoint=/nowhere/base")
     (conversion,) = [s for s in absent["stages"] if s["inserted"] and s["stage"].startswith("base-")]
     assert conversion["estimate"]["artifact_bytes"] is None

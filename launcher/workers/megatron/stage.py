@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from launcher.configs import TrainConfig
+from launcher.convert import run_config
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
@@ -67,6 +68,9 @@ def train(job: StageJob) -> None:
         loss = loop.run(job, trainer)
         checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
         if job.rank == 0:
+            run_config.write_beside(
+                job.output("checkpoint"), shape, next(module.parameters()).dtype, config.model.config
+            )
             hf = start / "hf" if start is not None else None
             tokenizer = next(iter(tokenizers.values()), None)
             hf_files.write(job.output("checkpoint") / "hf", hf, tokenizer, config.model.config, config.precision)
