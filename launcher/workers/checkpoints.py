@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.workers.devices import require_cuda
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:
@@ -41,7 +42,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"{folder}: {len(tokenizer)} tokens in the tokenizer, {model.config.vocab_size} in the model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to("cuda" if require_cuda() else "cpu"), tokenizer
 
 
 def quiet() -> None:

@@ -42,7 +42,7 @@ def main(job: StageJob) -> None:
         backend="trl",
         rewards=tally.facts(),
         versions={name: _version(name) for name in ("trl", "transformers", "torch", "reasoning_gym")},
-        cpu_mode=not torch.cuda.is_available(),
+        cpu_mode=not _has_cuda(),
     )
 
 
@@ -183,9 +183,9 @@ def _arguments(job: StageJob, config: RLConfig) -> Any:
 
 
 def _has_cuda() -> bool:
-    import torch
+    from launcher.workers.devices import require_cuda
 
-    return bool(torch.cuda.is_available())
+    return require_cuda()
 
 
 def _callback(job: StageJob, config: RLConfig, tally: Tally) -> Any:

@@ -44,7 +44,7 @@ def train(job: StageJob) -> None:
         hf_files.check_start(start / "hf", shape)
     if cpu_mode.active() and job.rank == 0:
         print(cpu_mode.NOTICE, flush=True)
-    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
+    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed, job.spec.limits.hang_s):
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
         blend = _blend(config, sources, samples, job.spec.seed, shape, progress / "index")
