@@ -20,7 +20,7 @@ from launcher.models.shape import ModelShape
 from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop, numerics
 from launcher.workers.megatron.data import Blend, Source, read_sources
-from launcher.workers.megatron.layers import kernels
+from launcher.workers.megatron.layers import fusions, kernels
 from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
@@ -61,7 +61,7 @@ def train(job: StageJob) -> None:
         trainer = loop.build_trainer(config, module, blend, held_out)
         counts = _count_parameters(module, shape)
         if job.rank == 0:
-            job.record(**counts, **_facts(config, blend, job.world_size))
+            job.record(**counts, **_facts(config, shape, blend, job.world_size))
             for source in blend.mix():
                 print(_blend_line(source))
         loss = loop.run(job, trainer)
@@ -126,7 +126,7 @@ def _speed(job: StageJob, resumed: Path | None) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]:
+def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int) -> dict[str, Any]:
     layout = config.parallelism
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
@@ -143,6 +143,7 @@ def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]
             "recompute": layout.recompute,
         },
         "kernels": kernels(),
+        "fusions": sorted(name for name, on in fusions(shape, layout).items() if on),
         "fp8": config.fp8_format and f"{config.fp8_format}, {config.fp8_recipe}",
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }
