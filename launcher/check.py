@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster import Profile, check_resources
-from launcher.configs import Component, Resources, RLConfig, TrainConfig
+from launcher.configs import Component, Parallelism, Resources, RLConfig, TrainConfig
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
+from launcher.fit.host import node_bytes
+from launcher.fit.layers import architecture_of
+from launcher.fit.search import GIB
+from launcher.fit.speed import layout_of
 from launcher.models.families import shape_of
 from launcher.models.layout import check_layout
 from launcher.recipe import Recipe, Stage
 from launcher.rl import backends, refusals
 from launcher.run_record import PlannedStage
+from launcher.units import memory_bytes
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -22,6 +28,9 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
     for stage in recipe.stages.values():
         for key, message in _stage_problems(recipe, stage, _without_gpu(stage.resources, profile), profile.gpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
+            found.append(f"{recipe.where(path)}: {path}: {message}")
+        for message in _host_problems(stage, profile):
+            path = f"stages.{stage.name}.resources.mem"
             found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
         for part, resources in planned.job_parts.items():
@@ -100,6 +109,25 @@ def _train_problems(stage: Stage, config: TrainConfig, cpu: bool) -> Iterator[tu
     if config.seq_length > shape.max_position_embeddings:
         limit = shape.max_position_embeddings
         yield "seq_length", f"{config.seq_length} is beyond the {limit} positions of {config.model.name}"
+
+
+def _host_problems(stage: Stage, profile: Profile) -> Iterator[str]:
+    """Whether the memory that Slurm gives a node has room for what its processes hold while they save."""
+    config, asked = stage.config, stage.resources
+    memory = asked.mem or profile.mem
+    if not asked.gpus_per_node or memory is None or profile.scheduler != "slurm":
+        return
+    if not isinstance(config, TrainConfig) or not isinstance(config.parallelism, Parallelism) or config.entrypoint:
+        return
+    given, ranks = memory_bytes(memory), asked.ntasks_per_node
+    with contextlib.suppress(UserError, ValueError, ZeroDivisionError):  # of the model or layout, said elsewhere
+        layout = layout_of(config, config.parallelism, asked.nodes * ranks)
+        needed = node_bytes(architecture_of(shape_of(config.model.config)), layout, ranks) / GIB
+        if given is not None and given / GIB < needed:
+            yield (
+                f"{memory} a node, and its {ranks} processes need about {needed:.0f} GiB when they save; ask for more, "
+                "for 0 (all that the node has), or for more nodes"
+            )
 
 
 def _fp8_problems(config: TrainConfig, gpu: str | None) -> Iterator[tuple[str, str]]:
