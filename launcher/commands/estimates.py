@@ -58,10 +58,11 @@ def warnings_of(outlook: Outlook) -> list[str]:
                 "`prism-launch fit` lists the layouts that fit"
             )
         limits = stage.spec.limits
-        if estimate.stop_seconds is not None and estimate.stop_seconds > limits.save_s and _stops(outlook):
+        if _is_cut_off(outlook, estimate, limits.save_s):
             found.append(
-                f"{name}: a save at the time limit takes about {format_duration(estimate.stop_seconds)} where a node "
-                f"writes {NODE_RATE / 1e9:g} GB/s, and gets {limits.save_s:g} s; raise save_s in the profile's limits"
+                f"{name}: a save at the time limit takes about {format_duration(estimate.stop_seconds or 0)} where a "
+                f"node writes {NODE_RATE / 1e9:g} GB/s, and gets {limits.save_s:g} s; raise save_s in the profile's "
+                "limits, or ask for more nodes"
             )
         if lives and limits.continuation == "chain" and lives > limits.chain_jobs:
             found.append(
@@ -73,9 +74,11 @@ def warnings_of(outlook: Outlook) -> list[str]:
     return found
 
 
-def _stops(outlook: Outlook) -> bool:
-    """Whether anything stops a stage before its end: Slurm's time limit."""
-    return outlook.profile.scheduler == "slurm"
+def _is_cut_off(outlook: Outlook, estimate: Estimate, save_s: float) -> bool:
+    """Whether a stage that Slurm's time limit stops will not have saved in time."""
+    if outlook.profile.scheduler != "slurm" or estimate.fits is False or estimate.stop_seconds is None:
+        return False
+    return estimate.stop_seconds > save_s
 
 
 def estimate_json(outlook: Outlook, stage: PlannedStage) -> dict[str, Any]:
