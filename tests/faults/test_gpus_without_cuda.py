@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import spec, steps, store
 from launcher.errors import WorldError
-from launcher.supervisor.classify import Evidence, RankExit, classify
+from launcher.supervisor.faults import gpu_fault
 from launcher.workers import devices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,14 +22,15 @@ STAGE = REPOSITORY / "tests" / "data" / "stage.json"
 
 @pytest.mark.parametrize("module", ["train", "train_script"])
 def test_a_worker_with_gpus_and_no_cuda_ends_with_node_and_reason(tmp_path: Path, module: str) -> None:
-    exit_ = ending(tmp_path, module, PRISM_GPUS="8", SLURMD_NODENAME="n7")
-    assert "node n7 cannot use CUDA, though the stage has 8 GPUs a node: " in exit_.said["message"]
-    assert "Torch not compiled with CUDA" in exit_.said["message"] or "driver" in exit_.said["message"].lower()
-    outcome = classify(Evidence([exit_]))
-    assert (outcome.exit_class, outcome.action, outcome.exclude) == ("gpu-fault", "again", ("n7",))
+    said = ending(tmp_path, module, PRISM_GPUS="8", SLURMD_NODENAME="n7")
+    assert said["class"] == "crashed"
+    assert "node n7 cannot use CUDA, though the stage has 8 GPUs a node: " in said["message"]
+    assert "Torch not compiled with CUDA" in said["message"] or "driver" in said["message"].lower()
+    fault = gpu_fault(said["message"])
+    assert fault is not None and fault.blame == "node", "the supervisor leaves this node out, and tries again"
 
 
-def ending(root: Path, module: str, **environment: str) -> RankExit:
+def ending(root: Path, module: str, **environment: str) -> dict[str, Any]:
     """How a worker of a train stage ends, before it looks at any of its inputs."""
     config = json.loads(STAGE.read_text())
     if module == "train_script":
@@ -40,7 +42,8 @@ def ending(root: Path, module: str, **environment: str) -> RankExit:
     command = [sys.executable, "-m", f"launcher.workers.{module}", str(path)]
     done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **ours}, capture_output=True, text=True)
     said = store.read_json(attempt / "exit.main.0.json")
-    return RankExit("main", 0, done.returncode, said, environment["SLURMD_NODENAME"], done.stderr)
+    assert done.returncode == 1 and said is not None, done.stderr
+    return dict(said)
 
 
 def test_the_step_is_told_of_its_gpus_under_slurm_and_here_only_where_there_are_any() -> None:

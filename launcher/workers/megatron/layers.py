@@ -51,7 +51,9 @@ def kernels() -> Literal["transformer-engine", "torch", "reference"]:
     return "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch"
 
 
-def fusions(shape: ModelShape, parallelism: Parallelism = ALONE) -> dict[str, bool]:
+def fusions(
+    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Literal["bf16", "fp32"] = "bf16"
+) -> dict[str, bool]:
     """What megatron-core fuses on a GPU, as Megatron-LM's own scripts have it; fields of TransformerConfig.
 
     `torch.compile` wants a C compiler where the model runs. The accumulation of gradients is
@@ -64,7 +66,8 @@ def fusions(shape: ModelShape, parallelism: Parallelism = ALONE) -> dict[str, bo
     return {
         "bias_activation_fusion": compiler and shape.gated_linear_unit and shape.activation == "silu",
         "bias_dropout_fusion": compiler,
-        "cross_entropy_loss_fusion": compiler,
+        # megatron-core's rounds the gradient to bf16, whatever the logits are.
+        "cross_entropy_loss_fusion": compiler and precision == "bf16",
         "apply_rope_fusion": fused,
         "gradient_accumulation_fusion": fused or _has_apex(),
         "use_mamba_mem_eff_path": mamba_triton.has_fused_kernel(),
@@ -72,11 +75,11 @@ def fusions(shape: ModelShape, parallelism: Parallelism = ALONE) -> dict[str, bo
     }
 
 
-def kernel_fields(shape: ModelShape, parallelism: Parallelism) -> dict[str, Any]:
+def kernel_fields(shape: ModelShape, parallelism: Parallelism, precision: Literal["bf16", "fp32"]) -> dict[str, Any]:
     """The fields of TransformerConfig that say by what a model is computed, and not what."""
     # Passed from rank to rank, its default, Transformer Engine cannot keep keys inside a window.
     gathers = shape.window_size is not None and parallelism.context_parallel_size > 1
-    return {**fusions(shape, parallelism), **({"cp_comm_type": "all_gather"} if gathers else {})}
+    return {**fusions(shape, parallelism, precision), **({"cp_comm_type": "all_gather"} if gathers else {})}
 
 
 def _has_apex() -> bool:

@@ -153,7 +153,7 @@ def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int
             "recompute": layout.recompute,
         },
         "kernels": kernels(),
-        "fusions": sorted(name for name, on in fusions(shape, layout).items() if on),
+        "fusions": sorted(name for name, on in fusions(shape, layout, config.precision).items() if on),
         "fp8": config.fp8_format and f"{config.fp8_format}, {config.fp8_recipe}",
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }
