@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,24 @@ def test_a_collective_waits_longer_than_a_hang_lasts() -> None:
     assert collective_s(1800.0) > 1800.0
     assert collective_s(7200.0) > 7200.0
     assert collective_s(5.0) >= 1800.0, "a slow save is no hang"
+
+
+def test_every_group_waits_as_long_on_a_gpu_and_has_its_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from launcher.workers.megatron import parallel
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(parallel, "cpu_mode", types.SimpleNamespace(active=lambda: False))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **o: asked.update(o, backend=backend))
+    groups = lambda *_, **options: asked.update(options)  # noqa: E731
+    monkeypatch.setattr(parallel.parallel_state, "initialize_model_parallel", groups)
+    monkeypatch.setattr(parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
+    monkeypatch.setattr(parallel, "_leave", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with parallel.process_groups(rank=13, world_size=16, hang_s=7200.0):
+        pass
+    assert (asked["backend"], asked["device"], asked["rank"]) == ("nccl", 5, 13)
+    assert asked["timeout"].total_seconds() == asked["distributed_timeout_minutes"] * 60 > 7200.0
