@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from launcher import store
+from launcher.progress import Stopped
 from launcher.supervisor.faults import gpu_fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -101,22 +102,43 @@ def test_a_collective_waits_longer_than_a_hang_lasts() -> None:
     assert collective_s(5.0) >= 1800.0, "a slow save is no hang"
 
 
-def test_every_group_waits_as_long_on_a_gpu_and_has_its_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What process groups of GPUs are made with, and whether they were left; none is made."""
     import torch
 
     from launcher.workers.megatron import parallel
 
-    asked: dict[str, Any] = {}
+    found: dict[str, Any] = {"left": False}
     monkeypatch.setattr(parallel, "cpu_mode", types.SimpleNamespace(active=lambda: False))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
-    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **o: asked.update(o, backend=backend))
-    groups = lambda *_, **options: asked.update(options)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.update(device=device))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **o: found.update(o, backend=backend))
+    groups = lambda *_, **options: found.update(options)  # noqa: E731
     monkeypatch.setattr(parallel.parallel_state, "initialize_model_parallel", groups)
     monkeypatch.setattr(parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
-    monkeypatch.setattr(parallel, "_leave", lambda: None)
+    monkeypatch.setattr(parallel, "_leave", lambda: found.update(left=True))
     monkeypatch.setenv("LOCAL_RANK", "5")
+    return found
+
+
+def test_every_group_waits_as_long_on_a_gpu_and_has_its_ranks_device(asked: dict[str, Any]) -> None:
+    from launcher.workers.megatron import parallel
+
     with parallel.process_groups(rank=13, world_size=16, hang_s=7200.0):
         pass
     assert (asked["backend"], asked["device"], asked["rank"]) == ("nccl", 5, 13)
     assert asked["timeout"].total_seconds() == asked["distributed_timeout_minutes"] * 60 > 7200.0
+    assert asked["left"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "left"),
+    [(Stopped("asked"), 16, True), (ValueError(), 16, False), (KeyboardInterrupt(), 2, False), (ValueError(), 1, True)],
+)
+def test_ranks_leave_where_all_end_alike(asked: dict[str, Any], error: BaseException, ranks: int, left: bool) -> None:
+    from launcher.workers.megatron import parallel
+
+    with pytest.raises(type(error)), parallel.process_groups(world_size=ranks):
+        raise error
+    assert asked["left"] is left

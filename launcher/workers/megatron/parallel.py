@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from launcher.configs import Parallelism
+from launcher.progress import Stopped
 from launcher.workers import devices
 from launcher.workers.megatron import cpu_mode
 
@@ -44,8 +45,8 @@ def process_groups(
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
-    except BaseException:
-        if world_size == 1:
+    except BaseException as error:
+        if world_size == 1 or isinstance(error, Stopped):  # all stop at the same step
             _leave()
         raise
     _leave()
