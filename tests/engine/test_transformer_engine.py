@@ -49,6 +49,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     assert [c.get("engine") for c in first.values()] == [c.get("engine") for c in second.values()]
+    for case, other in zip(first.values(), second.values(), strict=True):
+        case["records"] = [*case.get("records", ()), *other.get("records", ())]
     yield first
 
 
