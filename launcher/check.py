@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from launcher.configs import (
     AnalyzeConfig,
     Component,
     GeneratedSet,
+    Parallelism,
     PrepareConfig,
     Resources,
     RLConfig,
@@ -19,6 +21,10 @@ from launcher.configs import (
 from launcher.containers import image_warning
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
+from launcher.fit.host import node_bytes
+from launcher.fit.layers import architecture_of
+from launcher.fit.search import GIB
+from launcher.fit.speed import layout_of
 from launcher.inputs import external_checkpoints, text_problems
 from launcher.models.checkpoints import format_of, obstacles, unreadable
 from launcher.models.families import shape_of
@@ -30,6 +36,7 @@ from launcher.run_record import PlannedStage
 from launcher.stages import kinds
 from launcher.stages.convert import CONVERSIONS
 from launcher.stages.kind import Need
+from launcher.units import memory_bytes
 
 
 def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
@@ -39,12 +46,15 @@ def check_recipe(recipe: Recipe, stages: tuple[PlannedStage, ...], profile: Prof
         for key, message in _stage_problems(recipe, stage, _without_gpu(stage.resources, profile), profile.gpu):
             path = f"stages.{stage.name}.{key}" if key else f"stages.{stage.name}"
             found.append(f"{recipe.where(path)}: {path}: {message}")
-    found += _checkpoint_problems(recipe)
+        for message in _host_problems(stage, profile):
+            path = f"stages.{stage.name}.resources.mem"
+            found.append(f"{recipe.where(path)}: {path}: {message}")
     for planned in stages:
         for part, resources in planned.job_parts.items():
             for key, message in check_resources(resources, planned.spec, profile):
                 path = planned.path_of(part, key)
                 found.append(f"{recipe.where(path)}: {path}: {message}")
+    found += _checkpoint_problems(recipe)
     found += text_problems(recipe)
     return list(dict.fromkeys(found))
 
@@ -164,6 +174,25 @@ def _train_problems(stage: Stage, config: TrainConfig, cpu: bool) -> Iterator[tu
     if config.seq_length > shape.max_position_embeddings:
         limit = shape.max_position_embeddings
         yield "seq_length", f"{config.seq_length} is beyond the {limit} positions of {config.model.name}"
+
+
+def _host_problems(stage: Stage, profile: Profile) -> Iterator[str]:
+    """Whether the memory that Slurm gives a node has room for what its processes hold while they save."""
+    config, asked = stage.config, stage.resources
+    memory = asked.mem or profile.mem
+    if not asked.gpus_per_node or memory is None or profile.scheduler != "slurm":
+        return
+    if not isinstance(config, TrainConfig) or not isinstance(config.parallelism, Parallelism) or config.entrypoint:
+        return
+    given, ranks = memory_bytes(memory), asked.ntasks_per_node
+    with contextlib.suppress(UserError, ValueError, ZeroDivisionError):  # of the model or layout, said elsewhere
+        layout = layout_of(config, config.parallelism, asked.nodes * ranks)
+        needed = node_bytes(architecture_of(shape_of(config.model.config)), layout, ranks) / GIB
+        if given is not None and given / GIB < needed:
+            yield (
+                f"{memory} a node, and its {ranks} processes need about {needed:.0f} GiB when they save; ask for more, "
+                "for 0 (all that the node has), or for more nodes"
+            )
 
 
 def _fp8_problems(config: TrainConfig, gpu: str | None) -> Iterator[tuple[str, str]]:

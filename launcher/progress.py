@@ -271,7 +271,11 @@ def _run(main: Callable[[StageJob], None], job: StageJob) -> int:
 
 #: EIO, ENOSPC, EROFS, EDQUOT, ESTALE.
 _STORAGE = (5, 28, 30, 122, 116)
-_GPU_MEMORY = re.compile(r"CUDA (error: )?out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
+_GPU_MEMORY = re.compile(
+    r"(CUDA|HIP)[^\n]{0,20}out of memory|Cuda failure 2 |(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED|"
+    r"cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
 _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory")
 
 

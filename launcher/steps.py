@@ -81,7 +81,8 @@ def environment(step: Step, place: Place) -> dict[str, str]:
     """The variables that every process of a step gets, ranks apart."""
     ours = {"PRISM_ROOT": place.root, "PRISM_ATTEMPT_DIR": place.attempt_dir, "PRISM_STEP": step.name}
     master = {"MASTER_ADDR": place.hosts[step.name], "MASTER_PORT": place.ports[step.name]}
-    return {"OMP_NUM_THREADS": str(step.cpus), **ours, **master, **step.env}
+    gpus = {"PRISM_GPUS": str(step.gpus)} if step.gpus else {}
+    return {"OMP_NUM_THREADS": str(step.cpus), **ours, **gpus, **master, **step.env}
 
 
 #: What a container of this machine does not get from its surroundings; it may have no entry for its user.
@@ -97,6 +98,8 @@ def local_commands(
     """
     argv = fill(step.argv, place)
     common = environment(step, place)
+    if not Path("/dev/nvidiactl").exists():
+        common.pop("PRISM_GPUS", None)  # this machine gives what it has, not what is asked for
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(step.ntasks)} for i in range(step.ntasks)]
     if spec.runtime.container == "none":
         return [(argv, {**common, **rank}) for rank in ranks]

@@ -62,3 +62,11 @@ def format_count(count: float) -> str:
 def significant(value: float, digits: int = 4) -> float:
     """A figure without the digits that mean nothing, for JSON."""
     return float(f"{value:.{digits}g}")
+
+
+def memory_bytes(text: str) -> int | None:
+    """`64G` of sbatch in bytes, MB where no unit is named; None for 0, which is all that a node has."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    if match is None or not int(match[1]):
+        return None
+    return int(match[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[match[2]]

@@ -12,6 +12,7 @@ from launcher import store
 from launcher.cluster import Profile
 from launcher.fit.estimate import Estimate, estimates
 from launcher.fit.gpus import GPUS
+from launcher.fit.host import NODE_RATE
 from launcher.fit.speed import past_runs
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.units import format_bytes, format_count, format_duration, parse_duration, significant
@@ -57,6 +58,12 @@ def warnings_of(outlook: Outlook) -> list[str]:
                 "`prism-launch fit` lists the layouts that fit"
             )
         limits = stage.spec.limits
+        if _is_cut_off(outlook, estimate, limits.save_s):
+            found.append(
+                f"{name}: a save at the time limit takes about {format_duration(estimate.stop_seconds or 0)} where a "
+                f"node writes {NODE_RATE / 1e9:g} GB/s, and gets {limits.save_s:g} s; raise save_s in the profile's "
+                "limits, or ask for more nodes"
+            )
         if lives and limits.continuation == "chain" and lives > limits.chain_jobs:
             found.append(
                 f"{name}: takes about {format_duration(estimate.seconds or 0)}, but its chain has no more than "
@@ -65,6 +72,13 @@ def warnings_of(outlook: Outlook) -> list[str]:
             )
         found += [f"{name}: {note}" for note in estimate.notes]
     return found
+
+
+def _is_cut_off(outlook: Outlook, estimate: Estimate, save_s: float) -> bool:
+    """Whether a stage that Slurm's time limit stops will not have saved in time."""
+    if outlook.profile.scheduler != "slurm" or estimate.fits is False or estimate.stop_seconds is None:
+        return False
+    return estimate.stop_seconds > save_s
 
 
 def estimate_json(outlook: Outlook, stage: PlannedStage) -> dict[str, Any]:
@@ -77,6 +91,8 @@ def estimate_json(outlook: Outlook, stage: PlannedStage) -> dict[str, Any]:
         "lives": lives_of(outlook, stage),
         "memory_gib": None if estimate.memory_gib is None else round(estimate.memory_gib, 1),
         "fits": estimate.fits,
+        "host_gib_per_node": None if estimate.host_gib is None else round(estimate.host_gib, 1),
+        "stop_seconds": None if estimate.stop_seconds is None else significant(estimate.stop_seconds),
         "artifact_bytes": estimate.writes,
         "resume_bytes": estimate.keeps,
     }

@@ -14,7 +14,7 @@ from launcher.commands.shared import print_json, root_of
 from launcher.errors import UserError
 from launcher.fit.gpus import Gpu, gpu_of
 from launcher.fit.layers import architecture_of, flops_per_token
-from launcher.fit.memory import Layout
+from launcher.fit.memory import NOT_COUNTED, Layout
 from launcher.fit.search import GIB, Fit, Task, base_mfu, find_layouts, layout_problems
 from launcher.fit.speed import layout_factor, past_runs, runs_like
 from launcher.models.families import parameter_count, shape_of
@@ -109,6 +109,7 @@ def _json(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> dict[str, A
         "precision": task.precision,
         "mfu_source": task.mfu_source,
         "layouts": [_layout_json(task, f) for f in found],
+        "not_counted": list(NOT_COUNTED),
     }
 
 
@@ -127,6 +128,7 @@ def _layout_json(task: Task, f: Fit) -> dict[str, Any]:
         "memory_gib": round(f.needed / GIB, 2),
         "memory": {name: round(value / GIB, 2) for name, value in parts.items()},
         "parameters_per_rank": memory.parameters,
+        "host_gib_per_node": round(f.host / GIB, 1),
         "fits": f.fits,
         "mfu": round(_mfu(task, f), 3) if task.mfu_source else None,
         "step_seconds": significant(f.step_seconds) if task.mfu_source else None,
@@ -167,7 +169,7 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("TP", "PP", "CP", "DP", "mb", "recompute", "GiB", "memory", "s/step", "GPU-h"):
+    for name in ("TP", "PP", "CP", "DP", "mb", "recompute", "GiB", "memory", "host", "s/step", "GPU-h"):
         table.add_column(name, justify="left" if name in ("recompute", "memory") else "right", no_wrap=True)
     fitting = [f for f in found if f.fits]
     for f in (fitting or list(found))[:_SHOWN]:
@@ -176,12 +178,14 @@ def _print(model: str, gpu: str, task: Task, found: Sequence[Fit]) -> None:
             *map(str, (layout.tp, layout.pp, layout.cp, layout.dp, layout.micro_batch_size, layout.recompute)),
             Text(f"{f.needed / GIB:.1f}", "" if f.fits else "red"),
             _bar(f, task.gpu),
+            f"{f.host / GIB:.0f}",
             f"{f.step_seconds:.2f}" if task.mfu_source else "-",
             f"{f.gpu_hours:,.0f}" if task.mfu_source else "-",
         )
     out.print(table)
     legend = Text.assemble(*(part for name, colour in _PARTS for part in (("█ ", colour), f"{name}  ")), "░ CUDA, NCCL")
     out.print(legend)
+    out.print(f"host: GiB of a node's own memory. Not counted: {', '.join(NOT_COUNTED)}.", highlight=False)
     if not fitting:
         out.print("Nothing fits; these come closest. More GPUs, or tensor or pipeline parallelism, make room.")
     elif len(fitting) > _SHOWN:

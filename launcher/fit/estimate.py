@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.configs import Parallelism, TrainConfig
 from launcher.fit.gpus import GPUS
+from launcher.fit.host import node_bytes, stop_seconds
 from launcher.fit.layers import architecture_of
 from launcher.fit.search import GIB, Task, room, step_seconds
 from launcher.fit.speed import PastRun, layout_of, runs_like, uncounted
@@ -24,7 +25,8 @@ class Estimate:
     """What is known of a stage; None where nothing is.
 
     tokens: to train on; seconds, gpu_hours: of training, without starts, checkpoints and validation; mfu_source: what
-    they rest on; memory_gib, fits: of the GPU that needs most; writes: bytes of the artifact; keeps: bytes that the
+    they rest on; memory_gib, fits: of the GPU that needs most; host_gib: of a node's own memory; stop_seconds: from a
+    request to stop to a whole checkpoint; writes: bytes of the artifact; keeps: bytes that the
     checkpoints to resume from take at most until it is whole; notes: what it does not count.
     """
 
@@ -34,6 +36,8 @@ class Estimate:
     mfu_source: str | None = None
     memory_gib: float | None = None
     fits: bool | None = None
+    host_gib: float | None = None
+    stop_seconds: float | None = None
     writes: int | None = None
     keeps: int | None = None
     notes: tuple[str, ...] = ()
@@ -116,6 +120,7 @@ def _of_training(
         past=runs_like(runs, gpu, shape, config.precision),
         precision=config.precision,
         trainable=config.trainable,
+        gpus_per_node=stage.resources.ntasks_per_node,
     )
     return _with_gpus(known, task, config, config.parallelism)
 
@@ -136,5 +141,9 @@ def _with_gpus(known: Estimate, task: Task, config: TrainConfig, parallelism: Pa
         mfu_source=task.mfu_source,
         memory_gib=needed / GIB,
         fits=fits,
+        host_gib=node_bytes(architecture, layout, task.gpus_per_node) / GIB,
+        stop_seconds=stop_seconds(
+            parameter_count(task.shape), layout, task.gpus_per_node, seconds / task.train_iters if timed else 0.0
+        ),
         notes=notes,
     )

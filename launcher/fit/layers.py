@@ -15,7 +15,8 @@ from launcher.models.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The sizes that memory and FLOPs depend on. `unit` letters are never cut apart by the pipeline.
+    """The sizes that memory and FLOPs depend on. `unit` letters are never cut apart by the pipeline. Logits are
+    copied where they are scaled, and where the vocabulary is padded, whose rows are closed.
 
     The last four are of older models than ours, on which most published measurements were made.
     """
@@ -30,6 +31,7 @@ class Architecture:
     padded_vocab: int
     gated: bool = True
     tied: bool = False
+    logits_copies: int = 0
     window: int | None = None
     mamba_heads: int = 0
     mamba_inner: int = 0
@@ -58,6 +60,7 @@ def architecture_of(shape: ModelShape) -> Architecture:
         padded_vocab=shape.padded_vocab_size,
         gated=shape.gated_linear_unit,
         tied=shape.share_embeddings_and_output_weights,
+        logits_copies=(shape.logits_scaling != 1.0) + (shape.vocab_size != shape.padded_vocab_size),
         window=shape.window_size,
         mamba_heads=shape.mamba_num_heads,
         mamba_inner=shape.mamba_num_heads * shape.mamba_head_dim,

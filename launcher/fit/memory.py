@@ -1,6 +1,7 @@
 """Bytes on a GPU for a model under a parallel layout: weights, gradients, optimizer, activations, workspace. Pure.
 
-What the formulas give is torch's peak of allocated bytes; `needed_bytes` adds what the device needs beside.
+What the formulas give is torch's peak of allocated bytes; `needed_bytes` adds what the device needs beside. A save
+needs nothing more of it: each rank copies its own share to the host (`launcher.fit.host`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ _FLOOR = 0.1e9
 _CONTEXT, _COMMUNICATOR = 1.0e9, 0.65e9
 #: Reserved over allocated bytes with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
 _FRAGMENTATION = 0.05
+#: What neither this nor `launcher.fit.host` counts.
+NOT_COUNTED = (
+    "FP8",
+    "CUDA graphs and NCCL's user buffers",
+    "the kernels that Triton compiles",
+    "the cache of files, and what else runs on the node",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a training step lies on the GPUs; sizes by Megatron's names, shortened."""
+    """How a training step lies on the GPUs; sizes by Megatron's names, shortened.
+
+    `gathers_keys`: every context-parallel rank keeps the keys and values of whole sequences, as masked documents want.
+    """
 
     gpus: int
     tp: int = 1
@@ -39,6 +50,7 @@ class Layout:
     distributed_optimizer: bool = True
     gradient_bytes: int = 4
     precision: Precision = "bf16"
+    gathers_keys: bool = False
 
     @property
     def width(self) -> int:
@@ -98,8 +110,7 @@ def stage_memory(a: Architecture, layout: Layout, stage: int, *, fused_attention
     square = 0 if fused_attention else layout.seq_length // layout.cp
     letters = stages_of(a, layout.pp)[stage]
     kept, live = _kept(a, layout, letters, square)
-    # In bf16 the loss makes a copy of the logits in fp32.
-    logits = (6 if layout.precision == "bf16" else 4) * a.padded_vocab / layout.tp if stage == layout.pp - 1 else 0.0
+    logits = _logits(a, layout) if stage == layout.pp - 1 else 0.0
     return Memory(
         stage=stage,
         parameters=int(parameters),
@@ -117,9 +128,26 @@ def _kept(a: Architecture, layout: Layout, letters: Sequence[str], square: int) 
     sp, width = layout.sequence_parallel, layout.width
     whole = [layer_activations(a, x, layout.tp, sp=sp, square=square, width=width) for x in letters]
     if layout.recompute == "full":
-        return width * a.hidden / (layout.tp if sp else 1) * len(letters), max(whole)
+        again = max(whole) + _gathered(a, layout, letters) / max(1, letters.count("*"))
+        return width * a.hidden / (layout.tp if sp else 1) * len(letters), again
     kept = [layer_activations(a, x, layout.tp, sp=sp, square=square, recompute_mlp=mlp, width=width) for x in letters]
-    return sum(kept), (max(w - k for w, k in zip(whole, kept, strict=True)) if mlp else 0.0)
+    return sum(kept) + _gathered(a, layout, letters), (
+        max(w - k for w, k in zip(whole, kept, strict=True)) if mlp else 0.0
+    )
+
+
+def _logits(a: Architecture, layout: Layout) -> float:
+    """Bytes a token: in bf16 the loss makes a copy of the logits in fp32; scaled and padded ones are copies too."""
+    width = (6 if layout.precision == "bf16" else 4) + layout.width * a.logits_copies
+    return width * a.padded_vocab / layout.tp
+
+
+def _gathered(a: Architecture, layout: Layout, letters: Sequence[str]) -> float:
+    """Bytes a token of this rank that it keeps of the keys and values of the others."""
+    if not layout.gathers_keys:
+        return 0.0
+    each = 2 * layout.width * max(a.groups, layout.tp) * a.head_dim / layout.tp
+    return each * (layout.cp - 1) * sum(letter == "*" for letter in letters)
 
 
 def _in_flight(layout: Layout, stage: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from launcher.configs import Parallelism
 from launcher.fit.gpus import Gpu, default_mfu
+from launcher.fit.host import node_bytes
 from launcher.fit.layers import Architecture, architecture_of, flops_per_token
 from launcher.fit.memory import Layout, Memory, Precision, memory_of, needed_bytes
 from launcher.fit.speed import RECOMPUTE_FACTOR, PastRun, layout_factor, measured_mfu
@@ -66,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Fit:
-    """A layout with what it needs and how long a step takes."""
+    """A layout with what it needs of a GPU and of a node's own memory, in bytes, and how long a step takes."""
 
     layout: Layout
     memory: Memory
@@ -74,6 +75,7 @@ class Fit:
     fits: bool
     step_seconds: float
     gpu_hours: float
+    host: float
 
 
 def find_layouts(task: Task) -> list[Fit]:
@@ -142,7 +144,8 @@ def _fit(task: Task, architecture: Architecture, layout: Layout) -> Fit:
     memory, needed, fits = room(task.gpu, architecture, layout)
     seconds = step_seconds(task, architecture, layout)
     hours = seconds * task.train_iters * task.gpus / 3600
-    return Fit(layout, memory, needed, fits, seconds, hours)
+    host = node_bytes(architecture, layout, min(task.gpus, task.gpus_per_node))
+    return Fit(layout, memory, needed, fits, seconds, hours, host)
 
 
 def room(gpu: Gpu, architecture: Architecture, layout: Layout) -> tuple[Memory, float, bool]:

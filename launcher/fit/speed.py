@@ -92,6 +92,7 @@ def layout_of(config: TrainConfig, parallelism: Parallelism, gpus: int) -> Layou
         global_batch_size=config.global_batch_size,
         seq_length=config.seq_length,
         precision=config.precision,
+        gathers_keys=config.document_masking and parallelism.context_parallel_size > 1,
     )
 
 

@@ -31,6 +31,7 @@ _WORDS: dict[Blame, tuple[str, ...]] = {
     "node": (
         "device(s) is/are busy or unavailable",
         "no cuda-capable device is detected",
+        "cannot use cuda",
         "fallen off the bus",
         "uncorrectable ecc error",
         "uncorrectable nvlink error",

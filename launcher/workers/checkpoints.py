@@ -14,6 +14,7 @@ from launcher.errors import UserError
 from launcher.models.side_files import copy_tokenizer
 from launcher.store import write_json
 from launcher.user_json import TOLD, read_object
+from launcher.workers.devices import require_cuda
 
 #: What a config.json may say of how a model is run, and how a stage runs it. Dropout is none.
 _RUN = {"use_cache": True, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -91,7 +92,7 @@ def load_checkpoint(folder: Path, described_in: Path | None = None) -> Loaded:
         *(f"config.json: {key}: {value}" for key, value in instead.items()),
         *_of_generation(generation, tokenizer.eos_token_id),
     )
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    place = "cuda" if require_cuda() else "cpu"
     return Loaded(model.eval().to(place), tokenizer, told, instead, {**generation, **ends})
 
 

@@ -48,7 +48,7 @@ def main(job: StageJob) -> None:
         settings=_settings(config, loaded),
         rewards=tally.facts(),
         versions={name: _version(name) for name in ("trl", "transformers", "torch", "reasoning_gym")},
-        cpu_mode=not torch.cuda.is_available(),
+        cpu_mode=not _has_cuda(),
     )
 
 
@@ -207,9 +207,9 @@ def _arguments(job: StageJob, config: TrlRL) -> Any:
 
 
 def _has_cuda() -> bool:
-    import torch
+    from launcher.workers.devices import require_cuda
 
-    return bool(torch.cuda.is_available())
+    return require_cuda()
 
 
 def _callback(job: StageJob, config: TrlRL, tally: Tally) -> Any:

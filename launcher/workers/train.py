@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from launcher.progress import StageJob, run_worker
+from launcher.workers.devices import require_cuda
 
 
 def main(job: StageJob) -> None:
     """Train the stage's model and leave a finished checkpoint in the port `checkpoint`."""
     # Late, so that an absent library is reported as the stage's failure, and the processes that write
     # checkpoints, which import this module too, start at once.
+    require_cuda()
     from launcher.convert.folders import check_beside
     from launcher.workers.megatron.stage import train
 

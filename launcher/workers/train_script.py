@@ -22,6 +22,7 @@ from launcher.errors import UserError, WorldError
 from launcher.models.families import shape_of
 from launcher.progress import StageJob, Stopped, die_with_parent, run_worker
 from launcher.references import item_of, port_of
+from launcher.workers.devices import require_cuda
 from launcher.workers.megatron_arguments import Paths, script_arguments
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,6 +35,7 @@ def main(job: StageJob) -> None:
     """Run the script to its end. Raises UserError, Stopped, WorldError with its exit code."""
     config: TrainConfig = job.config(TrainConfig)
     assert config.entrypoint is not None
+    require_cuda()
     script = Path(config.entrypoint)
     if not script.is_file():
         raise UserError(f"entrypoint: {script}: no such file on {os.uname().nodename}")

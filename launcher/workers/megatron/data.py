@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 
-from launcher.errors import UserError
+from launcher.errors import UserError, WorldError
 from launcher.references import item_of, split_ref
 from launcher.store import sync_tree
 from launcher.workers.megatron.documents import Batch
@@ -54,23 +54,41 @@ def read_sources(
     Raises UserError with everything that is wrong with the files.
     """
     problems: list[str] = []
-    sources: list[Source] = []
-    total = sum(weights.values())
-    for name, weight in weights.items():
-        prefix = folders[split_ref(name)[0]] / item_of(name)
+    counts: list[int] = []
+    for name in weights:
+        prefix = _prefix(folders, name)
         try:
-            tokens = count_tokens(prefix)
+            counts.append(count_tokens(prefix))
         except UserError as error:
             problems += error.problems
             continue
-        if tokens <= seq_length and packing == "concatenate":
+        if counts[-1] <= seq_length and packing == "concatenate":
             problems.append(
-                f"{prefix}.bin: {tokens} tokens do not fill one sequence; add text or lower seq_length {seq_length}"
+                f"{prefix}.bin: {counts[-1]} tokens do not fill one sequence; add text or lower seq_length {seq_length}"
             )
-        sources.append(Source(name, prefix, weight / total, tokens))
     if problems:
         raise UserError(problems)
-    return tuple(sources)
+    return _sources(folders, weights, counts)
+
+
+def told_sources(
+    folders: Mapping[str, Path], weights: Mapping[str, float], found: Sequence[Source] | None
+) -> tuple[Source, ...]:
+    """The sources on every rank, as rank 0 `found` them: a rank that reads whole indexes itself takes minutes."""
+    if not weights:
+        return ()
+    counts = sum_over_ranks([float(s.tokens) for s in found] if found is not None else [0.0] * len(weights))
+    return _sources(folders, weights, [int(count) for count in counts])
+
+
+def _prefix(folders: Mapping[str, Path], name: str) -> Path:
+    return folders[split_ref(name)[0]] / item_of(name)
+
+
+def _sources(folders: Mapping[str, Path], weights: Mapping[str, float], counts: Sequence[int]) -> tuple[Source, ...]:
+    total = sum(weights.values())
+    named = zip(weights.items(), counts, strict=True)
+    return tuple(Source(name, _prefix(folders, name), weight / total, n) for (name, weight), n in named)
 
 
 def count_tokens(prefix: Path) -> int:
@@ -216,7 +234,7 @@ class Blend:
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count. Raises UserError for a token that the model has not."""
-        samples = [self._data[i] for i in range(first, first + count)]
+        samples = [self._sample(i) for i in range(first, first + count)]
         tokens = torch.stack([s["tokens"] for s in samples])
         labels = torch.stack([s["labels"] for s in samples])
         highest = int(torch.maximum(tokens.max(), labels.max()))
@@ -231,7 +249,32 @@ class Blend:
         mask = torch.stack([s["loss_mask"] for s in samples])
         return Batch(tokens, labels, mask, tuple(s["lengths"] for s in samples) if self.document_masking else None)
 
-    def micro_batches(self, first: int, last: int, size: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def _sample(self, number: int) -> Any:
+        """A sample. Where it cannot be read, the error names its file."""
+        try:
+            return self._data[number]
+        except (OSError, ValueError, IndexError) as error:
+            source, _ = self.origin(number)
+            prefix = next(s.prefix for s in self.sources if s.name == source)
+            told = f"{prefix}.bin: sample {number} cannot be read: {error}"
+            raise (OSError(error.errno, told) if isinstance(error, OSError) else WorldError(told)) from error
+
+    def without_text(self, first: int, count: int) -> Batch:
+        """Samples first .. first + count as a pipeline stage wants them that has neither end of the model."""
+        if not self.document_masking:
+            return Batch()
+        return Batch(lengths=tuple(self._lengths(i) for i in range(first, first + count)))
+
+    def _lengths(self, number: int) -> list[int]:
+        data = self._data
+        if not hasattr(data, "dataset_index"):
+            return list(data.lengths(number))
+        return list(data.datasets[data.dataset_index[number]].lengths(int(data.dataset_sample_index[number])))
+
+    def micro_batches(
+        self, first: int, last: int, size: int, rank: int, ranks: int, *, text: bool = True
+    ) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches of the samples first .. last, `size` sequences each."""
+        read = self.batch if text else self.without_text
         for start in range(first, last, size * ranks):
-            yield self.batch(start + rank * size, size)
+            yield read(start + rank * size, size)

@@ -6,9 +6,12 @@ here give the separate norms those names, so that a checkpoint moves between a G
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -28,10 +31,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from launcher.configs import Parallelism
 from launcher.errors import UserError
 from launcher.models.shape import ModelShape
 from launcher.workers.megatron import cpu_mode, mamba_triton
 from launcher.workers.megatron.attention import TorchAttention
+from launcher.workers.megatron.parallel import ALONE
 from launcher.workers.megatron.versions import fused_hybrid_stack
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -46,28 +51,68 @@ def kernels() -> Literal["transformer-engine", "torch", "reference"]:
     return "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch"
 
 
-def fusions(shape: ModelShape) -> dict[str, bool]:
-    """What megatron-core fuses on a GPU, as Megatron-LM's own scripts have it by default; fields of TransformerConfig.
+def fusions(
+    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Literal["bf16", "fp32"] = "bf16"
+) -> dict[str, bool]:
+    """What megatron-core fuses on a GPU, as Megatron-LM's own scripts have it; fields of TransformerConfig.
 
-    `torch.compile` wants a C compiler where the model runs; the gradient's accumulation wants Apex's extension.
+    `torch.compile` wants a C compiler where the model runs. The accumulation of gradients is
+    Transformer Engine's own, and Apex's in plain layers.
     """
     if cpu_mode.active():
         return {"gradient_accumulation_fusion": False}
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    fused = kernels() == "transformer-engine"
     return {
         "bias_activation_fusion": compiler and shape.gated_linear_unit and shape.activation == "silu",
         "bias_dropout_fusion": compiler,
-        "apply_rope_fusion": kernels() == "transformer-engine",
-        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # megatron-core's rounds the gradient to bf16, whatever the logits are.
+        "cross_entropy_loss_fusion": compiler and precision == "bf16",
+        "apply_rope_fusion": fused,
+        "gradient_accumulation_fusion": fused or _has_apex(),
         "use_mamba_mem_eff_path": mamba_triton.has_fused_kernel(),
+        "deallocate_pipeline_outputs": parallelism.pipeline_model_parallel_size > 1,
     }
+
+
+def kernel_fields(shape: ModelShape, parallelism: Parallelism, precision: Literal["bf16", "fp32"]) -> dict[str, Any]:
+    """The fields of TransformerConfig that say by what a model is computed, and not what."""
+    # Passed from rank to rank, its default, Transformer Engine cannot keep keys inside a window.
+    gathers = shape.window_size is not None and parallelism.context_parallel_size > 1
+    return {**fusions(shape, parallelism, precision), **({"cp_comm_type": "all_gather"} if gathers else {})}
+
+
+def _has_apex() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@contextlib.contextmanager
+def unfused_accumulation(config: TransformerConfig) -> Iterator[list[torch.nn.Module]]:
+    """Build a model inside, and put it into the list: its plain layers accumulate as they can without Apex.
+
+    megatron-core refuses to build its plain output layer otherwise, where Transformer Engine's layers need no Apex.
+    """
+    built: list[torch.nn.Module] = []
+    if not config.gradient_accumulation_fusion or _has_apex():
+        yield built
+        return
+    plain = sys.modules[ColumnParallelLinear.__module__]
+    known, plain._grad_accum_fusion_available = plain._grad_accum_fusion_available, True
+    try:
+        yield built
+    finally:
+        plain._grad_accum_fusion_available = known
+    for module in (m for model in built for m in model.modules()):
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.gradient_accumulation_fusion = False
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMS norm, built as megatron-core builds a norm; its gradient is summed over sequence-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None, **_: Any) -> None:
-        super().__init__(hidden_size, config.layernorm_epsilon if eps is None else eps, dtype=config.params_dtype)
+        place = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+        super().__init__(hidden_size, config.layernorm_epsilon if eps is None else eps, **place)
         self.weight.sequence_parallel = config.sequence_parallel
 
 

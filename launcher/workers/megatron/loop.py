@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from launcher.configs import TrainConfig
 from launcher.progress import Diverged, StageJob, Stopped
-from launcher.workers.megatron import checkpoint
+from launcher.workers import devices
+from launcher.workers.megatron import checkpoint, cleanup, cpu_mode
 from launcher.workers.megatron.attention import context_positions
 from launcher.workers.megatron.data import Blend
-from launcher.workers.megatron.documents import Batch, model_inputs
+from launcher.workers.megatron.documents import Batch, model_inputs, prepared
+from launcher.workers.megatron.feeding import Ahead, Feed
 from launcher.workers.megatron.metrics import Clock, Metrics, earlier_losses, open_metrics
 from launcher.workers.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from launcher.workers.megatron.parallel import sum_over_ranks
@@ -51,6 +54,7 @@ class Trainer:
     held_out: Mapping[str, Blend]
     positions: Tensor
     clock: Clock
+    feed: Feed
 
 
 def build_trainer(
@@ -66,7 +70,8 @@ def build_trainer(
     context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     positions = context_positions(config.seq_length, *context).to(torch.cuda.current_device())
     scheduler = build_scheduler(config, optimizer)
-    return Trainer(config, model, optimizer, scheduler, blend, held_out or {}, positions, Clock())
+    feed = Feed(partial(_micro_batches, config, blend), config.train_iters * config.global_batch_size)
+    return Trainer(config, model, optimizer, scheduler, blend, held_out or {}, positions, Clock(), feed)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,12 @@ def run(job: StageJob, trainer: Trainer) -> float:
     )
     start = resume(job, trainer, folder)
     metrics = open_metrics(job, config, start)
+    with contextlib.closing(trainer.feed), cleanup.collected():
+        return _run(job, trainer, saver, metrics, start)
+
+
+def _run(job: StageJob, trainer: Trainer, saver: checkpoint.Saver, metrics: Metrics, start: int) -> float:
+    config = trainer.config
     loss, recent = math.nan, deque(earlier_losses(job, _SPIKE_STEPS), maxlen=_SPIKE_STEPS)
     began = time.monotonic()
     for iteration in range(start + 1, config.train_iters + 1):
@@ -109,6 +120,7 @@ def run(job: StageJob, trainer: Trainer) -> float:
             metrics.close()
             raise diverged(job, trainer, iteration, step, wrong)
         recent.append(step.loss)
+        cleanup.collect(iteration)
         last = iteration == config.train_iters
         held_out = evaluate(trainer) if last or iteration % config.eval_interval == 0 else {}
         report(job, config, metrics, iteration, step, seconds, trainer.clock.take() | held_out)
@@ -159,16 +171,29 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
 
 
 def _held_out_loss(trainer: Trainer, blend: Blend) -> float:
-    batches = _micro_batches(trainer, blend, 0, blend.samples)
-    with torch.no_grad():
-        found = _run_schedule(trainer, iter(batches), Clock(), blend.samples, forward_only=True)
+    batches = Ahead(_micro_batches(trainer.config, blend, 0, blend.samples))
+    with torch.no_grad(), contextlib.closing(batches):
+        found = _run_schedule(trainer, batches, Clock(), blend.samples, forward_only=True)
     total, count = sum_over_ranks(_sums(found))
     return total / max(count, 1.0)
 
 
-def _micro_batches(trainer: Trainer, blend: Blend, first: int, last: int) -> Iterator[Batch]:
+def _micro_batches(config: TrainConfig, blend: Blend, first: int, last: int) -> Iterator[Batch]:
+    """This rank's micro-batches of the samples first .. last, ready for the step; runs in the thread that reads."""
+    pin = not cpu_mode.active()
+    if pin:
+        torch.cuda.set_device(devices.ordinal(torch.cuda.device_count()))  # each thread has a device of its own
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return blend.micro_batches(first, last, trainer.config.micro_batch_size, rank, ranks)
+    # Only the ends of a pipeline have tokens to embed or labels to predict.
+    text = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    joined = _joins_documents(config)
+    for batch in blend.micro_batches(first, last, config.micro_batch_size, rank, ranks, text=text):
+        yield prepared(batch, joined=joined, pin=pin)
+
+
+def _joins_documents(config: TrainConfig) -> bool:
+    """Whether masked documents of a micro-batch are one row (`documents`)."""
+    return config.document_masking and parallel_state.get_context_parallel_world_size() == 1
 
 
 def _run_schedule(
@@ -179,9 +204,7 @@ def _run_schedule(
     They are on the last pipeline stage alone, and the same on each of its tensor-parallel ranks.
     """
     config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
-    rows = config.micro_batch_size
-    # Masked documents of a micro-batch are one row, but for context parallelism (`documents`).
-    joined = config.document_masking and parallel_state.get_context_parallel_world_size() == 1
+    rows, joined = config.micro_batch_size, _joins_documents(config)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward, trainer.positions, clock),
         data_iterator=batches,
@@ -218,11 +241,13 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bo
     """One optimizer step on samples (iteration - 1) * global_batch_size and on."""
     config, model = trainer.config, trainer.model
     first = (iteration - 1) * config.global_batch_size
+    count = config.global_batch_size // (config.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    whole = config.micro_batch_size * config.seq_length**2
     squares: list[int] = []
 
     def batches() -> Iterator[Batch]:
-        for batch in _micro_batches(trainer, trainer.blend, first, first + config.global_batch_size):
-            squares.append(batch.squares)
+        for batch in trainer.feed.step(first, first + config.global_batch_size, count):
+            squares.append(whole if batch.lengths is None else batch.squares)
             yield batch
 
     model.zero_grad_buffer()

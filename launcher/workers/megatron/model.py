@@ -91,7 +91,7 @@ def transformer_config(
         # because it is what marks tensor-parallel parameters, which the norm of the gradient goes by
         perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        **layers.fusions(shape),
+        **layers.kernel_fields(shape, parallelism, precision),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **(_RECOMPUTE[parallelism.recompute] if not _recomputes_itself(shape, parallelism) else {}),
@@ -138,15 +138,17 @@ def build_model(
         "rotary_base": shape.rotary_base,
     }
     model: MegatronModule
-    if shape.hybrid_override_pattern:
-        if shape.rope_scaling:
-            raise UserError(f"config.json: rope scaling {shape.rope_scaling} is not there for hybrid models")
-        spec = layers.hybrid_layers(config, shape, document_masking)
-        model = hybrid_model(config, spec, shape.hybrid_override_pattern, **common)
-        if _recomputes_itself(shape, parallelism):
-            layers.recompute_layers(model.decoder)
-    else:
-        model = GPTModel(config, layers.gpt_layers(config, document_masking), **common, **_rope_scaling(shape))
+    with layers.unfused_accumulation(config) as built:
+        if shape.hybrid_override_pattern:
+            if shape.rope_scaling:
+                raise UserError(f"config.json: rope scaling {shape.rope_scaling} is not there for hybrid models")
+            spec = layers.hybrid_layers(config, shape, document_masking)
+            model = hybrid_model(config, spec, shape.hybrid_override_pattern, **common)
+            if _recomputes_itself(shape, parallelism):
+                layers.recompute_layers(model.decoder)
+        else:
+            model = GPTModel(config, layers.gpt_layers(config, document_masking), **common, **_rope_scaling(shape))
+        built.append(model)
     _scale_ends(model, shape)
     return _in_bf16(config, model) if precision == "bf16" else model
 

@@ -28,17 +28,25 @@ class ConcatenatedDocuments(GPTDataset):
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """The sample of a number."""
         sample = super().__getitem__(idx)
-        places = len(sample["tokens"])
+        starts = self._starts(idx)
+        sample["loss_mask"] = sample["loss_mask"].clone()  # megatron-core keeps the first it gives
+        sample["loss_mask"][starts - 1] = 0.0
+        sample["lengths"] = self.lengths(idx)
+        return sample
+
+    def lengths(self, idx: int) -> list[int]:
+        """The lengths of a sample's documents, without reading any of them."""
+        places, starts = self.config.sequence_length, self._starts(idx)
+        bounds = [0, *starts[starts < places].tolist(), places]
+        return [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _starts(self, idx: int) -> np.ndarray:
+        """Where documents begin in a sample, but for the first; one may begin right behind it."""
         row = self.shuffle_index[idx]
         (first, begin), (last, _) = self.sample_index[row], self.sample_index[row + 1]
         # The last of them reaches to the end of the sample, however much longer it is.
         whole = self.dataset.sequence_lengths[self.document_index[first:last]]
-        starts = np.cumsum(whole, dtype=np.int64) - begin
-        sample["loss_mask"] = sample["loss_mask"].clone()  # megatron-core keeps the first it gives
-        sample["loss_mask"][starts - 1] = 0.0
-        bounds = [0, *starts[starts < places].tolist(), places]
-        sample["lengths"] = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        return sample
+        return np.cumsum(whole, dtype=np.int64) - begin
 
 
 class PackedDocuments:
@@ -56,21 +64,26 @@ class PackedDocuments:
         row = self.order[idx]
         held = slice(*packed.bounds[row : row + 2].tolist())
         tokens, labels = np.zeros((2, packed.places), np.int64)
-        lengths, end = packed.size[held].tolist(), 0
-        for document, offset, size in zip(packed.document[held], packed.offset[held], lengths, strict=True):
+        sizes, end = packed.size[held].tolist(), 0
+        for document, offset, size in zip(packed.document[held], packed.offset[held], sizes, strict=True):
             text = self._text.get(int(document), int(offset), size + 1)
             tokens[end : end + size], labels[end : end + size] = text[:-1], text[1:]
             end += size
         mask = torch.ones(packed.places)
-        if end < packed.places:
-            mask[end:] = 0.0
-            lengths.append(packed.places - end)
+        mask[end:] = 0.0
         return {
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
             "loss_mask": mask,
-            "lengths": lengths,
+            "lengths": self.lengths(idx),
         }
+
+    def lengths(self, idx: int) -> list[int]:
+        """The lengths of a sample's documents and of its padding, without reading any of them."""
+        row = self.order[idx]
+        found = self.packed.size[slice(*self.packed.bounds[row : row + 2].tolist())].tolist()
+        padding = self.packed.places - sum(found)
+        return [*found, padding] if padding else found
 
 
 class PackedBlend:

@@ -20,8 +20,8 @@ from launcher.models.layout import check_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop, numerics
-from launcher.workers.megatron.data import Blend, Source, read_sources
-from launcher.workers.megatron.layers import kernels
+from launcher.workers.megatron.data import Blend, Source, read_sources, told_sources
+from launcher.workers.megatron.layers import fusions, kernels
 from launcher.workers.megatron.model import build_model, freeze, initialize, sharded_tensors
 from launcher.workers.megatron.parallel import process_groups, sum_over_ranks
 
@@ -37,7 +37,7 @@ def train(job: StageJob) -> None:
     if problems:
         raise UserError(problems)
     folders = {port.removesuffix(".tokens"): job.input(port) for port in job.spec.inputs if port.endswith(".tokens")}
-    sources = read_sources(folders, config.seq_length, config.data, config.packing)
+    found = _read(config, folders) if job.rank == 0 else (None, None)
     start = job.input("checkpoint") if "checkpoint" in job.spec.inputs else None
     tokenizers = _tokenizers(job, start)
     hf_files.check_tokenizers(tokenizers, shape.vocab_size)
@@ -45,11 +45,12 @@ def train(job: StageJob) -> None:
         hf_files.check_start(start / "hf", shape)
     if cpu_mode.active() and job.rank == 0:
         print(cpu_mode.NOTICE, flush=True)
-    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed):
+    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed, job.spec.limits.hang_s):
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
+        sources, held = (told_sources(folders, w, s) for w, s in zip(_weights(config), found, strict=True))
         blend = _blend(config, sources, samples, job.spec.seed, shape, progress / "index")
-        held_out = _held_out(config, folders, shape, progress / "index")
+        held_out = _held_out(config, held, shape, progress / "index")
         numerics.ready(config, shape)
         fields = numerics.numeric_fields(config)
         module = build_model(
@@ -62,7 +63,7 @@ def train(job: StageJob) -> None:
         trainer = loop.build_trainer(config, module, blend, held_out)
         counts = _count_parameters(module, shape)
         if job.rank == 0:
-            job.record(**counts, **_facts(config, blend, job.world_size))
+            job.record(**counts, **_facts(config, shape, blend, job.world_size))
             for source in blend.mix():
                 print(_blend_line(source))
         loss = loop.run(job, trainer)
@@ -89,10 +90,19 @@ def _blend_line(source: dict[str, Any]) -> str:
     return line + (f", {source['padding']:.3%} padding" if "padding" in source else "")
 
 
-def _held_out(config: TrainConfig, folders: dict[str, Path], shape: ModelShape, index: Path) -> dict[str, Blend]:
+def _weights(config: TrainConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """Sources by name: those that training draws from, and those whose losses are measured."""
+    return dict(config.data), dict.fromkeys(config.validation, 1.0)
+
+
+def _read(config: TrainConfig, folders: dict[str, Path]) -> tuple[Sequence[Source], Sequence[Source]]:
+    drawn, held = (read_sources(folders, config.seq_length, weights, config.packing) for weights in _weights(config))
+    return drawn, held
+
+
+def _held_out(config: TrainConfig, sources: Sequence[Source], shape: ModelShape, index: Path) -> dict[str, Blend]:
     """The sources whose losses are measured: the same sequences of each every time, whatever the run's seed."""
     samples = config.eval_iters * config.global_batch_size
-    sources = read_sources(folders, config.seq_length, dict.fromkeys(config.validation, 1.0), config.packing)
     return {s.name: _blend(config, [s], samples, 0, shape, index) for s in sources}
 
 
@@ -130,7 +140,7 @@ def _speed(job: StageJob, resumed: Path | None) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]:
+def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int) -> dict[str, Any]:
     layout = config.parallelism
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
@@ -147,6 +157,7 @@ def _facts(config: TrainConfig, blend: Blend, world_size: int) -> dict[str, Any]
             "recompute": layout.recompute,
         },
         "kernels": kernels(),
+        "fusions": sorted(name for name, on in fusions(shape, layout, config.precision).items() if on),
         "fp8": config.fp8_format and f"{config.fp8_format}, {config.fp8_recipe}",
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }

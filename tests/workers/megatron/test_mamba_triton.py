@@ -81,9 +81,20 @@ def test_without_the_scan_a_hybrid_is_refused_by_name(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "compiler", "apex", "fused"),
     [
-        ("llama-tiny", True, True, {"bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion"}),
+        (
+            "llama-tiny",
+            True,
+            True,
+            {
+                "bias_activation_fusion",
+                "bias_dropout_fusion",
+                "cross_entropy_loss_fusion",
+                "gradient_accumulation_fusion",
+            },
+        ),
         ("llama-tiny", False, False, set()),
-        ("nemotron-h-tiny", True, False, {"bias_dropout_fusion"}),  # its MLP squares and does not gate
+        # its MLP squares and does not gate
+        ("nemotron-h-tiny", True, False, {"bias_dropout_fusion", "cross_entropy_loss_fusion"}),
     ],
 )
 def test_a_gpu_gets_the_fusions_that_it_has_the_tools_for(
