@@ -32,9 +32,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -360,7 +366,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     tensors = {name: value for name, value in sharded.items() if name not in objects}
     names = set(tensors)
     try:
-        state, _, _ = dist_checkpointing.load(tensors, str(path), strict="return_all")
+        state, _, _ = dist_checkpointing.load(tensors, str(path), _reading(path), strict="return_all")
     except pickle.UnpicklingError as error:  # of common.pt, where others keep their arguments; nothing in it is needed
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
@@ -368,6 +374,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             "checkpoint to hf and back, which leaves that file out"
         ) from None
     model.load_state_dict({k: v for k, v in state.items() if k in names} | dict.fromkeys(objects))
+
+
+def _reading(path: Path) -> Any:
+    """How weights are read: data-parallel ranks, which need the same, read a part each and exchange them."""
+    strategy, group = get_default_load_sharded_strategy(str(path)), sharding_metadata()["dp_cp_group"]
+    return FullyParallelLoadStrategyWrapper(strategy, group) if group.size() > 1 else strategy
 
 
 def _check_tensors(path: Path, model: nn.Module) -> None:
