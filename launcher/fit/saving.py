@@ -29,8 +29,8 @@ _COPY = 10e9
 class Saving:
     """What one save takes. A resume on the same layout reads what `rank_bytes` and `total_bytes` say.
 
-    total_bytes: on disk; rank_bytes: written by the busiest rank; host_bytes: of a node's memory, until it is written;
-    index_bytes: of the one file that every rank reads at a resume; files: a file a rank, index and tracker.
+    total_bytes: on disk; rank_bytes: written by the busiest rank; host_bytes: of a node's memory, from the first save
+    on; index_bytes: of the one file that every rank reads at a resume; files: a file a rank, index and tracker.
     """
 
     total_bytes: float

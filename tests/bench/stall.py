@@ -43,7 +43,7 @@ def rows(found: dict[str, list[float]]) -> list[Row]:
         Row("checkpoint: steps meanwhile slower by", tuple(found["slower steps"]), "s", "the same processor writes"),
         Row("checkpoint: synchronous", tuple(found["synchronous"]), "s", "written and synced while training waits"),
         Row("checkpoint: resume", tuple(found["resume"]), "s", "the same read back, from the page cache"),
-        Row("checkpoint: stall / synchronous", ratio, "x", "begin and end together"),
+        Row("checkpoint: stall / synchronous", ratio, "x", "begin and end together", 0.3),
         Row("checkpoint: written by the busiest rank", tuple(b / 1e6 for b in found["bytes"]), "MB", "a process alone"),
     ]
 

@@ -153,3 +153,18 @@ def refused(folder: Path, kind: str) -> str:
 def test_progress_that_cannot_be_resumed_from_is_refused_by_name(tmp_path: Path, kind: str, words: list[str]) -> None:
     [said] = gr.results(gr.on_ranks(1, refused, tmp_path, kind))
     assert not [word for word in words if word not in said], said
+
+
+def resume_cut_short(folder: Path) -> str:
+    """What a rank says where the file of another, at its next place, is cut short."""
+    trainer = ms.build(LLAMA, Parallelism(), seed=1)
+    with pytest.raises(UserError) as caught:
+        trainer.load(folder / "saved" / "iter_0000003")
+    return str(caught.value)
+
+
+def test_what_one_rank_cannot_read_ends_all(tmp_path: Path) -> None:
+    gr.results(gr.on_ranks(3, save, tmp_path, LLAMA, gr.layout()))
+    os.truncate(tmp_path / "saved" / "iter_0000003" / shares.file_name(1), 5000)
+    for said in gr.results(gr.on_ranks(3, resume_cut_short, tmp_path)):
+        assert "00001.bin: ends at 5000 bytes; it was cut short" in said

@@ -80,6 +80,7 @@ class Saver:
 
     `start` copies what this rank holds and returns; a thread writes the copy; `finish` gives the checkpoint its name
     once every rank's thread has ended (`is_written`), and raises, on every rank, what a thread of any could not do.
+    The memory of the first copy is kept for those that follow: none of them can find it gone.
     """
 
     folder: Path
@@ -89,13 +90,18 @@ class Saver:
     keep_last: int
     keep_every: int | None
     pending: _Pending | None = None
+    room: Sequence[Tensor] = ()
+    removing: threading.Thread | None = None
 
     def start(self, iteration: int) -> None:
         """Begin to write the checkpoint of an iteration; one that is under way is finished first."""
         self.finish()
+        if self.removing is not None:
+            self.removing.join()
         path = self.folder / f"iter_{iteration:07d}.partial"
         _make_fresh(path)
-        content = shares.copy(self.model, self.optimizer)
+        content = shares.copy(self.model, self.optimizer, self.room)
+        self.room = content.chunks
         plans = _gather(content.plan)
         about = {"version": shares.VERSION, "iteration": iteration, "scheduler": self.scheduler.state_dict()}
         self.pending = _Pending(path, content.chunks, about, plans)
@@ -122,7 +128,10 @@ class Saver:
         sync_tree(path)
         os.replace(path, path.with_suffix(""))
         write_atomic(self.folder / TRACKER, str(pending.about["iteration"]))
-        _prune(self.folder, self.keep_last, self.keep_every)
+        retired = _retire(self.folder, self.keep_last, self.keep_every)
+        # Not waited for before the next checkpoint begins: on a parallel file system each file takes a while.
+        self.removing = threading.Thread(target=_remove, args=(retired,))
+        self.removing.start()
 
 
 class _Work(threading.Thread):
@@ -145,18 +154,18 @@ class _Work(threading.Thread):
 class _Pending:
     """A checkpoint under way: what its index will say, and the thread that writes this rank's file."""
 
-    def __init__(self, path: Path, chunks: list[Tensor], about: dict[str, Any], plans: list[str]) -> None:
+    def __init__(self, path: Path, chunks: Sequence[Tensor], about: dict[str, Any], plans: list[str]) -> None:
         self.path, self.about, self.plans = path, about, plans
         self.thread = _Work(lambda: write_share(path / shares.file_name(dist.get_rank()), chunks))
 
 
-def write_share(path: Path, chunks: list[Tensor]) -> None:
+def write_share(path: Path, chunks: Sequence[Tensor]) -> None:
     """Write one rank's file and push it to disk; nothing where the rank holds nothing."""
     if not chunks:
         return
     with path.open("wb", buffering=0) as file:
-        while chunks:
-            left = memoryview(chunks.pop(0).numpy())  # the memory is given back as it is written
+        for chunk in chunks:
+            left = memoryview(chunk.numpy())
             while left:
                 left = left[file.write(left) :]
         os.fsync(file.fileno())
@@ -176,22 +185,29 @@ def _wait_for_all(thread: threading.Thread) -> None:
 
 def _agree(path: Path, error: BaseException | None) -> None:
     """Go on where no rank has failed; else raise on all of them, and leave nothing half written."""
-    if not sum_over_ranks([float(error is not None)])[0]:
+    failed = _failed(error)
+    if failed is None:
         return
-    said: list[tuple[int | None, str] | None] = [None] * dist.get_world_size()
-    mine = error and (getattr(error, "errno", None), _told(error))
-    dist.all_gather_object(said, mine)
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)  # on a full disk the run's own words need room
-    code, words = next(one for one in said if one)
+    code, words = failed
     if code is not None:
         raise OSError(code, f"the checkpoint was not written: {words}", str(path)) from error
     raise WorldError(f"{path}: the checkpoint was not written: {words}") from error
 
 
-def _told(error: BaseException) -> str:
-    words = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return f"{words} (rank {dist.get_rank()} on {socket.gethostname()})"
+def _failed(error: BaseException | None) -> tuple[int | None, str] | None:
+    """What went wrong on the first rank where something did, with the number of an OSError; all ranks call it."""
+    if not sum_over_ranks([float(error is not None)])[0]:
+        return None
+    mine = None
+    if error is not None:
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        words = words if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {words}"
+        mine = getattr(error, "errno", None), f"{words} (rank {dist.get_rank()} on {socket.gethostname()})"
+    said: list[tuple[int | None, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return next(one for one in said if one)
 
 
 def _gather(plan: dict[str, Any]) -> list[str]:
@@ -213,10 +229,29 @@ def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) 
     A rank reads its own share and no other's: weights that are trained are rounded from the masters and exchanged as
     after any step, others are exchanged too. Raises UserError for progress that does not fit.
     """
+    sharded = model.sharded_state_dict(metadata=sharding_metadata())
+    error: Exception | None = None
+    try:
+        index = _read(path, model, sharded, optimizer)
+    except (UserError, OSError) as found:
+        error = found
+    failed = _failed(error)  # what one rank cannot read ends all: none waits for it in a collective
+    if error is not None:
+        raise error
+    if failed is not None:
+        code, words = failed
+        raise UserError(words) if code is None else OSError(code, f"not read: {words}", str(path))
+    shares.exchange_frozen(sharded)
+    _exchange_trained(optimizer.chained_optimizers)
+    scheduler.load_state_dict(index["scheduler"])
+    return _iteration(path)
+
+
+def _read(path: Path, model: nn.Module, sharded: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Read this rank's share into the live tensors; returns the index."""
     with shares.Files(path) as files:
         for part in optimizer.chained_optimizers:
             _allocate(part, files.index["step"])
-        sharded = model.sharded_state_dict(metadata=sharding_metadata())
         held = [*shares.trained(sharded, optimizer), *shares.frozen(sharded)]
         if problems := files.problems(held):
             raise UserError(problems)
@@ -224,10 +259,7 @@ def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) 
             files.fill(share)
         kept = {name: files.object(value.unique_key) for name, value in shares.objects(sharded)}
     model.load_state_dict({name: value for name, value in kept.items() if value is not None}, strict=False)
-    shares.exchange_frozen(sharded)
-    _exchange_trained(optimizer.chained_optimizers)
-    scheduler.load_state_dict(files.index["scheduler"])
-    return _iteration(path)
+    return files.index
 
 
 def _allocate(part: DistributedOptimizer, step: int) -> None:
@@ -328,12 +360,19 @@ def _not_written(path: Path, error: CheckpointException) -> Exception:
     return WorldError(f"{path}: the checkpoint was not written: {str(error).strip().splitlines()[-1]}")
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove what a killed attempt left behind and all whole checkpoints but the newest and those of every so often."""
+def _retire(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Take the names of all whole checkpoints but the newest and those of every so often; returns what can be removed.
+
+    That is also what a killed attempt left behind.
+    """
     whole = sorted((p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)), key=_iteration)
     for path in (p for p in whole[:-keep_last] if not keep_every or _iteration(p) % keep_every):
-        os.replace(path, path.with_name(f"{path.name}.gone"))  # a half-removed one must not look whole
-    for path in folder.glob("iter_*.*"):
+        os.replace(path, path.with_name(f".{path.name}.gone"))  # a half-removed one must not look whole
+    return [*folder.glob("iter_*.*"), *folder.glob(".iter_*.gone")]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 
 

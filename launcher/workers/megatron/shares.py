@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,16 +157,22 @@ class Content:
     plan: dict[str, Any]
 
 
-def copy(model: nn.Module, optimizer: Any) -> Content:
-    """Copy what this rank is to write off the live tensors; megatron-core and the GPU may go on once it returns."""
+def copy(model: nn.Module, optimizer: Any, room: Sequence[Tensor] = ()) -> Content:
+    """Copy what this rank is to write off the live tensors, into the chunks of an earlier copy where they are as large.
+
+    megatron-core and the GPU may go on once it returns.
+    """
     sharded = model.sharded_state_dict(metadata=sharding_metadata())
     held = [share for share in [*trained(sharded, optimizer), *frozen(sharded)] if share.main and share.count]
     tensors: list[Tensor] = []
     shares, kept, position = [], {}, 0
     for share in held:
-        tiles = [[t.key, t.offset, t.shape] for t in share.tiles]
         types = {name: _type_name(tensor) for name, tensor in share.states.items()}
-        shares.append([share.name, tiles, types, share.start, share.count, position])
+        tiles = [[t.key, t.offset, t.shape] for t in share.tiles]
+        part = zlib.crc32(json.dumps(tiles).encode())
+        # Of a part's many ranges the first says what the part is: rank 0 hears of all of them.
+        first = [types, tiles] if not share.start else None
+        shares.append([share.name, part, share.start, share.count, position, first])
         tensors += share.states.values()
         position += sum(_bytes(tensor) for tensor in share.states.values())
     for _, value in objects(sharded):
@@ -174,13 +181,16 @@ def copy(model: nn.Module, optimizer: Any) -> Content:
             tensors.append(value.data)
             position += _bytes(value.data)
     plan = {"shares": shares, "objects": kept, "step": _step(optimizer), "bytes": position}
-    return Content(_copied(tensors, position), plan)
+    return Content(_copied(tensors, position, room), plan)
 
 
-def _copied(tensors: Sequence[Tensor], size: int) -> list[Tensor]:
+def _copied(tensors: Sequence[Tensor], size: int, room: Sequence[Tensor]) -> list[Tensor]:
     """The bytes of tensors one after the other, in chunks; pinned where they come from a GPU."""
     pinned = any(tensor.is_cuda for tensor in tensors)
-    chunks = [torch.empty(min(CHUNK, size - at), dtype=torch.uint8, pin_memory=pinned) for at in range(0, size, CHUNK)]
+    chunks = list(room)
+    if sum(chunk.numel() for chunk in chunks) != size:
+        sizes = [min(CHUNK, size - at) for at in range(0, size, CHUNK)]
+        chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
     position = 0
     for tensor in tensors:
         left = tensor.detach().reshape(-1).view(torch.uint8)
@@ -212,10 +222,12 @@ def merge(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all ranks wrote, by parameter. Raises RuntimeError where a range is missing or there twice."""
     tensors: dict[str, Any] = {}
     for rank, plan in enumerate(plans):
-        for name, tiles, types, start, count, position in plan["shares"]:
-            entry = tensors.setdefault(name, {"states": types, "parts": {}})
-            part = entry["parts"].setdefault(json.dumps(tiles), {"tiles": tiles, "pieces": []})
+        for name, number, start, count, position, first in plan["shares"]:
+            entry = tensors.setdefault(name, {"states": {}, "parts": {}})
+            part = entry["parts"].setdefault(number, {"tiles": [], "pieces": []})
             part["pieces"].append([start, count, rank, position])
+            if first is not None:
+                entry["states"], part["tiles"] = first
     for name, entry in tensors.items():
         entry["parts"] = list(entry["parts"].values())
         for part in entry["parts"]:
