@@ -37,7 +37,7 @@ test-container: $(STAMP)
 #   make test-mcore-next PYTHON_NEXT=/path/to/python3.12
 PYTHON_NEXT ?= python3.12
 NEXT := .venv-mcore-next
-NEXT_TESTS ?= tests/parity tests/convert tests/workers/megatron
+NEXT_TESTS ?= tests/parity tests/convert tests/workers/megatron tests/scale
 
 $(NEXT)/installed: pyproject.toml
 	$(PYTHON_NEXT) -m venv $(NEXT)

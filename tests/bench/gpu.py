@@ -295,7 +295,10 @@ def measure_stall(bench: Bench) -> list[Figure]:
     return [Figure("stall", what, statistics.median(found[what]), unit) for what, unit in _STALL]
 
 
-_STALL = (("bytes", "B"), ("start", "s"), ("finish", "s"), ("slower steps", "s"), ("synchronous", "s"))
+_STALL = (
+    *(("bytes", "B"), ("start", "s"), ("finish", "s")),
+    *(("slower steps", "s"), ("synchronous", "s"), ("resume", "s")),
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- table

@@ -4,7 +4,8 @@
 
 prints, as JSON, a list of seconds for each: `start`, the step that begins a checkpoint; `finish`, the one that names
 it; `slower steps`, what the steps between took longer than others; `synchronous`, the same state written while nothing
-else is done; and `bytes`. MODEL is `small`, of 25 million parameters, `tiny`, or a case of `gpu_models`.
+else is done; `resume`, the same state read back; and `bytes`, what the busiest rank wrote. MODEL is `small`, of 25
+million parameters, `tiny`, or a case of `gpu_models`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import CHECKOUT, Row, environment, python, run_watched, size_of
+from tests.bench.measure import CHECKOUT, Row, environment, python, run_watched
 
 RUNS, PLAIN_STEPS = 3, 4
 
@@ -34,13 +36,15 @@ def rows(found: dict[str, list[float]]) -> list[Row]:
     size = found["bytes"][0] / 1e6
     lost = tuple(a + b for a, b in zip(found["start"], found["finish"], strict=True))
     ratio = tuple(a / b for a, b in zip(lost, found["synchronous"], strict=True))
-    what = f"{size:.0f} MB: weights, master weights and moments, in a thread beside training"
+    what = f"{size:.0f} MB: weights or master weights, and moments, in a thread beside training"
     return [
-        Row("checkpoint: stall when it begins", tuple(found["start"]), "s", f"{what}; gathered and copied"),
-        Row("checkpoint: stall when it ends", tuple(found["finish"]), "s", "metadata, sync, name"),
+        Row("checkpoint: stall when it begins", tuple(found["start"]), "s", f"{what}; copied"),
+        Row("checkpoint: stall when it ends", tuple(found["finish"]), "s", "index, sync, name"),
         Row("checkpoint: steps meanwhile slower by", tuple(found["slower steps"]), "s", "the same processor writes"),
         Row("checkpoint: synchronous", tuple(found["synchronous"]), "s", "written and synced while training waits"),
-        Row("checkpoint: stall / synchronous", ratio, "x", "begin and end together"),
+        Row("checkpoint: resume", tuple(found["resume"]), "s", "the same read back, from the page cache"),
+        Row("checkpoint: stall / synchronous", ratio, "x", "begin and end together", 0.3),
+        Row("checkpoint: written by the busiest rank", tuple(b / 1e6 for b in found["bytes"]), "MB", "a process alone"),
     ]
 
 
@@ -52,13 +56,15 @@ def measure_stall(scratch: Path, name: str) -> dict[str, list[float]]:
     from launcher.workers.megatron import checkpoint, loop
     from launcher.workers.megatron.parallel import process_groups
 
-    found: dict[str, list[float]] = {name: [] for name in ("start", "finish", "slower steps", "synchronous", "bytes")}
+    kinds = ("start", "finish", "slower steps", "synchronous", "resume", "bytes")
+    found: dict[str, list[float]] = {name: [] for name in kinds}
     with process_groups():
         trainer = _trainer(scratch, name)
-        saver = checkpoint.Saver(
-            scratch / "saved", trainer.model.module, trainer.optimizer, trainer.scheduler, keep_last=1, keep_every=None
+        saver, other = (
+            checkpoint.Saver(scratch / where, trainer.model.module, trainer.optimizer, trainer.scheduler, 1, None)
+            for where in ("saved", "synchronous")
         )
-        steps, path = _Steps(loop, trainer), scratch / "synchronous"
+        steps = _Steps(loop, trainer)
         steps.take()  # Adam's moments come with the first
         for run in range((1 if name == "tiny" else RUNS) + 1):
             plain = statistics.median(steps.take() for _ in range(PLAIN_STEPS))
@@ -67,21 +73,23 @@ def measure_stall(scratch: Path, name: str) -> dict[str, list[float]]:
             while not saver.is_written:
                 beside.append(steps.take())
             finished = _seconds(saver.finish)
-            synchronous = _seconds(lambda: checkpoint._write(_state(saver), path))
+            synchronous = _seconds(lambda: (other.start(steps.done), other.finish()))
+            written = other.folder / f"iter_{steps.done:07d}"
+            state = saver.model, saver.optimizer, saver.scheduler
+            resume = _seconds(partial(checkpoint.load_progress, written, *state))
             if run:  # the first warms up
                 found["start"].append(started)
                 found["finish"].append(finished)
                 found["slower steps"].append(sum(beside) - plain * len(beside))
                 found["synchronous"].append(synchronous)
-                found["bytes"].append(size_of(path))
-            shutil.rmtree(path)
+                found["resume"].append(resume)
+                found["bytes"].append(_busiest(written))
+            shutil.rmtree(other.folder)
     return found
 
 
-def _state(saver: Any) -> Any:
-    from launcher.workers.megatron import checkpoint
-
-    return checkpoint._progress_state(saver.model, saver.optimizer, saver.scheduler, loading=False)
+def _busiest(path: Path) -> int:
+    return max(json.loads((path / "progress.json").read_text())["bytes"])
 
 
 class _Steps:

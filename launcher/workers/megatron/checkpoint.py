@@ -1,23 +1,29 @@
-"""Checkpoints in megatron-core's torch_dist format: to resume from, to start from, and the finished artifact.
+"""Checkpoints: to resume from, in files of this project's own; the finished one, in megatron-core's torch_dist format.
 
-    progress/checkpoints/iter_NNNNNNN/            model, optimizer, schedule with the samples consumed
+    progress/checkpoints/iter_NNNNNNN/            master weights, moments, schedule with the samples consumed
+        00000.bin                                 what rank 0 holds of them (`shares`); a file a rank
+        progress.json                             what the files hold, by parameter; written last
     progress/checkpoints/iter_NNNNNNN.partial/    one that is being written; renamed when whole and on disk
     progress/checkpoints/latest_checkpointed_iteration.txt
 
 A folder without a suffix is whole, whenever a run was killed; the tracker file, written last, is for other tools.
 There is no random state: training draws no random numbers (no dropout, and the order of data depends on the seed
-alone), so a run goes on with the same losses, on another parallel layout too.
+alone), so a run goes on with the same losses, on another parallel layout too. Nothing is gathered, no process is
+forked, and weights that are trained are not written beside their masters, of which they are the rounded copy.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import queue
 import re
 import shutil
+import socket
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,23 +32,35 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.convert.metadata import read_metadata
 from launcher.errors import UserError, WorldError
 from launcher.store import sync_tree, write_atomic
+from launcher.workers.megatron import shares
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
+from launcher.workers.megatron.parallel import sum_over_ranks
 from launcher.workers.megatron.versions import ASYNC_SAVE
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # megatron-core hands results through a process of its own: a second or more to start, and a signal to the process group
-# ends it. Here a thread of this process writes, so a queue of this process will do.
+# ends it. Here this process writes, so a queue of this process will do.
 filesystem_async._results_queue = queue.Queue()
 
 _NAME = re.compile(r"iter_(\d{7,})")
+#: Seconds between looks at whether all ranks have written: no collective waits for a slow disk longer than that.
+_LOOK_S = 1.0
 
 
 def newest(folder: Path) -> Path | None:
@@ -60,8 +78,9 @@ def _iteration(path: Path) -> int:
 class Saver:
     """Writes what a later attempt resumes from, beside the training that goes on; all ranks call it alike.
 
-    `start` copies what there is and returns; a thread writes the copy; `finish` gives the checkpoint its name once
-    every rank's thread has ended (`is_written`), and raises what a thread could not do.
+    `start` copies what this rank holds and returns; a thread writes the copy; `finish` gives the checkpoint its name
+    once every rank's thread has ended (`is_written`), and raises, on every rank, what a thread of any could not do.
+    The memory of the first copy is kept for those that follow: none of them can find it gone.
     """
 
     folder: Path
@@ -71,18 +90,21 @@ class Saver:
     keep_last: int
     keep_every: int | None
     pending: _Pending | None = None
+    room: Sequence[Tensor] = ()
+    removing: threading.Thread | None = None
 
     def start(self, iteration: int) -> None:
         """Begin to write the checkpoint of an iteration; one that is under way is finished first."""
         self.finish()
-        sharded = _progress_state(self.model, self.optimizer, self.scheduler, loading=False)
+        if self.removing is not None:
+            self.removing.join()
         path = self.folder / f"iter_{iteration:07d}.partial"
         _make_fresh(path)
-        request = dist_checkpointing.save(
-            sharded, str(path), async_sharded_save=True, content_metadata=dict(SHARDING), **ASYNC_SAVE
-        )
-        self.pending = _Pending(iteration, path, request, _storages(self.model, self.optimizer))
-        self.pending.start()
+        content = shares.copy(self.model, self.optimizer, self.room)
+        self.room = content.chunks
+        plans = _gather(content.plan)
+        about = {"version": shares.VERSION, "iteration": iteration, "scheduler": self.scheduler.state_dict()}
+        self.pending = _Pending(path, content.chunks, about, plans)
 
     @property
     def is_written(self) -> bool:
@@ -94,133 +116,235 @@ class Saver:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        try:
-            pending.join()
-        except CheckpointException as error:
-            raise _not_written(pending.path, error) from None
-        if dist.get_rank() == 0:
-            sync_tree(pending.path)
-            os.replace(pending.path, pending.path.with_suffix(""))
-            write_atomic(self.folder / TRACKER, str(pending.iteration))
-            _prune(self.folder, self.keep_last, self.keep_every)
-        dist.barrier()
+        _wait_for_all(pending.thread)
+        _agree(pending.path, pending.thread.error)
+        naming = _Work(lambda: self._name(pending) if dist.get_rank() == 0 else None)
+        _wait_for_all(naming)
+        _agree(pending.path, naming.error)
+
+    def _name(self, pending: _Pending) -> None:
+        path, index = pending.path, shares.merge([json.loads(plan) for plan in pending.plans])
+        (path / shares.INDEX).write_text(json.dumps(pending.about | index))
+        sync_tree(path)
+        os.replace(path, path.with_suffix(""))
+        write_atomic(self.folder / TRACKER, str(pending.about["iteration"]))
+        retired = _retire(self.folder, self.keep_last, self.keep_every)
+        # Not waited for before the next checkpoint begins: on a parallel file system each file takes a while.
+        self.removing = threading.Thread(target=_remove, args=(retired,))
+        self.removing.start()
 
 
-class _Pending:
-    """A checkpoint under way: megatron-core's request, and the thread that carries it out on a copy of the tensors."""
+class _Work(threading.Thread):
+    """A thread that begins at once and keeps what it raised."""
 
-    def __init__(self, iteration: int, path: Path, request: Any, alive: set[int]) -> None:
-        self.iteration, self.path, self.request = iteration, path, request
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.work = work
         self.error: BaseException | None = None
-        arguments = list(request.async_fn_args)
-        if request.preload_fn is not None:
-            arguments[1] = _own(request.preload_fn(), alive)
-        self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self.start()
 
-    def start(self) -> None:
-        """Begin to write."""
-        self.thread.start()
-
-    def _write(self, *arguments: Any) -> None:
+    def run(self) -> None:
+        """Work, and keep whatever goes wrong: whoever waits for the thread raises it."""
         try:
-            if self.request.async_fn is not None:
-                self.request.async_fn(*arguments, **self.request.async_fn_kwargs)
+            self.work()
         except BaseException as error:
             self.error = error
 
-    def join(self) -> None:
-        """Wait for every rank's writer, then let megatron-core write what describes the whole."""
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        dist.barrier()
-        for finalize in self.request.finalize_fns:
-            finalize()
+
+class _Pending:
+    """A checkpoint under way: what its index will say, and the thread that writes this rank's file."""
+
+    def __init__(self, path: Path, chunks: Sequence[Tensor], about: dict[str, Any], plans: list[str]) -> None:
+        self.path, self.about, self.plans = path, about, plans
+        self.thread = _Work(lambda: write_share(path / shares.file_name(dist.get_rank()), chunks))
 
 
-def _storages(model: nn.Module, optimizer: Any) -> set[int]:
-    """Where the weights and the optimizer's tensors lie in memory: what training goes on to change."""
-    alive: list[Any] = [*model.parameters(), *model.buffers()]
-    for part in optimizer.chained_optimizers:
-        alive += [p for group in part.optimizer.param_groups for p in group["params"]]
-        alive += [value for state in part.optimizer.state.values() for value in state.values()]
-    return {t.untyped_storage().data_ptr() for t in alive if isinstance(t, torch.Tensor)}
+def write_share(path: Path, chunks: Sequence[Tensor]) -> None:
+    """Write one rank's file and push it to disk; nothing where the rank holds nothing."""
+    if not chunks:
+        return
+    with path.open("wb", buffering=0) as file:
+        for chunk in chunks:
+            left = memoryview(chunk.numpy())
+            while left:
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
 
 
-def _own(buckets: list[Any], alive: set[int]) -> list[Any]:
-    """The tensors to write, copied where they are living ones.
+def _wait_for_all(thread: threading.Thread) -> None:
+    """Wait until every rank's thread has ended.
 
-    megatron-core 0.16.1 has copies already of what was on a GPU, of views, as weights are of their buffer, and of the
-    optimizer's tensors, which it gathers; another version may not.
+    Ranks ask each other once a second, so that none sits in a collective for as long as the slowest disk takes: NCCL
+    and gloo would give up after ten minutes or half an hour.
     """
+    waiting = True
+    while waiting:
+        thread.join(_LOOK_S)
+        waiting = sum_over_ranks([float(thread.is_alive())])[0] > 0
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in alive else tensor
 
-    return [
-        (name, key, (data, [(item, own(tensor)) for item, tensor in tensors])) for name, key, (data, tensors) in buckets
-    ]
+def _agree(path: Path, error: BaseException | None) -> None:
+    """Go on where no rank has failed; else raise on all of them, and leave nothing half written."""
+    failed = _failed(error)
+    if failed is None:
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)  # on a full disk the run's own words need room
+    code, words = failed
+    if code is not None:
+        raise OSError(code, f"the checkpoint was not written: {words}", str(path)) from error
+    raise WorldError(f"{path}: the checkpoint was not written: {words}") from error
+
+
+def _failed(error: BaseException | None) -> tuple[int | None, str] | None:
+    """What went wrong on the first rank where something did, with the number of an OSError; all ranks call it."""
+    if not sum_over_ranks([float(error is not None)])[0]:
+        return None
+    mine = None
+    if error is not None:
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        words = words if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {words}"
+        mine = getattr(error, "errno", None), f"{words} (rank {dist.get_rank()} on {socket.gethostname()})"
+    said: list[tuple[int | None, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return next(one for one in said if one)
+
+
+def _gather(plan: dict[str, Any]) -> list[str]:
+    """What every rank says, as JSON, on rank 0; nothing on others."""
+    if dist.get_world_size() == 1:
+        return [json.dumps(plan)]
+    text, device = json.dumps(plan).encode(), torch.cuda.current_device()
+    longest = torch.tensor([len(text)], device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    mine = torch.frombuffer(bytearray(text.ljust(int(longest))), dtype=torch.uint8).to(device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(mine, found)
+    return [bytes(one.cpu().numpy()).decode() for one in found or ()]
 
 
 def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Put everything back as it was when the checkpoint was written; returns its iteration."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam):
-            _ready_to_load(part)
-    state = dist_checkpointing.load(_progress_state(model, optimizer, scheduler, loading=True), str(path))
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+    """Put everything back as it was when the checkpoint was written; returns its iteration.
+
+    A rank reads its own share and no other's: weights that are trained are rounded from the masters and exchanged as
+    after any step, others are exchanged too. Raises UserError for progress that does not fit.
+    """
+    sharded = model.sharded_state_dict(metadata=sharding_metadata())
+    error: Exception | None = None
+    try:
+        index = _read(path, model, sharded, optimizer)
+    except (UserError, OSError) as found:
+        error = found
+    failed = _failed(error)  # what one rank cannot read ends all: none waits for it in a collective
+    if error is not None:
+        raise error
+    if failed is not None:
+        code, words = failed
+        raise UserError(words) if code is None else OSError(code, f"not read: {words}", str(path))
+    shares.exchange_frozen(sharded)
+    _exchange_trained(optimizer.chained_optimizers)
+    scheduler.load_state_dict(index["scheduler"])
     return _iteration(path)
 
 
-def _ready_to_load(part: DistributedOptimizer) -> None:
-    """Let megatron-core load into torch's Adam, which stands in where Transformer Engine and Apex are not.
-
-    In 0.16.1 it takes Adam's state to be there already, misses `step` among what it loads for each parameter, and
-    gives all parameters one tensor `step`, which each of them would then count up.
-    """
-    adam, put = part.optimizer, part._set_main_param_and_optimizer_states
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter]["step"] = torch.tensor(0.0)
-
-    def put_with_step(parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, place = part.model_param_group_index_map[parameter]
-        state = adam.state[adam.param_groups[group]["params"][place]]
-        state["step"] = state["step"].clone()
-        put(parameter, {**tensors, "step": state["step"]})
-
-    part._set_main_param_and_optimizer_states = put_with_step
+def _read(path: Path, model: nn.Module, sharded: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Read this rank's share into the live tensors; returns the index."""
+    with shares.Files(path) as files:
+        for part in optimizer.chained_optimizers:
+            _allocate(part, files.index["step"])
+        held = [*shares.trained(sharded, optimizer), *shares.frozen(sharded)]
+        if problems := files.problems(held):
+            raise UserError(problems)
+        for share in held:
+            files.fill(share)
+        kept = {name: files.object(value.unique_key) for name, value in shares.objects(sharded)}
+    model.load_state_dict({name: value for name, value in kept.items() if value is not None}, strict=False)
+    return files.index
 
 
-def _progress_state(model: nn.Module, optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
-    metadata = sharding_metadata()
-    sharded = model.sharded_state_dict(metadata=metadata)
-    return {
-        "model": sharded,
-        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata),
-        "scheduler": scheduler.state_dict(),
-    }
+def _allocate(part: DistributedOptimizer, step: int) -> None:
+    """Make room for the moments, as megatron-core does before it loads them, and note the steps taken."""
+    groups = [{k: v for k, v in g.items() if k != "params"} | {"step": step} for g in part.optimizer.param_groups]
+    part.load_state_dict({"optimizer": {"param_groups": groups}})
+    for state in part.optimizer.state.values():
+        if "step" in state:  # torch's Adam would count up one tensor once for each parameter that shares it
+            state["step"] = state["step"].clone()
+
+
+def _exchange_trained(parts: Sequence[DistributedOptimizer]) -> None:
+    """Let weights be what their masters say, on all data-parallel ranks: the end of every optimizer step."""
+    for part in parts:
+        part._copy_main_params_to_model_params()
+    for chunk in {id(chunk): chunk for part in parts for chunk in part.model_chunks}.values():
+        chunk.start_param_sync(force_sync=True)
 
 
 def _write(sharded: dict[str, Any], path: Path) -> None:
-    """Write a sharded state dict into a fresh folder and push it to disk; all ranks call it."""
+    """Write a sharded state dict into a fresh folder and push it to disk; all ranks call it.
+
+    Data-parallel ranks, which hold the same weights, write a part each.
+    """
     _make_fresh(path)
+    strategy, group = get_default_save_sharded_strategy(), sharding_metadata()["dp_cp_group"]
     try:
-        dist_checkpointing.save(sharded, str(path), content_metadata=dict(SHARDING))
+        request = dist_checkpointing.save(
+            sharded,
+            str(path),
+            FullyParallelSaveStrategyWrapper(strategy, group) if group.size() > 1 else strategy,
+            async_sharded_save=True,
+            content_metadata=dict(SHARDING),
+            **ASYNC_SAVE,
+        )
+        _carry_out(request)
+        for finalize in request.finalize_fns:
+            finalize()
     except CheckpointException as error:
         raise _not_written(path, error) from None
     if dist.get_rank() == 0:
         sync_tree(path)
 
 
+def _carry_out(request: Any) -> None:
+    """Write what megatron-core has prepared, in this process: it would fork processes, and wait for one that has died.
+
+    What could not be written comes out, on all ranks, as it finishes the checkpoint.
+    """
+    work = None
+    if request.async_fn is not None:
+        transforms, (_, _, results) = request.async_fn.args[0], request.async_fn_args
+        buckets = request.preload_fn()
+        work = _Work(lambda: results.put(_written(transforms, buckets)))
+    waiting = work or _Work(lambda: None)
+    _wait_for_all(waiting)
+    if waiting.error is not None:
+        raise waiting.error
+
+
+def _written(transforms: list[Any], buckets: list[Any]) -> dict[int, Any] | Exception:
+    done: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        said: queue.Queue[Any] = queue.Queue()
+        counted: queue.Queue[int] = queue.Queue()
+        counted.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, said, counted, use_fsync=True
+        )
+        found = said.get_nowait()[1]
+        if isinstance(found, Exception):
+            return found
+        done[number] = found
+    return done
+
+
 def _make_fresh(path: Path) -> None:
+    error: OSError | None = None
     if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-    dist.barrier()
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        except OSError as found:
+            error = found
+    _agree(path, error)
 
 
 def _not_written(path: Path, error: CheckpointException) -> Exception:
@@ -236,12 +360,19 @@ def _not_written(path: Path, error: CheckpointException) -> Exception:
     return WorldError(f"{path}: the checkpoint was not written: {str(error).strip().splitlines()[-1]}")
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove what a killed attempt left behind and all whole checkpoints but the newest and those of every so often."""
+def _retire(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Take the names of all whole checkpoints but the newest and those of every so often; returns what can be removed.
+
+    That is also what a killed attempt left behind.
+    """
     whole = sorted((p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)), key=_iteration)
     for path in (p for p in whole[:-keep_last] if not keep_every or _iteration(p) % keep_every):
-        os.replace(path, path.with_name(f"{path.name}.gone"))  # a half-removed one must not look whole
-    for path in folder.glob("iter_*.*"):
+        os.replace(path, path.with_name(f".{path.name}.gone"))  # a half-removed one must not look whole
+    return [*folder.glob("iter_*.*"), *folder.glob(".iter_*.gone")]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -274,7 +405,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     tensors = {name: value for name, value in sharded.items() if name not in objects}
     names = set(tensors)
     try:
-        state, _, _ = dist_checkpointing.load(tensors, str(path), strict="return_all")
+        state, _, _ = dist_checkpointing.load(tensors, str(path), _reading(path), strict="return_all")
     except pickle.UnpicklingError as error:  # of common.pt, where others keep their arguments; nothing in it is needed
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
@@ -282,6 +413,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             "checkpoint to hf and back, which leaves that file out"
         ) from None
     model.load_state_dict({k: v for k, v in state.items() if k in names} | dict.fromkeys(objects))
+
+
+def _reading(path: Path) -> Any:
+    """How weights are read: data-parallel ranks, which need the same, read a part each and exchange them."""
+    strategy, group = get_default_load_sharded_strategy(str(path)), sharding_metadata()["dp_cp_group"]
+    return FullyParallelLoadStrategyWrapper(strategy, group) if group.size() > 1 else strategy
 
 
 def _check_tensors(path: Path, model: nn.Module) -> None:

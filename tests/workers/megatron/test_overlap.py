@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import train_stages as ts
+from tiny_checkpoints import CONFIGS
 
 from launcher.workers.megatron.parallel import process_groups
 
@@ -55,6 +56,35 @@ def test_steps_evaluations_checkpoints_and_the_artifact_are_those_of_exchange_af
     each = make(root, f"each-{model}", model, **settings)
     assert ts.run(each, EACH) == [0, 0], ts.log(each)
     assert each.losses() == pytest.approx(after.losses(), rel=2e-6 if precision == "fp32" else 2e-3)
+
+
+def each_and_stopped() -> None:
+    EACH()
+    ts.signal_at(3)()
+
+
+#: Granite 4's hybrid in miniature, with the vocabulary of the tests' tokens.
+GRANITE_H = {**CONFIGS["granite-4.0-h-micro-base"], "vocab_size": 512, "max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "precision"),
+    [("llama-tiny", 3, "bf16"), ("nemotron-h-tiny", 2, "bf16"), ("granite-4.0-h-micro", 3, "fp32")],
+)
+def test_a_run_of_many_padded_buckets_goes_on_as_if_unbroken(
+    root: Path, model: str, ranks: int, precision: str
+) -> None:
+    described = ts.model(model)
+    described |= {"config": GRANITE_H} if model == "granite-4.0-h-micro" else {}
+    settings: dict[str, Any] = {"model": described, "ranks": ranks, "precision": precision, "train_iters": 6}
+    settings |= {"global_batch_size": 6, "micro_batch_size": 1}
+    unbroken = ts.make_stage(root, f"padded-{model}", **settings)
+    assert ts.run(unbroken, EACH) == [0] * ranks, ts.log(unbroken)
+    stopped = ts.make_stage(root, f"padded-stopped-{model}", **settings)
+    assert ts.run(stopped, each_and_stopped) == [0] * ranks, ts.log(stopped)
+    assert ts.run(stopped, EACH, attempt=1) == [0] * ranks, ts.log(stopped, 1)
+    assert "after step 4" in ts.log(stopped, 1)
+    same_bits(stopped, unbroken)
 
 
 @pytest.mark.parametrize(

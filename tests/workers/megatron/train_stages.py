@@ -260,21 +260,21 @@ def _kill_in_save(count: int) -> None:
 
 
 def signal_in_save(number: int = signal.SIGUSR2) -> Fault:
-    """The rank and the processes that write for it get a signal while a checkpoint is written."""
+    """The rank, and all that it has started, get a signal while a checkpoint is written."""
     return partial(_signal_in_save, number)
 
 
 def _signal_in_save(number: int) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from launcher.workers.megatron import checkpoint
 
     os.setpgid(0, 0)
-    write = FileSystemWriterAsync.write_preloaded_data
+    write = checkpoint.write_share
 
-    def signalled(*args: Any, **kwargs: Any) -> Any:
+    def signalled(*args: Any) -> None:
         os.killpg(0, number)
-        return write(*args, **kwargs)
+        write(*args)
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(signalled)
+    checkpoint.write_share = signalled
 
 
 def kill_after(seconds: float) -> Fault:
@@ -298,17 +298,15 @@ def slow_writer(seconds: float) -> Fault:
 
 
 def _slow_writer(seconds: float) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     from launcher.workers.megatron import checkpoint
 
-    write = FileSystemWriterAsync.write_preloaded_data
+    write = checkpoint.write_share
 
-    def slowly(*args: Any, **kwargs: Any) -> Any:
+    def slowly(*args: Any) -> None:
         time.sleep(seconds)
-        return write(*args, **kwargs)
+        write(*args)
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
+    checkpoint.write_share = slowly
     alive = property(lambda saver: saver.pending is not None and not saver.pending.thread.is_alive())
     checkpoint.Saver.is_written = alive  # type: ignore[assignment]
 
