@@ -62,7 +62,7 @@ def test_a_suspended_job_is_shown_as_such(site: StandIn, state: str, begun: bool
     record = site.plan()
     submit_run(site.root, record, site.profile)
     if begun:
-        leave_attempt(site.root, record.stages[0].spec, "101.0", 10, 20, None)
+        leave_attempt(site.root, record.stages[0].spec, "101.0", 10.0, steps=(1, 10))
     site.queue(("101", site.script("a"), state), ("102", site.script("b"), "PENDING"))
     told = run_status(site.root, record, stage_jobs(site.root, record)).stages[0]
     assert (told.state, told.job_state, told.reason) == ("running", state, f"job 101 {state.lower()}")

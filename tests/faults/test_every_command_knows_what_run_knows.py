@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import slurm, store
+from launcher.commands.shared import jobs_source
 from launcher.store import Owner
 from launcher.submit import cancel_jobs, read_submitted, stage_jobs, submit_run
 from launcher.submitted import JOBS
@@ -47,6 +48,9 @@ def test_status_and_clean_see_it(site: StandIn, state: str) -> None:
     site.queue(("101", site.script("a"), state), ("102", site.script("b"), "PENDING"))
     told = json.loads(site.prism("status", "--json").stdout)
     assert [(s["job"], s["job_state"]) for s in told["stages"]] == [("101", state), ("102", "PENDING")]
+    source = jobs_source(site.root, record)
+    looks = [source({}) for _ in range(3)]
+    assert [{j.id for j in look.values()} for look in looks] == [{"101", "102"}] * 3, "as watch asks"
     done = site.prism("clean", "run", "--forget")
     assert done.returncode == 2 and store.run_dir(site.root, "run").exists(), done.stdout
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import store, submitted
+from launcher import slurm, store, submitted
 from launcher.store import Owner
 from launcher.submit import read_submitted, stage_jobs, submit_run
 from launcher.submitted import JOBS
@@ -87,6 +87,13 @@ def test_what_accounting_tells_of_an_earlier_job_is_not_told_of_ours(site: Stand
     assert {j.state for j in stage_jobs(site.root, record).values()} == {"GONE"}
     site.accounts(f"101|FAILED|n1|{now}|None|{now}|run.a", f"102|CANCELLED by 0|n1|{now}|None|{now}|run.b")
     assert [j.state for j in stage_jobs(site.root, record).values()] == ["FAILED", "CANCELLED"]
+
+
+@pytest.mark.parametrize("script", ["mine", "/home/ann/x.sh", "(null)"])
+def test_so_is_the_job_of_a_cluster_test(site: StandIn, tmp_path: Path, script: str) -> None:
+    mine = str(tmp_path / "trial" / "job.sbatch")
+    site.queue(("7", mine if script == "mine" else script, "RUNNING"))
+    assert (slurm.job_of_script("7", mine) is not None) == (script == "mine")
 
 
 def test_an_element_of_an_array_is_known_by_the_arrays_script(site: StandIn) -> None:
