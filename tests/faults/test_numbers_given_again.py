@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import slurm, store, submitted
+from launcher.render import render_plan
 from launcher.store import Owner
 from launcher.submit import read_submitted, stage_jobs, submit_run
 from launcher.submitted import JOBS
@@ -58,6 +60,18 @@ def test_jobs_noted_by_an_older_version_are_known_by_where_their_scripts_lie(sit
         {site.script("a"), site.script("b")} if noted else {""}
     )
     assert {j.state for j in stage_jobs(site.root, record).values()} == {"PENDING"}
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_so_are_those_of_a_rendered_folder_and_no_others(site: StandIn, tmp_path: Path, noted: bool) -> None:
+    record = site.plan()
+    for name, plan in (("mine", record), ("other", site.plan(("z", (), {}), ("a", (), {}), ("b", (), {})))):
+        render_plan(plan, site.profile, tmp_path / name, site.root)
+    line = submitted.Submitted("a", record.stage("a").spec.fingerprint, "7", time.time())
+    line = replace(line, script=str(tmp_path / "mine" / "a.sbatch")) if noted else line
+    for name, state in (("mine", "RUNNING"), ("other", "GONE")):
+        site.queue(("7", str(tmp_path / name / "a.sbatch"), "RUNNING"))
+        assert submitted.told_states(site.root, "run", [line])["7"].state == state
 
 
 def test_a_root_that_is_reached_by_another_path_is_the_same(site: StandIn, tmp_path: Path) -> None:
