@@ -376,6 +376,13 @@ def scripts_of_jobs(jobs: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     return found
 
 
+def job_of_script(job: str, script: str) -> Job | None:
+    """The job of this number, if Slurm still knows a job of this script by it."""
+    known = job_states([job]).get(job)
+    words = scripts_of_jobs([job]) if known is not None else {}
+    return known if not words or os.path.realpath(script) in map(os.path.realpath, words) else None
+
+
 def parse_scripts(text: str) -> Mapping[str, tuple[str, ...]]:
     """Lines of `squeue --format=%i|%o`; a path may hold a `|`. A job without a script has other words, or `(null)`."""
     found: dict[str, dict[str, None]] = {}

@@ -66,7 +66,9 @@ def stage_jobs(root: Path, record: RunRecord, ended: Jobs | None = None, before:
     A job that nothing knows any more stands as state GONE. Those in `ended` are not asked for again. `before` is the
     answer of a moment ago: a look that follows another asks for what has changed since, as a rule in one question.
     """
-    own = slurm.own_scripts() if before is None else None
+    written = {line.job for line in read_submitted(root, record.run)}
+    is_news = before is None or any(job.id not in written for job in before.values())
+    own = slurm.own_scripts() if is_news else None
     links = _newest(record, _all_jobs(root, record.run, own or {}))
     over = {job.id: job for job in (ended or {}).values()}
     seen = {job.id for job in (before or {}).values() if job.is_active}
@@ -198,7 +200,7 @@ class _Submission:
     def complete(self, stage: PlannedStage, links: Sequence[Submitted]) -> None:
         """Submit the links that a chain in the queue lacks, since whoever submitted it was killed between two."""
         name, count = stage.spec.stage, job_count(stage.spec.limits) - len(links)
-        if count <= 0 or name not in self.waiting_for or self.room.fits(count, count) < count:
+        if not links or count <= 0 or name not in self.waiting_for or self.room.fits(count, count) < count:
             return
         self.waiting_for[name] = _submit_stage(self.root, stage, self.profile, self._after(stage), links)
         self.submitted[name] = self.waiting_for[name]
@@ -225,7 +227,7 @@ def _submit_stages(
     now = _Submission(root, profile, _room(root, profile), done, elements, later)
     busy = {n for n in known if states[n] in ("queued", "running")}
     # Never on a job that has ended: once Slurm has forgotten it, `afterok` holds even if it failed.
-    now.waiting_for = {n: links[n][-1].job for n in busy if known[n].is_active}
+    now.waiting_for = {n: links[n][-1].job if n in links else known[n].id for n in busy if known[n].is_active}
     now.done.update(busy - now.waiting_for.keys())
     try:
         for script in scripts_of(record.stages, profile):

@@ -189,8 +189,10 @@ def _is_script_of(root: Path, run: str, line: Submitted, script: str) -> bool:
         folder, name = where
         is_part = line.stage.startswith(f"{folder}.") and name != SCRIPT
         return is_part if "_" in line.job else (folder, name) == (line.stage, SCRIPT)
-    # A folder that `render` made.
-    return script.endswith(".sbatch") and os.path.exists(Path(script).with_name(f"{line.stage}.stage.json"))
+    if line.script or not script.endswith(".sbatch"):
+        return False
+    beside = Path(script).with_name(f"{line.stage}.stage.json")  # a folder that `render` made
+    return _dict(store.read_json(beside)).get("fingerprint") == line.fingerprint
 
 
 def _place(root: Path, run: str, script: str) -> tuple[str, str] | None:
@@ -244,7 +246,7 @@ def _dict(value: Any) -> Mapping[str, Any]:
 def _elements(script: str) -> list[str]:
     """The stages of an array's elements, as its script lists them."""
     try:
-        text = Path(script).read_text(errors="replace")
+        text = Path(script).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     listed = re.search(r"^stages=\(\n(.*?)^\)$", text, re.MULTILINE | re.DOTALL)

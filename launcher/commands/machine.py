@@ -71,7 +71,7 @@ def _test_profile(args: argparse.Namespace) -> int:
     root = root_of(args)
     if args.job:
         test = trial.find_trial(root, args.job)
-        outcome = trial.read_outcome(test, slurm.job_states([test.job]).get(test.job))
+        outcome = trial.read_outcome(test, slurm.job_of_script(test.job, str(test.folder / "job.sbatch")))
     else:
         root = store.open_root(root)
         test = trial.submit_trial(trial.plan_trial(profile, root, args.partition, args.nodes), profile, root)

@@ -248,25 +248,29 @@ def _uses(root: Path) -> Uses:
 
 
 def _jobs_by_slurm(root: Path, submitted: Mapping[str, Set[str]], claimed: Set[str]) -> Mapping[str, Set[str]]:
-    """The jobs to ask each `slurm.conf` for, the shell's own (or the site's, empty) first.
+    """The jobs to ask each `slurm.conf` for, the shell's own (or the site's, empty) first; none without runs on Slurm.
 
     A claim names no cluster: jobs of which no run tells are asked of all.
     """
     shell = os.environ.get("SLURM_CONF", "")
-    found: dict[str, set[str]] = {shell: set()}
+    found: dict[str, set[str]] = {}
     for run, jobs in submitted.items():
-        if jobs:
-            found.setdefault(_slurm_conf(root, run) or shell, set()).update(jobs)
+        conf = _slurm_conf(root, run)
+        if jobs or conf is not None:
+            found.setdefault(conf or shell, set()).update(jobs)
     stray = claimed - set().union(*found.values())
-    return {conf: jobs | stray for conf, jobs in found.items()}
+    if stray:
+        found.setdefault(shell, set())
+    return {conf: found[conf] | stray for conf in sorted(found, key=lambda conf: conf != shell)}
 
 
 def _slurm_conf(root: Path, run: str) -> str | None:
-    """The `slurm_conf` of the cluster that a run was submitted to; None where it has none or that is forgotten."""
+    """The `slurm_conf` of a run's cluster, "" for the site's own; None where it has no Slurm or is forgotten."""
     try:
-        return load_profile(read_run(root, run).cluster).slurm_conf
+        profile = load_profile(read_run(root, run).cluster)
     except UserError:
         return None
+    return profile.slurm_conf or "" if profile.scheduler == "slurm" else None
 
 
 def _active_jobs(root: Path, asked: Mapping[str, Set[str]], submitted: Mapping[str, set[str]]) -> set[str]:
@@ -282,7 +286,7 @@ def _active_jobs(root: Path, asked: Mapping[str, Set[str]], submitted: Mapping[s
             os.environ["SLURM_CONF"] = conf
         try:
             active |= living(root, jobs)
-            own = slurm.own_scripts() if jobs else {}
+            own = slurm.own_scripts()
             for run, known in submitted.items():
                 lost = {line.job for line in unheard(root, run, own)}
                 known |= lost

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher import store, submitted
+from launcher import slurm, store, submitted
+from launcher.render import render_plan
 from launcher.store import Owner
 from launcher.submit import read_submitted, stage_jobs, submit_run
 from launcher.submitted import JOBS
@@ -60,6 +62,18 @@ def test_jobs_noted_by_an_older_version_are_known_by_where_their_scripts_lie(sit
     assert {j.state for j in stage_jobs(site.root, record).values()} == {"PENDING"}
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_so_are_those_of_a_rendered_folder_and_no_others(site: StandIn, tmp_path: Path, noted: bool) -> None:
+    record = site.plan()
+    for name, plan in (("mine", record), ("other", site.plan(("z", (), {}), ("a", (), {}), ("b", (), {})))):
+        render_plan(plan, site.profile, tmp_path / name, site.root)
+    line = submitted.Submitted("a", record.stage("a").spec.fingerprint, "7", time.time())
+    line = replace(line, script=str(tmp_path / "mine" / "a.sbatch")) if noted else line
+    for name, state in (("mine", "RUNNING"), ("other", "GONE")):
+        site.queue(("7", str(tmp_path / name / "a.sbatch"), "RUNNING"))
+        assert submitted.told_states(site.root, "run", [line])["7"].state == state
+
+
 def test_a_root_that_is_reached_by_another_path_is_the_same(site: StandIn, tmp_path: Path) -> None:
     record = site.plan()
     submit_run(site.root, record, site.profile)
@@ -87,6 +101,13 @@ def test_what_accounting_tells_of_an_earlier_job_is_not_told_of_ours(site: Stand
     assert {j.state for j in stage_jobs(site.root, record).values()} == {"GONE"}
     site.accounts(f"101|FAILED|n1|{now}|None|{now}|run.a", f"102|CANCELLED by 0|n1|{now}|None|{now}|run.b")
     assert [j.state for j in stage_jobs(site.root, record).values()] == ["FAILED", "CANCELLED"]
+
+
+@pytest.mark.parametrize("script", ["mine", "/home/ann/x.sh", "(null)"])
+def test_so_is_the_job_of_a_cluster_test(site: StandIn, tmp_path: Path, script: str) -> None:
+    mine = str(tmp_path / "trial" / "job.sbatch")
+    site.queue(("7", mine if script == "mine" else script, "RUNNING"))
+    assert (slurm.job_of_script("7", mine) is not None) == (script == "mine")
 
 
 def test_an_element_of_an_array_is_known_by_the_arrays_script(site: StandIn) -> None:

@@ -1,0 +1,92 @@
+"""A damaged line of jobs.jsonl, or a damaged held.json, costs itself and no command, and is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import store
+from launcher.caps import HELD
+from launcher.submit import read_submitted, submit_run
+from launcher.submitted import JOBS, Submitted, damaged_lines, write_down
+from tests.faults.slurm_stand_in import StandIn
+
+GOOD = {"stage": "b", "fingerprint": "00000000000000000001", "job": "102", "time": 1.0, "user": "ann"}
+
+
+def line(**changes: object) -> bytes:
+    return json.dumps({**GOOD, **changes}).encode()
+
+
+DAMAGE = {
+    "not UTF-8": b"\xff\xfe\x00",
+    "not UTF-8 inside": line().replace(b"102", b"\xff02"),
+    "not an object": b"[1]",
+    "a word": b'"stage"',
+    "null": b"null",
+    "half a line": line()[:30],
+    "two lines in one": line()[:30] + line(),
+    "keys are missing": b'{"stage": "b"}',
+    "a job that is no number": line(job="; rm -rf /"),
+    "a job that is an option": line(job="--all"),
+    "a job that is a list": line(job=["102"]),
+    "an empty job": line(job=""),
+    "no time": line(time=None),
+    "a time that is text": line(time="now"),
+    "a time without end": line().replace(b"1.0", b"Infinity"),
+    "NaN": line().replace(b"1.0", b"NaN"),
+    "deep": b"[" * 100_000,
+    "NUL": b"\x00" * 512,
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    return StandIn(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_line_is_left_out_and_named(tmp_path: Path, damage: bytes) -> None:
+    path = store.run_dir(tmp_path, "run") / JOBS
+    path.parent.mkdir(parents=True)
+    path.write_bytes(line(job="101", stage="a") + b"\n" + damage + b"\n" + line(job="103", of_later="versions") + b"\n")
+    assert [s.job for s in read_submitted(tmp_path, "run")] == ["101", "103"]
+    (told,) = damaged_lines(tmp_path, "run")
+    assert told.startswith(f"{path}: line 2: damaged")
+
+
+def test_what_is_written_after_half_a_line_stands_on_its_own(tmp_path: Path) -> None:
+    path = store.run_dir(tmp_path, "run") / JOBS
+    path.parent.mkdir(parents=True)
+    path.write_bytes(line()[:30])
+    job = Submitted("a", "f", "7", 1.0, script="/r/l\udce9a \"'\n/job.sbatch")
+    write_down(tmp_path, "run", [job])
+    assert read_submitted(tmp_path, "run") == [job] and len(path.read_bytes().splitlines()) == 2
+
+
+def test_many_damaged_lines_are_counted(tmp_path: Path) -> None:
+    path = store.run_dir(tmp_path, "run") / JOBS
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x\n" * 50)
+    (told,) = damaged_lines(tmp_path, "run")
+    assert " 20 and 30 more" in told and " 21" not in told
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["logs", "a"], ["clean", "--dry-run"], ["cancel"], ["resume", "--detach"]]
+)
+def test_no_command_ends_of_it_and_the_job_is_found_again(site: StandIn, command: list[str]) -> None:
+    submit_run(site.root, site.plan(), site.profile)
+    path = store.run_dir(site.root, "run") / JOBS
+    path.write_bytes(b"\xff\n" + path.read_bytes().splitlines(keepends=True)[1])
+    (store.run_dir(site.root, "run") / HELD).write_bytes(b"\xff[")
+    done = site.prism(*command)  # no traceback
+    assert done.returncode == (2 if command[0] == "logs" else 0), done.stderr
+    if command[0] != "clean":
+        assert f"{path}: line 1: damaged" in done.stderr and f"{HELD}: damaged" in done.stderr
+    if command[0] == "cancel":
+        assert site.calls("scancel") == ["101 102"]
+    if command[0] == "resume":
+        assert done.stdout.startswith("follow it") and len(site.in_queue) == 2
