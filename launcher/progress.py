@@ -142,16 +142,12 @@ class StageJob:
             file.write(json.dumps(figures, sort_keys=True) + "\n")
 
     def truncate_metrics(self, key: str, last: int) -> None:
-        """Drop metric lines past step `last`, and a half-written one: a resumed run writes them again."""
+        """Drop metric lines past step `last`, and damaged ones: a resumed run writes them again."""
         path = self.workdir / METRICS
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row.get(key, 0) <= last:
-                    kept.append(json.dumps(row, sort_keys=True))
+        numbered = [row for row in store.read_rows(path) if isinstance(row.get(key, 0), (int, float))]
+        kept = [json.dumps(row, sort_keys=True) for row in numbered if row.get(key, 0) <= last]
         store.write_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def record(self, **facts: Any) -> None:
