@@ -73,7 +73,7 @@ def lives_of(root: Path, stage: PlannedStage, now: float, running: bool) -> list
         going = newest and running and attempt.end is None
         ended = now if going else _end_of(attempt)
         following = None if newest else found[number + 1].started
-        if following is not None and following > attempt.started:  # else the clock was set back between them
+        if following is not None and following >= attempt.started:  # else the clock was set back between them
             ended = min(ended, following)  # of a killed one the last sign of life may be later than that
         lives.append(Life(attempt, attempt.started, max(ended, attempt.started), going))
     return lives
