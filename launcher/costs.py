@@ -72,8 +72,9 @@ def lives_of(root: Path, stage: PlannedStage, now: float, running: bool) -> list
         newest = number == len(found) - 1
         going = newest and running and attempt.end is None
         ended = now if going else _end_of(attempt)
-        if not newest:  # of a killed one the last sign of life may be later than the first of the next
-            ended = min(ended, max(attempt.started, found[number + 1].started))
+        following = None if newest else found[number + 1].started
+        if following is not None and following >= attempt.started:  # else the clock was set back between them
+            ended = min(ended, following)  # of a killed one the last sign of life may be later than that
         lives.append(Life(attempt, attempt.started, max(ended, attempt.started), going))
     return lives
 

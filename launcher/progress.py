@@ -65,7 +65,6 @@ class StageJob:
     step: str
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     _asked: list[float] = field(default_factory=list)
     _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
@@ -124,6 +123,12 @@ class StageJob:
         """Where in its interval this rank looks and beats, so that all do not at once."""
         return self.rank / max(self.world_size, 1)
 
+    @property
+    def _is_first_of_node(self) -> bool:
+        """Ranks lie on nodes in blocks."""
+        nodes = next((s.nodes for s in self.spec.steps if s.name == self.step), 1)
+        return self.rank % -(-self.world_size // nodes) == 0
+
     def _pause(self, pause_s: float) -> float:
         if self.rank == 0:
             return pause_s
@@ -137,16 +142,12 @@ class StageJob:
             file.write(json.dumps(figures, sort_keys=True) + "\n")
 
     def truncate_metrics(self, key: str, last: int) -> None:
-        """Drop metric lines past step `last`, and a half-written one: a resumed run writes them again."""
+        """Drop metric lines past step `last`, and damaged ones: a resumed run writes them again."""
         path = self.workdir / METRICS
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row.get(key, 0) <= last:
-                    kept.append(json.dumps(row, sort_keys=True))
+        numbered = [row for row in store.read_rows(path) if isinstance(row.get(key, 0), (int, float))]
+        kept = [json.dumps(row, sort_keys=True) for row in numbered if row.get(key, 0) <= last]
         store.write_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def record(self, **facts: Any) -> None:
@@ -170,7 +171,7 @@ class StageJob:
 
         Slurm cannot end the processes of a node whose slurmd is gone: they would write beside the next attempt's.
         """
-        now, every_s = time.monotonic(), claim_s(self.spec) * (_SELDOM if self.local_rank else 1)
+        now, every_s = time.monotonic(), claim_s(self.spec) * (1 if self._is_first_of_node else _SELDOM)
         if now - self._claim.get("looked", -every_s) < every_s:
             return
         self._claim["looked"] = now if "looked" in self._claim else now - every_s * self._phase
@@ -233,7 +234,6 @@ def run_worker(main: Callable[[StageJob], None]) -> None:
         step=os.environ.get("PRISM_STEP", "main"),
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
     job._end_if_given_up()  # whoever holds the claim now has started this process
     for number in (signal.SIGUSR2, signal.SIGTERM):

@@ -123,6 +123,15 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, whose damaged lines, and a half-written last one, count for nothing."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def sync_tree(folder: Path) -> None:
     """Push every file and folder under `folder` to disk, so that a rename after it cannot outrun its content."""
     for parent, _, names in os.walk(folder, topdown=False):

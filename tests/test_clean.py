@@ -231,6 +231,30 @@ def test_a_clean_that_was_cut_off_is_finished_by_the_next(tmp_path: Path, record
     assert clean(tmp_path)["bytes"] == 30 and not half.parent.exists()
 
 
+@pytest.mark.parametrize(
+    "half",
+    [
+        "artifacts/train/.abc.claim.x1_y2z3a/owner.json",
+        "runs/.run.json.abcdefgh",
+        "runs/run/.driver.claim.abcdefgh/owner.json",
+        "runs/run/stages/a/.stage.json.abcdefgh",
+        "runs/run/stages/a/local.1/.heartbeat.count.0.json.4711",
+    ],
+)
+def test_what_was_half_written_goes_after_an_hour(tmp_path: Path, record: RunRecord, half: str) -> None:
+    path = tmp_path / half
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("half")
+    told = tmp_path / "runs/run/stages/a/.told.job-12345678"
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.touch()
+    assert clean(tmp_path)["removed"] == [] and path.exists()
+    top = path.parent if path.name == "owner.json" else path
+    for one in (top, told):
+        os.utime(one, (0, 0))
+    assert [r["path"] for r in clean(tmp_path)["removed"]] == [str(top)] and not path.exists() and told.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 

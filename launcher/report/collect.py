@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -162,13 +161,10 @@ def _read_port(root: Path, spec: StageSpec, port: str, name: str) -> Row:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file; a half-written last line, or no file, is no error."""
-    rows = []
+    """Rows of a JSON-lines file; no file is no error."""
     with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+        return store.read_rows(path)
+    return []
 
 
 def _finite(value: Any) -> Any:

@@ -126,7 +126,9 @@ def is_secondhand(exit: RankExit) -> bool:
     """Whether a rank ended because another was lost, or did not come: that one's end is the cause."""
     if _said(exit) in OWN_CAUSES:
         return False
-    return is_peers_fault(_message(exit)) or waited_in_vain(exit.log if exit.said is None else _message(exit))
+    words = exit.log if exit.said is None else _message(exit)
+    fault = gpu_fault(words)
+    return is_peers_fault(_message(exit)) or (waited_in_vain(words) and fault is not None and fault.blame != "node")
 
 
 def outcome(exit_class: ExitClass, message: str, action: Action | None = None) -> Outcome:

@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.attempts import tail_of
 from launcher.containers import list_argv, name_prefix, remove_argv
 from launcher.errors import WorldError
 from launcher.supervisor.classify import RankExit, Said
@@ -45,11 +46,7 @@ class Contained(Process):
 
     def _not_started(self) -> Said:
         log = self.attempt_dir / f"{self.step.name}.{self.rank}.log"
-        lines = [
-            line
-            for line in log.read_text(errors="replace", encoding="utf-8").splitlines()
-            if line.startswith(_COMPLAINTS)
-        ]
+        lines = [line for line in tail_of(log, 50) if line.startswith(_COMPLAINTS)]
         words = lines[-1] if lines else f"see {log}"
         return Said("crashed", f"{self.runtime} could not start the container: {words}")
 

@@ -25,7 +25,7 @@ _XID: dict[Blame, frozenset[int]] = {
     "innocent": frozenset({94}),  # a contained memory error: the GPU goes on, the program is lost
 }
 _XID_LINE = re.compile(r"\bXid\s*(?:\([^)]*\))?\s*:?\s*(\d+)\b")
-_TIMED_OUT = ("watchdog caught collective operation timeout", "nccl watchdog thread terminated")
+_TIMED_OUT = "watchdog caught collective operation timeout"
 #: The words of CUDA's, NCCL's and PyTorch's messages, in lower case.
 _WORDS: dict[Blame, tuple[str, ...]] = {
     "node": (
@@ -37,7 +37,7 @@ _WORDS: dict[Blame, tuple[str, ...]] = {
         "uncorrectable nvlink error",
         "sxid",
     ),
-    "suspect": (*_TIMED_OUT, "ibv_"),
+    "suspect": (_TIMED_OUT, "nccl watchdog thread terminated", "process group watchdog thread terminated", "ibv_"),
 }
 _PEER_LOST = (
     "connection reset by peer",
@@ -71,7 +71,7 @@ def _fault_in(line: str) -> GpuFault | None:
 
 def waited_in_vain(text: str) -> bool:
     """Whether a log or message tells that a rank's collective timed out: the others' ends may say why."""
-    return any(words in text.lower() for words in _TIMED_OUT)
+    return _TIMED_OUT in text.lower()
 
 
 def is_peers_fault(text: str) -> bool:

@@ -53,13 +53,13 @@ class Process:
     rank: int
     popen: subprocess.Popen[bytes]
     attempt_dir: Path
+    told: list[RankExit] = field(default_factory=list, kw_only=True)
 
     def exits(self) -> list[RankExit]:
         """How it ended; nothing while it runs."""
-        code = self.poll()
-        if code is None:
-            return []
-        return [self._rank_exit(self.rank, code)]
+        if not self.told and (code := self.poll()) is not None:
+            self.told.append(self._rank_exit(self.rank, code))
+        return self.told
 
     def _rank_exit(self, rank: int, code: int, node: str | None = None) -> RankExit:
         said = read_said(self.attempt_dir / f"exit.{self.step.name}.{rank}.json")
@@ -95,21 +95,18 @@ class SrunStep(Process):
     highest of all tasks'.
     """
 
-    told: list[RankExit] = field(default_factory=list)
-
     def exits(self) -> list[RankExit]:
         """The tasks that ended badly, while the others may still run, or the end of all."""
+        ended = None if self.told else self.poll()
         self.told.extend(self._rank_exit(rank, code, node) for rank, code, node in self._complaints())
-        if self.told:
-            return self.told
-        ended = self.poll()
-        if ended is None:
-            return []
-        if ended > 128:
-            ended = 128 - ended  # all ranks were killed
-        found = [self._rank_exit(rank, ended) for rank in range(self.step.ntasks)]
-        unwell = [e for e in found if e.said is None or e.said.exit_class != "finished"]
-        return [(unwell or found)[0]]
+        if ended is not None and not self.told:
+            self.told.append(self._end_of_all(128 - ended if ended > 128 else ended))  # over 128: all were killed
+        return self.told
+
+    def _end_of_all(self, code: int) -> RankExit:
+        """The end of the first rank that did not finish, or of the first."""
+        found = [self._rank_exit(rank, code) for rank in range(self.step.ntasks)]
+        return next((e for e in found if e.said is None or e.said.exit_class != "finished"), found[0])
 
     def signal(self, number: signal.Signals) -> None:
         """Signal all ranks.

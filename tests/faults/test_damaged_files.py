@@ -13,6 +13,7 @@ import pytest
 
 from launcher import store
 from launcher.cli import main
+from launcher.progress import METRICS, StageJob
 from launcher.run_record import RunRecord, write_run
 from launcher.spec import StageSpec, stage_text
 from launcher.state import stage_states
@@ -245,3 +246,15 @@ def test_a_million_events_are_read_at_both_ends(
     state = stage_states(tmp_path, record)[0]
     assert (state.attempt, state.exit_class, state.damage) == ("local.2", "crashed", ())
     assert sum(read) < 3 << 20
+
+
+def test_damaged_metrics_cost_their_own_lines(tmp_path: Path) -> None:
+    job = StageJob(counting_stage(counting_step()), tmp_path, tmp_path, "count")
+    for step in (1, 2, 3):
+        job.metric(iteration=step, loss=1.0)
+    path = job.workdir / METRICS
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(whole[0] + b"\xff\n[1]\n" + DEEP + b'\n{"iteration": "x"}\n' + b"".join(whole[1:]) + b'{"iter')
+    assert [row["iteration"] for row in store.read_rows(path)] == [1, "x", 2, 3]
+    job.truncate_metrics("iteration", 2)
+    assert path.read_bytes() == b"".join(whole[:2])

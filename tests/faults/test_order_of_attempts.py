@@ -11,9 +11,10 @@ import pytest
 
 from launcher import store
 from launcher.attempts import attempts, newest_attempt
+from launcher.costs import lives_of
 from launcher.local import Driver
 from launcher.run_record import write_run
-from launcher.spec import StageSpec
+from launcher.spec import StageSpec, stage_text
 from launcher.state import stage_states
 from tests.left_attempts import leave_attempt
 from tests.supervisor.counting import Store, counting_run, counting_stage, counting_step
@@ -40,8 +41,6 @@ def test_a_clock_that_was_set_back_makes_no_older_attempt_the_newest(tmp_path: P
     later = time.time() + HOUR
     leave_attempt(tmp_path, record.stages[0].spec, "local.1", later, later + 5, "cancelled", action="stop")
     path = store.stage_dir(tmp_path, "run", "a") / "stage.json"
-    from launcher.spec import stage_text
-
     store.write_atomic(path, stage_text(record.stages[0].spec))
     assert Driver(tmp_path, record, 1).run() == 0
     (state,) = stage_states(tmp_path, record)
@@ -86,6 +85,14 @@ def test_what_has_a_number_is_later_than_all_that_has_none(tmp_path: Path) -> No
     assert names(tmp_path, spec) == ["local.1", "79.0", "80.0", "81.0"]
     newest = newest_attempt(tmp_path, spec)
     assert newest is not None and newest.name == "81.0"
+
+
+def test_what_attempts_cost_is_counted_across_a_clock_that_was_set_back(tmp_path: Path) -> None:
+    record = counting_run(("a", (), {}))
+    spec = record.stages[0].spec
+    for name, started, ended, value in (("7.0", 5000, 5100, 1), ("7.1", 100, 150, 2), ("7.2", 120, 180, 3)):
+        number(leave_attempt(tmp_path, spec, name, started, ended), value)
+    assert [life.seconds for life in lives_of(tmp_path, record.stages[0], 200.0, False)] == [100, 20, 60]
 
 
 @pytest.mark.parametrize("damage", [None, "2", True, -1, 10**30, [2]])

@@ -75,7 +75,7 @@ class Stage:
         folder.mkdir(parents=True)
         store.claim(self.supervisor.claim, self.supervisor.owner)
         ranks = range(self.step.ntasks)
-        self.jobs = [StageJob(spec, root, folder, "count", r, self.step.ntasks, r % GPUS) for r in ranks]
+        self.jobs = [StageJob(spec, root, folder, "count", r, self.step.ntasks) for r in ranks]
         self.heartbeats = Heartbeats(spec, folder, now)
         for job in self.jobs:
             job._end_if_given_up()  # as each does once, when it starts
@@ -138,7 +138,7 @@ def test_the_first_process_of_each_node_reads_the_claim_and_the_others_seldom(
     clock, reads = Counted(tmp_path), Counter[int]()
     monkeypatch.setattr(progress.time, "monotonic", clock)
     spec = stage_of(16, 1800.0)
-    jobs = [StageJob(spec, tmp_path, tmp_path, "count", r, 16, r % GPUS) for r in range(16)]
+    jobs = [StageJob(spec, tmp_path, tmp_path, "count", r, 16) for r in range(16)]
     for _ in range(160):
         clock.now += 1.0
         for job in jobs:

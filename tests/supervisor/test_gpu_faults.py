@@ -19,6 +19,7 @@ from launcher.supervisor.faults import gpu_fault, is_peers_fault
         ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "node"),
         ("RuntimeError: No CUDA-capable device is detected", "node"),
         ("[E ProcessGroupNCCL.cpp:616] [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(", "suspect"),
+        ("[PG 0 Rank 3] Process group watchdog thread terminated with exception: CUDA error", "suspect"),
         ("NVRM: Xid (PCI:0000:41:00): 13, pid=1234, Graphics SM Warp Exception", None),
         ("NVRM: Xid (PCI:0000:41:00): 31, pid=1234, MMU Fault", None),
         ("NVRM: Xid (PCI:0000:41:00): 43, pid=1234, channel 00000010", None),
