@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -148,11 +149,13 @@ def cuda_problems(wanted: int) -> list[str]:
 
     Nothing is said where the image has no torch, or one for CPUs on a node without a driver: stand-ins for GPUs.
     """
+    driver = _driver()
+    if not driver and _is_for_cpus():
+        return []
     try:
         import torch
     except ImportError:
         return []
-    driver = _driver()
     built = torch.version.cuda
     if built is None and getattr(torch.version, "hip", None) is None:
         return [f"the image's torch {torch.__version__} is one for CPUs"] if driver else []
@@ -163,6 +166,15 @@ def cuda_problems(wanted: int) -> list[str]:
     if count < wanted:
         return [f"CUDA sees {count} GPUs of {wanted} in the stage's image"]
     return [f"GPU {index}: {found}" for index in range(wanted) if (found := _unusable(index))]
+
+
+def _is_for_cpus() -> bool:
+    """Whether torch is one for CPUs, by its version file: to import it takes seconds."""
+    with contextlib.suppress(ImportError, ValueError, AttributeError, OSError):
+        found = importlib.util.find_spec("torch")
+        text = Path(str(found and found.origin)).with_name("version.py").read_text()
+        return all(re.search(rf"^{name}\b.*= *None\s*$", text, re.MULTILINE) for name in ("cuda", "hip"))
+    return False
 
 
 def _unusable(index: int) -> str:
