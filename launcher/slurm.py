@@ -454,7 +454,8 @@ def _form_of_names(nodes: str) -> re.Pattern[str]:
 # -------------------------------------------------------------------------------------------------------------- nodes
 
 #: Starts of the states in which a node runs nothing or not for long; a flag such as `*` or `$` may follow.
-_BAD = ("down", "drain", "fail", "inval", "unknown", "powered_down", "powering_down")
+_LOST = ("down", "inval", "unknown", "powered_down", "powering_down")
+_BAD = (*_LOST, "drain", "fail")
 
 
 def exclude(job: str, nodes: Iterable[str], before: str, timeout: float = 4.0) -> str | None:
@@ -483,12 +484,23 @@ def reason_in_log(text: str) -> str | None:
 
 def bad_nodes(nodes: str, timeout: float = 5.0) -> tuple[str, ...]:
     """Of a node list, those that are down, draining, failing, powered down or do not respond."""
-    answer = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=timeout)
-    return parse_bad_nodes(answer.out)
+    return parse_bad_nodes(_node_states(nodes, timeout))
 
 
-def parse_bad_nodes(text: str) -> tuple[str, ...]:
-    """Lines of `sinfo --Node --format=%N|%T`, which names a node once for each of its partitions."""
+def lost_nodes(nodes: str, timeout: float = 5.0) -> tuple[str, ...]:
+    """Of a node list, those that can run nothing any more; what drains or is failing lets its jobs go on."""
+    return parse_bad_nodes(_node_states(nodes, timeout), _LOST)
+
+
+def _node_states(nodes: str, timeout: float) -> str:
+    return call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T", timeout=timeout).out
+
+
+def parse_bad_nodes(text: str, starts: tuple[str, ...] = _BAD) -> tuple[str, ...]:
+    """Lines of `sinfo --Node --format=%N|%T`, which names a node once for each of its partitions.
+
+    `starts` are the states that count.
+    """
     told = ((name.strip(), state.strip()) for name, state in rows(text, 2, NODE_NAME))
     # After the state: * does not respond, ~ powered down, % powering down, ! about to be.
-    return tuple(sorted({n for n, s in told if s.endswith(("*", "~", "%", "!")) or s.lower().startswith(_BAD)}))
+    return tuple(sorted({n for n, s in told if s.endswith(("*", "~", "%", "!")) or s.lower().startswith(starts)}))

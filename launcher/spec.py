@@ -153,9 +153,9 @@ class AllReduce:
 class Preflight:
     """What every node must pass before the steps of a job that asks for GPUs or for several nodes.
 
-    Always: as many GPUs as asked for, without uncorrected memory errors, and the store's root readable and writable.
-    min_free_gb: room under the root, in 10^9 bytes; deadline_s: a node that has not answered by then has failed;
-    all_reduce: off by default.
+    Always: as many GPUs as asked for, without uncorrected memory errors, CUDA that starts in the stage's image, and the
+    store's root readable and writable. min_free_gb: room under the root, in 10^9 bytes; deadline_s: a node that has not
+    answered by then has failed, what runs in the image ten minutes later; all_reduce: off by default.
     """
 
     min_free_gb: float = 1.0

@@ -222,12 +222,17 @@ def slurm_place(spec: StageSpec, root: Path, python: str, attempt: SlurmAttempt 
     )
 
 
+#: The words of a step that name its interpreter.
+_PYTHON = re.compile(r"(.*/)?python[\d.]*")
+
+
 def preflight_steps(spec: StageSpec, nodes: int, python: str) -> tuple[Step, ...]:
     """What looks at the nodes before the stage's own steps; nothing where the stage asks for no preflight.
 
-    One task a node outside images, by the supervisor's own interpreter, and where asked for an all-reduce, one task a
-    GPU, with the image and interpreter of the main step that has most GPUs. Of a heterogeneous job the first part is
-    looked at.
+    One task a node outside images, by the supervisor's own interpreter; where the stage has GPUs and runs Python, one
+    task a node that starts CUDA as the stage will; and where asked for, an all-reduce with one task a GPU. The last two
+    with the image and interpreter of the main step that has most GPUs. Of a heterogeneous job the first part is looked
+    at.
     """
     asked = spec.preflight
     if asked is None:
@@ -237,10 +242,14 @@ def preflight_steps(spec: StageSpec, nodes: int, python: str) -> tuple[Step, ...
     words = (f"--gpus={gpus}", f"--min-free-gb={asked.min_free_gb:g}")
     look = (python, "-m", "launcher.workers.preflight", "nodes", *words)
     steps = [Step(name="preflight", argv=look, nodes=nodes, ntasks=nodes, gpus=gpus)]
+    main = replace(max((s for s in first if s.role == "main"), key=lambda s: s.gpus), first_node=0, probe=None)
+    inside = next(filter(_PYTHON.fullmatch, main.argv), "python3")
+    if main.gpus and inside in main.argv:
+        start = (inside, "-m", "launcher.workers.preflight", "cuda", f"--gpus={main.gpus}")
+        steps.append(replace(main, name="cuda", argv=start, nodes=nodes, ntasks=nodes))
     if asked.all_reduce is not None and nodes * gpus != 1:
-        main = replace(max((s for s in first if s.role == "main"), key=lambda s: s.gpus), first_node=0, probe=None)
         words = (f"--size-mb={asked.all_reduce.size_mb}", f"--rounds={asked.all_reduce.rounds}")
-        argv = (main.argv[0], "-m", "launcher.workers.preflight", "all-reduce", *words)
+        argv = (inside, "-m", "launcher.workers.preflight", "all-reduce", *words)
         tasks = nodes * max(gpus, 1)
         steps.append(replace(main, name="all-reduce", argv=argv, nodes=nodes, ntasks=tasks, gpus=gpus))
     return tuple(steps)
@@ -248,9 +257,8 @@ def preflight_steps(spec: StageSpec, nodes: int, python: str) -> tuple[Step, ...
 
 def preflight_place(place: Place, node: str, attempt: SlurmAttempt) -> Place:
     """A place with hosts and ports of the preflight's steps, `node` the first one."""
-    names = ("preflight", "all-reduce")
-    ports = {name: attempt.port(8 + index) for index, name in enumerate(names)}
-    return replace(place, hosts={**place.hosts, **dict.fromkeys(names, node)}, ports={**place.ports, **ports})
+    ports = {"preflight": attempt.port(8), "cuda": attempt.port(8), "all-reduce": attempt.port(9)}
+    return replace(place, hosts={**place.hosts, **dict.fromkeys(ports, node)}, ports={**place.ports, **ports})
 
 
 def preflight_argv(step: Step, place: Place, runtime: Runtime) -> tuple[str, ...]:

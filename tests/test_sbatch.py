@@ -298,9 +298,11 @@ def test_every_step_is_shown_as_it_runs(container: str, tmp_path: Path) -> None:
     run = [word for argv in (*look, *(srun_argv(s, place, runtime) for s in stage.spec.steps)) for word in argv[1:]]
     assert words_of(shown, tmp_path) == run and len(run) > 60
     # The nodes are looked at from outside the image, the network between them from inside.
+    names = ("preflight", "cuda", "all-reduce")
     shown_image = [any(word.endswith(tuple(image.values())) for word in argv) for argv in look]
-    assert shown_image == [False, container != "none"]
-    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 4
+    assert [step[step.index("PRISM_STEP=" + name)] for step, name in zip(look, names, strict=True)]
+    assert shown_image == [False, container != "none", container != "none"]
+    assert max(map(len, shown.split("\n"))) < 200 and shown.count("srun \\") == 5
 
 
 # -------------------------------------------------------------------------------------------------------- components
@@ -338,11 +340,12 @@ def test_steps_of_components_are_shown_as_they_run(
     shown = words_of(commented(sbatch_text(stage, PROFILE, ROOT)), tmp_path)
     attempt = replace(ATTEMPT, hosts={} if host == ATTEMPT.node else {"server": host})
     place = slurm_place(stage.spec, ROOT, PROFILE.python, attempt)
-    (look,) = preflight_steps(stage.spec, nodes, PROFILE.python)
-    looking = preflight_argv(look, preflight_place(place, ATTEMPT.node, ATTEMPT), stage.spec.runtime)
+    look, cuda = preflight_steps(stage.spec, nodes, PROFILE.python)
+    there = preflight_place(place, ATTEMPT.node, ATTEMPT)
+    looking = (preflight_argv(step, there, stage.spec.runtime) for step in (look, cuda))
     steps = (srun_argv(step, place, stage.spec.runtime) for step in stage.spec.steps)
-    assert shown == [w for argv in (looking, *steps) for w in argv[1:]]
-    assert f"it's {host}" in shown and look.gpus == 4
+    assert shown == [w for argv in (*looking, *steps) for w in argv[1:]]
+    assert f"it's {host}" in shown and look.gpus == cuda.gpus == 4
 
 
 def test_nodes_of_components_come_on_top() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from datetime import timedelta
+from typing import Any
 
 from launcher import store
 from launcher.site.probe import attempt_dir
+from launcher.workers import devices
 
 _TIMES = 5
 
@@ -18,11 +21,12 @@ def reduce(stage_json: str) -> int:
     import torch.distributed as dist
 
     rank, ranks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    local = int(os.environ["SLURM_LOCALID"])
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
+    device = torch.device("cuda", devices.ordinal(gpus)) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    log = attempt_dir() / f"{os.environ['PRISM_STEP']}.nccl.{rank}.log"
+    os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(log)}
     backend = "nccl" if gpus else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=timedelta(seconds=90))
     size = 2**30 if gpus else 2**24
@@ -36,9 +40,25 @@ def reduce(stage_json: str) -> int:
     if rank == 0:
         bandwidth = size / seconds * 2 * (ranks - 1) / ranks / 1e9
         report = {"backend": backend, "ranks": ranks, "bytes": size, "right": right, "bus_gb_s": bandwidth}
+        if gpus:
+            report["nccl"] = read_nccl(log.read_text(errors="replace")) if log.exists() else {}
         store.write_json(attempt_dir() / f"{os.environ['PRISM_STEP']}.0.json", report)
     dist.destroy_process_group()
     return 0
+
+
+def read_nccl(text: str) -> dict[str, Any]:
+    """What NCCL says at NCCL_DEBUG=INFO of its way between the nodes and between GPUs.
+
+    `network` is `IB`, `Socket` or a plug-in's name, `devices` what it uses of that, `via` how channels go:
+    `NET/IB/GDRDMA` from node to node, `P2P/CUMEM` or `SHM/direct` on one.
+    """
+    told = re.findall(r"NCCL INFO (?:Using network|Assigned NET plugin) ([^\n]+?)(?: to comm)?\s*$", text, re.MULTILINE)
+    used = re.findall(r"NCCL INFO NET/\S+\s*: Using (\[\d+\][^\n;]*)", text)
+    names = (name for line in used for name in re.findall(r"\[\d+\](?:\{\d+\}\s*)?([\w.+-]+)", line))
+    ways = re.findall(r"NCCL INFO Channel .*? via (\S+)", text)
+    via = {re.sub(r"/\d+(?:\(\d+\))?(?=/|$)", "", way) for way in ways}
+    return {"network": told[-1] if told else "", "devices": list(dict.fromkeys(names)), "via": sorted(via)}
 
 
 def _now(gpus: int) -> float:

@@ -253,6 +253,23 @@ def _all_reduce(outcome: Outcome, life: Mapping[str, Any]) -> Iterator[Check]:
         size, ranks = report["bytes"] // 2**20, report["ranks"]
         found = f"{report['bus_gb_s']:.2f} GB/s on the bus, torch {report['backend']}, {ranks} ranks, {size} MiB"
         yield Check("all-reduce", "pass", found)
+        yield from _transport(outcome, report.get("nccl", {}))
+
+
+def _transport(outcome: Outcome, nccl: Mapping[str, Any]) -> Iterator[Check]:
+    """The way that NCCL chose; TCP between nodes that have InfiniBand is ten times slower, and no error."""
+    if not nccl.get("network") and not nccl.get("via"):
+        return
+    over = f" over {', '.join(nccl['devices'])}" if nccl["devices"] else ""
+    ways = f"; channels by {', '.join(nccl['via'])}" if nccl["via"] else ""
+    found = f"{nccl['network'] or 'none'}{over}{ways}"
+    fabric = sorted({name for report in _of(outcome, "nodes").values() for name in report["infiniband"]})
+    by_tcp = nccl["network"] == "Socket" and outcome.trial.asked["nodes"] > 1
+    if by_tcp and fabric:
+        mend = "env.MELLANOX_VISIBLE_DEVICES: all, for pyxis; else NCCL_IB_HCA, and /dev/infiniband in the container"
+        yield Check("NCCL's network", "fail", f"{found}; the nodes have {', '.join(fabric)}", mend)
+    else:
+        yield Check("NCCL's network", "note" if by_tcp else "pass", found)
 
 
 def _imports(outcome: Outcome) -> Iterator[Check]:

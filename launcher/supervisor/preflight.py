@@ -18,6 +18,10 @@ from launcher.supervisor.processes import popen
 
 #: A file that another node has written may take so long to appear here.
 _APPEARS_S = 5.0
+#: What starts in the stage's image gets this much longer: the first start on a node may fetch or unpack it.
+_IMAGE_S = 600.0
+#: Problems of one node that are told.
+_MOST = 20
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,12 @@ def look(
     (folder / PREFLIGHT_SEEN).write_text("", encoding="utf-8")
     findings = Findings(nodes, {})
     for name, argv in commands:
-        said = _said(_run(name, argv, environment, folder, began + asked.deadline_s, stopped))
+        limit_s = asked.deadline_s + (0.0 if name == "preflight" else _IMAGE_S)
+        said = _said(_run(name, argv, environment, folder, time.monotonic() + limit_s, stopped))
         if name == "preflight":
-            findings = Findings(nodes, dict(_node_problems(nodes, said, folder, asked.deadline_s)))
+            findings = Findings(nodes, dict(_node_problems(nodes, said, folder, limit_s)))
+        elif name == "cuda":
+            findings = Findings(nodes, {node: _answer(node, said, limit_s, " by CUDA") or [] for node in nodes})
         else:
             findings = _with_all_reduce(findings, asked, said)
         if stopped() or any(findings.problems.values()):
@@ -108,12 +115,15 @@ def _node_problems(
     nodes: tuple[str, ...], said: list[dict[str, Any]], folder: Path, deadline_s: float
 ) -> Iterator[tuple[str, list[str]]]:
     for node in nodes:
-        answers = [s for s in said if s.get("node") == node]
-        if not answers:
-            yield node, [f"no answer in {deadline_s:g} s"]
-            continue
-        problems = [str(p) for p in answers[0].get("problems", [])]
-        yield node, problems or _invisible(folder / PREFLIGHT_LEFT.format(node=node))
+        yield node, _answer(node, said, deadline_s) or _invisible(folder / PREFLIGHT_LEFT.format(node=node))
+
+
+def _answer(node: str, said: list[dict[str, Any]], deadline_s: float, by: str = "") -> list[str]:
+    """The problems that a node told; its silence is one."""
+    answers = [s for s in said if s.get("node") == node]
+    if not answers:
+        return [f"no answer{by} in {deadline_s:g} s"]
+    return [str(p) for s in answers for p in s.get("problems", [])][:_MOST]
 
 
 def _invisible(left: Path) -> list[str]:
@@ -131,7 +141,7 @@ def _with_all_reduce(findings: Findings, asked: Preflight, said: list[dict[str, 
     measured = next((s for s in said if "bus_gbs" in s), None)
     if measured is None:
         failed = sorted({s["node"] for s in said if "node" in s})
-        ended = f"failed on {', '.join(failed)}" if failed else f"gave no answer in {asked.deadline_s:g} s"
+        ended = f"failed on {', '.join(failed)}" if failed else f"gave no answer in {asked.deadline_s + _IMAGE_S:g} s"
         return Findings(findings.nodes, findings.problems, common=f"the all-reduce {ended}; see all-reduce.log")
     floor, got = asked.all_reduce.floor_gbs, float(measured["bus_gbs"])
     words = f"all-reduce ({measured['mode']}): {got:.3g} GB/s bus bandwidth, below the floor of {floor:g}"

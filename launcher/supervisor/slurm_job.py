@@ -130,15 +130,17 @@ class SlurmJob:
         if not over:
             return None
         if again or said in ("NODE FAILURE", "JOB REQUEUE"):
-            bad = slurm.bad_nodes(self.nodes, _ANSWER_S)
-            return Reason("node-failure" if bad or said == "NODE FAILURE" else "requeued", bad, leaving=True)
+            failed = said == "NODE FAILURE"
+            # A node that drains goes on with what it runs: it is to blame where a node failed and no other is down.
+            bad = slurm.lost_nodes(self.nodes, _ANSWER_S) or (slurm.bad_nodes(self.nodes, _ANSWER_S) if failed else ())
+            return Reason("node-failure" if bad or failed else "requeued", bad, leaving=True)
         late = said == "TIME LIMIT" or (known is not None and known.state == "TIMEOUT")
         return Reason("time-limit" if late else "cancelled", leaving=True)
 
     def _unasked(self, number: signal.Signals | None) -> Reason | None:
         if number is not None:
             return Reason("time-limit")  # TERM to a job that goes on: from whoever sent it by hand
-        bad = slurm.bad_nodes(self.nodes, _ANSWER_S) if self.node_count > 1 else ()
+        bad = slurm.lost_nodes(self.nodes, _ANSWER_S) if self.node_count > 1 else ()
         return Reason("node-failure", bad) if bad else None
 
     def noticed(self) -> Reason | None:

@@ -1,18 +1,22 @@
 """A node looks at itself before a stage starts, and all nodes at the network between them.
 
 `python -m launcher.workers.preflight nodes --gpus N --min-free-gb G`       one task a node; standard library only
+`python -m launcher.workers.preflight cuda --gpus N`                        one task a node, in the stage's image; torch
 `python -m launcher.workers.preflight all-reduce --size-mb M --rounds R`    one task a GPU; torch
 
-Each task of `nodes`, and rank 0 of `all-reduce`, prints one JSON object on one line; a problem found is no failure of
-the program.
+Each task of `nodes` and `cuda`, and rank 0 of `all-reduce`, prints one JSON object on one line; a problem found is no
+failure of the program.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.progress import PREFLIGHT_LEFT, PREFLIGHT_SEEN
+from launcher.workers import devices
 
 #: What a task sees of the GPUs that it was given; one of them is set wherever Slurm deals out GPUs.
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -43,11 +48,18 @@ def main(argv: list[str]) -> None:
     nodes = modes.add_parser("nodes")
     nodes.add_argument("--gpus", type=int, required=True)
     nodes.add_argument("--min-free-gb", type=float, required=True)
+    cuda = modes.add_parser("cuda")
+    cuda.add_argument("--gpus", type=int, required=True)
     network = modes.add_parser("all-reduce")
     network.add_argument("--size-mb", type=int, required=True)
     network.add_argument("--rounds", type=int, required=True)
     args = parser.parse_args(argv)
-    found = look_at_node(args.gpus, args.min_free_gb) if args.mode == "nodes" else all_reduce(args.size_mb, args.rounds)
+    if args.mode == "nodes":
+        found: dict[str, Any] | None = look_at_node(args.gpus, args.min_free_gb)
+    elif args.mode == "cuda":
+        found = {"node": _node(), "problems": cuda_problems(args.gpus)}
+    else:
+        found = all_reduce(args.size_mb, args.rounds)
     if found is not None:
         sys.stdout.write(json.dumps(found) + "\n")  # one write: lines of several tasks do not mix
         sys.stdout.flush()
@@ -58,10 +70,14 @@ def main(argv: list[str]) -> None:
 
 def look_at_node(gpus: int, min_free_gb: float) -> dict[str, Any]:
     """What this node finds wrong with itself."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = _node()
     root, attempt = Path(os.environ["PRISM_ROOT"]), Path(os.environ["PRISM_ATTEMPT_DIR"])
     problems = [*store_problems(root, attempt, node, min_free_gb), *(gpu_problems(gpus) if gpus else [])]
     return {"node": node, "problems": problems}
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def store_problems(root: Path, attempt: Path, node: str, min_free_gb: float) -> list[str]:
@@ -129,6 +145,74 @@ def _faults(row: dict[str, str]) -> list[str]:
     return [_FAULTS[name] for name, word in said.items() if word == "Yes" or (word.isdigit() and int(word) > 0)]
 
 
+# -------------------------------------------------------------------------------------------------------------- CUDA
+
+#: The oldest branch of the driver by CUDA's major version (CUDA's compatibility guide), forward compatibility apart.
+_OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def cuda_problems(wanted: int) -> list[str]:
+    """What keeps this image's torch from the node's GPUs, with the driver's reason: memory is taken on each of them.
+
+    Nothing is said where the image has no torch, or one for CPUs on a node without a driver: stand-ins for GPUs.
+    """
+    driver = _driver()
+    if not driver and _is_for_cpus():
+        return []
+    try:
+        import torch
+    except ImportError:
+        return []
+    built = torch.version.cuda
+    if built is None and getattr(torch.version, "hip", None) is None:
+        return [f"the image's torch {torch.__version__} is one for CPUs"] if driver else []
+    why = devices.without_cuda()
+    if why is not None:
+        return [f"CUDA does not start in the stage's image: {why}{_too_old(built, driver)}"]
+    count = torch.cuda.device_count()
+    if count < wanted:
+        return [f"CUDA sees {count} GPUs of {wanted} in the stage's image"]
+    return [f"GPU {index}: {found}" for index in range(wanted) if (found := _unusable(index))]
+
+
+def _is_for_cpus() -> bool:
+    """Whether torch is one for CPUs, by its version file: to import it takes seconds."""
+    with contextlib.suppress(ImportError, ValueError, AttributeError, OSError):
+        found = importlib.util.find_spec("torch")
+        text = Path(str(found and found.origin)).with_name("version.py").read_text()
+        return all(re.search(rf"^{name}\b.*= *None\s*$", text, re.MULTILINE) for name in ("cuda", "hip"))
+    return False
+
+
+def _unusable(index: int) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=f"cuda:{index}")
+        torch.cuda.synchronize(index)
+    except RuntimeError as error:
+        return str(error).strip().split("\n", 1)[0]
+    return ""
+
+
+def _driver() -> str:
+    """The version of the kernel's NVIDIA driver; "" where there is none."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER_FILE.read_text())
+        return found[1] if found else "unknown"
+    return ""
+
+
+def _too_old(built: str | None, driver: str) -> str:
+    if not driver:
+        return "; the container sees no driver: is it given the node's GPUs?"
+    oldest = _OLDEST_DRIVER.get((built or "").split(".")[0])
+    if oldest is not None and driver != "unknown" and int(driver.split(".")[0]) < oldest:
+        return f"; its torch is built for CUDA {built}, which wants driver R{oldest} or newer, and this is {driver}"
+    return f"; driver {driver}"
+
+
 # ----------------------------------------------------------------------------------------------------------- network
 
 
@@ -142,7 +226,7 @@ def all_reduce(size_mb: int, rounds: int) -> dict[str, Any] | None:
 
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["SLURM_LOCALID"])) if cuda else torch.device("cpu")
+    device = torch.device("cuda", devices.ordinal(torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", init_method="env://", rank=rank, world_size=world)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.site.all_reduce import read_nccl
 from launcher.site.judge import Check, judge
 from launcher.site.trial import Outcome, Trial
 
@@ -67,6 +68,59 @@ def checks(found: dict[str, Any]) -> dict[str, Check]:
 
 def failures(found: dict[str, Any]) -> dict[str, Check]:
     return {name: check for name, check in checks(found).items() if check.result == "fail"}
+
+
+IB = """\
+g1:410:410 [0] NCCL INFO Bootstrap: Using ib0:10.1.0.1<0>
+g1:410:433 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; OOB ib0:10.1.0.1<0>
+g1:410:433 [0] NCCL INFO Using network IB
+g1:410:440 [0] NCCL INFO Channel 00/0 : 15[7] -> 0[0] [receive] via NET/IB/0(8)/GDRDMA
+g1:410:440 [0] NCCL INFO Channel 01/0 : 0[0] -> 8[0] [send] via NET/IB/1/GDRDMA
+g1:410:440 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read
+"""
+TCP = """\
+g1:410:433 [0] NCCL INFO NET/IB : No device found.
+g1:410:433 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0> [1]eth1:10.0.1.1<0>
+g1:410:433 [0] NCCL INFO Using network Socket
+g1:410:440 [0] NCCL INFO Channel 00/0 : 0[0] -> 8[0] [send] via NET/Socket/0
+g1:410:440 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct
+"""
+NEWER = """\
+g1:1:9 [0] NCCL INFO NET/IB : Using [0]{0} mlx5_2:1/RoCE [1]{1} mlx5_3:1/RoCE [RO]; OOB bond0:10.1.0.1<0>
+g1:1:9 [0] NCCL INFO Assigned NET plugin IB to comm
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (IB, {"network": "IB", "devices": ["mlx5_0", "mlx5_1"], "via": ["NET/IB/GDRDMA", "P2P/CUMEM/read"]}),
+        (TCP, {"network": "Socket", "devices": ["eth0", "eth1"], "via": ["NET/Socket", "SHM/direct/direct"]}),
+        (NEWER, {"network": "IB", "devices": ["mlx5_2", "mlx5_3"], "via": []}),
+        ("x NCCL INFO Using network AWS Libfabric\n", {"network": "AWS Libfabric", "devices": [], "via": []}),
+        ("nothing of NCCL's", {"network": "", "devices": [], "via": []}),
+    ],
+)
+def test_the_transport_in_nccls_words(text: str, found: dict[str, Any]) -> None:
+    assert read_nccl(text) == found
+
+
+def test_the_transport_that_nccl_chose_is_shown() -> None:
+    found = left()
+    found["reports"]["all-reduce.0"]["nccl"] = read_nccl(IB)
+    chosen = checks(found)["NCCL's network"]
+    assert (chosen.result, chosen.found) == (
+        "pass",
+        "IB over mlx5_0, mlx5_1; channels by NET/IB/GDRDMA, P2P/CUMEM/read",
+    )
+    found["reports"]["all-reduce.0"]["nccl"] = read_nccl(TCP)
+    for name in ("nodes.0", "nodes.1"):
+        found["reports"][name]["infiniband"] = ["mlx5_0"]
+    slow = checks(found)["NCCL's network"]
+    assert slow.result == "fail" and "the nodes have mlx5_0" in slow.found and "MELLANOX_VISIBLE_DEVICES" in slow.mend
+    for name in ("nodes.0", "nodes.1"):
+        found["reports"][name]["infiniband"] = []
+    assert checks(found)["NCCL's network"].result == "note"
 
 
 def test_all_is_well() -> None:

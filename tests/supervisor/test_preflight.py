@@ -92,6 +92,34 @@ def test_an_all_reduce_that_fails_is_told(tmp_path: Path) -> None:
     assert result is not None and "failed on n2" in result.message and result.exclude == ()
 
 
+def started(folder: Path, script: str) -> Findings:
+    """Findings where both nodes are well from outside, and CUDA was started in the image by this script."""
+    commands = [
+        (n, (sys.executable, "-c", f"at = {str(folder)!r}\n{s}"))
+        for n, s in (("preflight", node("n1") + node("n2")), ("cuda", script))
+    ]
+    return look(Preflight(deadline_s=20.0), BOTH, commands, {}, folder, lambda: False)
+
+
+def test_a_node_on_which_cuda_does_not_start_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    found = started(tmp_path, node("n1", leaves=False) + node("n2", "CUDA does not start: too old", leaves=False))
+    result = judge(found)
+    assert result is not None and (result.action, result.exclude) == ("again", ("n2",))
+    assert result.message == "n2: CUDA does not start: too old"
+
+
+def test_an_image_that_starts_nowhere_is_no_nodes_fault(tmp_path: Path) -> None:
+    failed = "for n in ('n1', 'n2'): print(f'srun: error: {n}: task 0: Exited with exit code 1')\n"
+    result = judge(started(tmp_path, failed))
+    assert result is not None and result.action == "stop" and "every node failed" in result.message
+
+
+def test_silence_of_a_started_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.supervisor.preflight._IMAGE_S", 1.0)
+    found = started(tmp_path, node("n1", leaves=False))
+    assert found.problems == {"n1": [], "n2": ["no answer by CUDA in 21 s"]}
+
+
 def test_with_a_bad_node_no_all_reduce_is_tried(tmp_path: Path) -> None:
     asked = Preflight(deadline_s=20.0, all_reduce=AllReduce(1.0))
     looked(tmp_path, node("n1") + node("n2", "bad"), "open(at + '/tried', 'w').close()", asked=asked)

@@ -58,12 +58,43 @@ def test_why(
     leaving: bool,
 ) -> None:
     monkeypatch.setattr(slurm, "show_job", lambda job, timeout: known)
+    monkeypatch.setattr(slurm, "lost_nodes", lambda nodes, timeout: bad)
     monkeypatch.setattr(slurm, "bad_nodes", lambda nodes, timeout: bad)
     text = "" if log is None else LINE.format(DUE.format(log) if log else "")
     monkeypatch.setattr(slurm_job, "_log_since", lambda start: f"a worker's words\n{text}")
     found = at(tmp_path, nodes=2).why(number)
     assert (found and found.exit_class) == exit_class
     assert found is None or (found.leaving == leaving and found.nodes == (bad if exit_class == "node-failure" else ()))
+
+
+@pytest.mark.parametrize(
+    ("states", "log", "exit_class", "blamed"),
+    [
+        ("n1|draining\nn2|allocated", "JOB REQUEUE", "requeued", ()),
+        ("n1|drained\nn2|failing", "JOB REQUEUE", "requeued", ()),
+        ("n1|draining\nn2|down*", "JOB REQUEUE", "node-failure", ("n2",)),
+        ("n1|draining\nn2|down*", "NODE FAILURE", "node-failure", ("n2",)),
+        ("n1|draining\nn2|idle", "NODE FAILURE", "node-failure", ("n1",)),
+        ("n1|drained*\nn2|idle", "JOB REQUEUE", "node-failure", ("n1",)),
+        ("n1|draining\nn2|mixed", None, None, ()),
+        ("n1|draining\nn2|down", None, "node-failure", ("n2",)),
+    ],
+)
+def test_a_node_that_drains_is_not_to_blame(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    states: str,
+    log: str | None,
+    exit_class: str | None,
+    blamed: tuple[str, ...],
+) -> None:
+    """An operator's requeue, or a rank's own end, on a job one of whose nodes happens to drain."""
+    again = Job("7", "COMPLETING", restarts=2) if log else Job("7", "RUNNING", restarts=1)
+    monkeypatch.setattr(slurm, "show_job", lambda job, timeout: again)
+    monkeypatch.setattr(slurm, "call", lambda *argv, timeout: slurm.Answer(0, states, ""))
+    monkeypatch.setattr(slurm_job, "_log_since", lambda start: LINE.format(DUE.format(log)) if log else "")
+    found = at(tmp_path, nodes=2).why(signal.SIGTERM if log else None)
+    assert (found and found.exit_class, found.nodes if found else ()) == (exit_class, blamed)
 
 
 def test_only_what_slurmstepd_says_of_the_job_counts() -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.progress import PREFLIGHT_LEFT, PREFLIGHT_SEEN
-from launcher.workers import preflight
+from launcher.workers import devices, preflight
 from launcher.workers.preflight import gpu_problems, store_problems
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,89 @@ def test_a_driver_that_fails_or_hangs_is_a_problem(
     monkeypatch.setattr(preflight, "_NVIDIA_SMI_S", 0.2)
     nvidia_smi("exec sleep 60")
     assert gpu_problems(4) == ["nvidia-smi does not answer in 0 s"]
+
+
+class Torch:
+    """A torch built for some CUDA, and what its CUDA does."""
+
+    def __init__(self, built: str | None, count: int = 4, fails: str = "", bad: int = -1):
+        self.__version__ = "2.10"
+        self.version = SimpleNamespace(cuda=built, hip=None)
+        self.bad = bad
+        self.cuda = SimpleNamespace(
+            is_available=lambda: not fails and count > 0,
+            device_count=lambda: count,
+            synchronize=lambda index: None,
+            init=lambda: self._raise(fails or "No CUDA GPUs are available"),
+        )
+
+    def _raise(self, why: str) -> None:
+        raise RuntimeError(f"{why}\nand more lines")
+
+    def zeros(self, size: int, device: str) -> None:
+        if device == f"cuda:{self.bad}":
+            self._raise("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  4 22:00:00 UTC 2025\nGCC version:  gcc 12\n"
+OLD = "The NVIDIA driver on your system is too old (found version 12040)."
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "found"),
+    [
+        (Torch("13.0"), "580.65.06", []),
+        (Torch("13.0"), "550.54.15", []),  # forward compatibility
+        (Torch("13.0", count=3), "580.65.06", ["CUDA sees 3 GPUs of 4 in the stage's image"]),
+        (
+            Torch("13.1", fails=OLD),
+            "550.54.15",
+            [
+                f"CUDA does not start in the stage's image: {OLD[:-1]}; its torch is built for CUDA 13.1, which wants "
+                "driver R580 or newer, and this is 550.54.15"
+            ],
+        ),
+        (
+            Torch("12.4", fails="CUDA unknown error"),
+            "550.54.15",
+            ["CUDA does not start in the stage's image: CUDA unknown error; driver 550.54.15"],
+        ),
+        (
+            Torch("13.0", fails="Found no NVIDIA driver on your system."),
+            None,
+            [
+                "CUDA does not start in the stage's image: Found no NVIDIA driver on your system; the container sees "
+                "no driver: is it given the node's GPUs?"
+            ],
+        ),
+        (
+            Torch("13.0", bad=2),
+            "580.65.06",
+            ["GPU 2: CUDA error: CUDA-capable device(s) is/are busy or unavailable"],
+        ),
+        (Torch(None), None, []),  # stand-ins for GPUs
+        (Torch(None), "580.65.06", ["the image's torch 2.10 is one for CPUs"]),
+        (None, "580.65.06", []),
+    ],
+)
+def test_cuda_is_started_as_the_stage_will(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: Torch | None, driver: str | None, found: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(preflight, "_DRIVER_FILE", tmp_path / "version")
+    if driver:
+        (tmp_path / "version").write_text(DRIVER.format(driver))
+    assert preflight.cuda_problems(4) == found
+
+
+def test_the_ordinal_of_an_all_reduce_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm shows a task one GPU alone, that is number 0 whatever the task's own number is."""
+    for module in ("workers/preflight.py", "site/all_reduce.py"):
+        text = (CHECKOUT / "launcher" / module).read_text()
+        assert "SLURM_LOCALID" not in text and "devices.ordinal(" in text
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert (devices.ordinal(1), devices.ordinal(8)) == (0, 5)
 
 
 def test_the_store_is_there_writable_and_has_room(tmp_path: Path) -> None:
