@@ -261,10 +261,7 @@ def _read(path: Path) -> Profile:
     try:
         return decode(Profile, {**document.data, "name": path.stem})
     except SpecError as error:
-        raise UserError(
-            f"{_where(document, key, path)}: {key}: {document.as_written(key, message)}"
-            for key, message in error.problems
-        ) from None
+        raise UserError(f"{_where(document, key, path)}: {key}: {message}" for key, message in error.problems) from None
 
 
 def _where(document: Document, key: str, path: Path) -> str:

@@ -258,12 +258,8 @@ _TYPE_NAMES = {int: "a whole number", str: "a string", bool: "true or false", ty
 
 def _expect(ok: bool, data: Any, wanted: str, path: str, problems: list[tuple[str, str]]) -> Any:
     if not ok:
-        problems.append((path, f"expected {wanted}, got {_shortened(json.dumps(data, default=str))}"))
+        problems.append((path, f"expected {wanted}, got {json.dumps(data, default=str)}"))
     return data
-
-
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _join(path: str, key: str) -> str:

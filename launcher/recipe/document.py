@@ -6,10 +6,9 @@ Plain scalars follow YAML 1.2: only `true` and `false` are booleans (`on`, `yes`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +38,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udff
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`.
-
-    `written` holds by path the numbers that stand in the file in another way than Python shows them, such as 12e45.
-    """
+    """A mapping read from YAML. `positions` maps a dotted path, list items as `[i]`, to `file:line`."""
 
     data: Mapping[str, Any]
     positions: Mapping[str, str]
-    written: Mapping[str, str] = field(default_factory=dict)
-
-    def as_written(self, path: str, message: str) -> str:
-        """A message on the value at `path` with the number in it as the file has it."""
-        text = self.written.get(path)
-        return message if text is None else message.replace(f"got {_shown(text)}", f"got {text}")
-
-
-def _shown(number: str) -> str:
-    return json.dumps(int(number) if _INT.fullmatch(number) else float(number))
 
 
 def join(path: str, key: str) -> str:
@@ -91,7 +77,7 @@ def parse_document(text: str, shown: str) -> Document:
     data = builder.whole(node)
     if builder.problems:
         raise UserError(builder.problems)
-    return Document(data, builder.positions, builder.written)
+    return Document(data, builder.positions)
 
 
 def parse_value(text: str, shown: str) -> Any:
@@ -150,7 +136,6 @@ class _Builder:
     def __init__(self, shown: str):
         self.shown = shown
         self.positions: dict[str, str] = {}
-        self.written: dict[str, str] = {}
         self.problems: list[str] = []
         self.count = 0
         self.open: set[int] = set()
@@ -250,14 +235,10 @@ class _Builder:
             if len(text) > _MAX_DIGITS:
                 self.problem(node, path, f"{text[:24]}{'...' if len(text) > 24 else ''} is too large for a number")
                 return 0
-            if text != str(int(text)):
-                self.written[path] = text
             return int(text)
         if _FLOAT.fullmatch(text):
             value = float(text)
             if value not in (float("inf"), float("-inf")):
-                if text != json.dumps(value):
-                    self.written[path] = text
                 return value
             self.problem(node, path, f"{text} is too large for a number")
         if _NOT_FINITE.fullmatch(text):
@@ -271,8 +252,7 @@ def merge_documents(below: Document, above: Document) -> Document:
     data = _merge(below.data, above.data, "", positions)
     for path, place in above.positions.items():
         positions[path] = place
-    kept = {path: text for path, text in below.written.items() if path not in above.positions}
-    return Document(data, positions, kept | dict(above.written))
+    return Document(data, positions)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any], path: str, positions: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,6 @@ class _Reader:
     shown: str
     folder: Path
     problems: list[str]
-    written: Mapping[str, str] = field(default_factory=dict)
 
     def where(self, path: str) -> str:
         while path and path not in self.positions:
@@ -155,7 +154,6 @@ class _Reader:
         return self.positions.get(path, self.shown)
 
     def problem(self, path: str, message: str) -> None:
-        message = Document({}, {}, self.written).as_written(path, message)
         self.problems.append(f"{self.where(path)}: {path}: {message}")
 
     def decode(self, cls: type, data: Any, path: str) -> Any:
@@ -174,7 +172,7 @@ def _load_point(
     place = document.positions.get("matrix", shown)
     labels = [*(f"{place}: matrix: {text}" for text in point), *(f"--set {text}" for text in own)]
     document, applied = _apply_overrides(document, list(zip(sets, map(_shortened, labels), strict=True)))
-    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [], document.written)
+    reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [])
     _check_top(reader)
     stages = _read_stages(reader)
     if reader.problems:
@@ -257,7 +255,7 @@ def _with_value(document: Document, path: list[str], value: Any, place: str) -> 
         return merged
     # A value that is a mapping replaces the old one whole: `--set x={}` means empty, not unchanged.
     data = _replaced(merged.data, path, value)
-    return Document(data, merged.positions, merged.written)
+    return Document(data, merged.positions)
 
 
 def _replaced(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
