@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Problems that are printed one by one; a list that is longer hides its beginning.
 _SHOWN = 20
+#: Characters of one of them: a value that is wrong may be of any length.
+_LONGEST = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def _main(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone is no failure, and not when the interpreter ends
         return code
     except PrismError as error:
-        problems = error.problems if isinstance(error, UserError) else (str(error),)
+        problems = [_bounded(line) for line in (error.problems if isinstance(error, UserError) else (str(error),))]
         for line in problems[:_SHOWN]:
             print(f"prism-launch: {line}" if len(problems) == 1 else line, file=sys.stderr)
         if len(problems) > 1:
@@ -59,6 +61,10 @@ def _main(argv: Sequence[str] | None) -> int:
         mend = "; free some room, then run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"prism-launch: {where}{error.strerror or error}{mend}", file=sys.stderr)
         return 1
+
+
+def _bounded(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}... ({len(line):,} characters)"
 
 
 def _in_a_folder() -> bool:

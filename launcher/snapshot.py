@@ -37,6 +37,7 @@ from launcher.secret_files import holds_secret, is_secret_name, secret_values
 _PACKAGE = "launcher"
 #: In the package of a wheel: what the login side alone reads.
 _LEFT_OUT = {"__pycache__", "_data"}
+_HOLDS = "holds what looks like a secret"
 #: Bytes of a file above which its changes are named only.
 _MOST = 8 << 20
 
@@ -95,7 +96,7 @@ def _package(package: Path, values: Sequence[bytes]) -> tuple[dict[str, bytes], 
             if is_code or not holds_secret(content, values):
                 files[f"{_PACKAGE}/{name}"] = content
             else:
-                left_out[name] = "holds what looks like a secret"
+                left_out[name] = _HOLDS
     return files, left_out
 
 
@@ -168,6 +169,10 @@ def _told(found: Repository, values: Sequence[bytes]) -> tuple[dict[str, Any], b
     filtered = found.filtered(changed)
     reasons = {path: _why_undiffed(found.top / path, path, values, path in filtered) for path in changed}
     diff = found.diff([path for path, why in reasons.items() if why is None])
+    if holds_secret(diff, values):  # what is removed is shown too, and no longer in the file
+        pieces = {path: found.diff([path]) for path, why in reasons.items() if why is None}
+        reasons |= dict.fromkeys((p for p, piece in pieces.items() if holds_secret(piece, values)), _HOLDS)
+        diff = b"".join(piece for path, piece in pieces.items() if reasons[path] is None)
     facts = {
         "repository": str(found.top),
         "commit": found.commit,
@@ -187,4 +192,4 @@ def _why_undiffed(file: Path, path: str, values: Sequence[bytes], is_filtered: b
         return None
     if file.stat().st_size > _MOST:
         return f"larger than {_MOST >> 20} MiB"
-    return "holds what looks like a secret" if holds_secret(file.read_bytes(), values) else None
+    return _HOLDS if holds_secret(file.read_bytes(), values) else None

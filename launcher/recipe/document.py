@@ -97,6 +97,8 @@ def parse_value(text: str, shown: str) -> Any:
 
 
 def _compose(text: str, shown: str) -> Any:
+    if sum(map(text.count, ",:\n")) > _MAX_NODES:  # every value needs one of them; composing takes a kilobyte each
+        raise UserError(f"{shown}: more than {_MAX_NODES} values, which is more than a recipe may hold")
     if control := _CONTROL.search(text):
         line, column = _place(text, control.start())
         raise UserError(f"{shown}:{line}: not YAML: {name_of(control[0])} in column {column}; remove it")

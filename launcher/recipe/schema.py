@@ -29,7 +29,7 @@ _TOP: dict[str, Any] = {
     },
     "matrix": {
         "type": "object",
-        "description": "Keys as for --set, each with a list of values; one run a combination.",
+        "description": "Keys as for --set, each with a list of values; one run a combination, at most 1,000.",
         "additionalProperties": {"type": "array", "minItems": 1},
     },
 }

@@ -125,6 +125,20 @@ def test_an_uncommitted_secret_is_not_in_the_diff_and_is_named(
     assert "+pad_token = tokenizer.eos_token" in (folder / "code.diff").read_text()
 
 
+def test_a_secret_that_was_taken_out_is_not_in_the_diff(tmp_path: Path, code: Path, recipe: Path) -> None:
+    (recipe.parent / "a.yaml").write_text(f"api_key: {PLANTED}\nlr: 1\n")
+    (recipe.parent / "b.sh").write_text(f"export HF_TOKEN={PLANTED}\n")
+    (recipe.parent / "c.txt").write_text("one\n")
+    git(recipe.parent, "add", "--all")
+    git(recipe.parent, "commit", "--quiet", "--message=first")
+    (recipe.parent / "a.yaml").write_text("lr: 2\n")
+    (recipe.parent / "b.sh").unlink()
+    (recipe.parent / "c.txt").write_text("two\n")
+    folder, facts = snapshot(tmp_path, code, recipe)
+    assert hits(folder) == [] and list(facts["recipe"]["left_out_of_diff"]) == ["a.yaml", "b.sh"]
+    assert "-one\n+two\n" in (folder / "code.diff").read_text()
+
+
 def test_the_value_of_a_secret_is_known_wherever_it_stands(
     tmp_path: Path, code: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
