@@ -35,30 +35,44 @@ BIG = ms.Case(
 
 
 def save(folder: Path, case: ms.Case, parallelism: Parallelism) -> dict[str, Any]:
-    """One save; its collectives, its operations on files of the folder, the bytes of this rank's file, its forks."""
+    """One save and a resume from it: collectives, operations on files below the folder, forks, bytes of this rank's."""
     trainer = ms.build(case, parallelism)
     ms.step(trainer, 1)
-    calls: Counter[str] = Counter()
-    for name in COLLECTIVES:
-        _count(name, calls)
-    operations: Counter[str] = Counter()
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.listdir", "os.scandir", "os.remove", "os.rmdir") and str(
-            folder / "saved"
-        ) in str(arguments[0]):
-            operations[event] += 1
-        elif event in ("os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"):
-            operations["fork"] += 1
-
-    sys.addaudithook(hook)
+    calls, operations = _collectives(), _operations(folder / "saved")
     saver = trainer.saver(folder / "saved")
     saver.start(1)
     assert saver.pending is not None
     saver.pending.thread.join()
     saver.finish()
-    path = folder / "saved" / "iter_0000001" / shares.file_name(dist.get_rank())
-    return {"calls": dict(calls), "operations": dict(operations), "bytes": path.stat().st_size}
+    saved = {"calls": dict(calls), "operations": dict(operations)}
+    path = folder / "saved" / "iter_0000001"
+    calls.clear()
+    operations.clear()
+    trainer.load(path)
+    resumed = {"calls": dict(calls), "operations": dict(operations)}
+    return {"save": saved, "resume": resumed, "bytes": (path / shares.file_name(dist.get_rank())).stat().st_size}
+
+
+def _operations(folder: Path) -> Counter[str]:
+    """Counts what this process asks of the file system below a folder, and the processes that it starts."""
+    counted: Counter[str] = Counter()
+    files = ("open", "os.rename", "os.mkdir", "os.listdir", "os.scandir", "os.remove", "os.rmdir")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in files and str(arguments[0]).startswith(str(folder)):
+            counted[event] += 1
+        elif event in ("os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"):
+            counted["fork"] += 1
+
+    sys.addaudithook(hook)
+    return counted
+
+
+def _collectives() -> Counter[str]:
+    calls: Counter[str] = Counter()
+    for name in COLLECTIVES:
+        _count(name, calls)
+    return calls
 
 
 def _count(name: str, calls: Counter[str]) -> None:
@@ -77,16 +91,20 @@ def _count(name: str, calls: Counter[str]) -> None:
         setattr(dist.distributed_c10d, name, counted)
 
 
+WIDE = ms.Case("llama-tiny", bucket_size=None, changes=(("vocab_size", 2048),))
+
+
 @pytest.mark.parametrize(
-    ("name", "trainable", "sizes"),
+    ("case", "sizes"),
     [
-        ("llama-tiny", "all", {}),
-        ("nemotron-h-tiny", "all", {"tp": 2}),
-        ("llama-tiny", "attention", {}),
+        (ms.Case("llama-tiny", bucket_size=None), {}),
+        (WIDE, {}),
+        (ms.Case("nemotron-h-tiny", bucket_size=None), {"tp": 2}),
+        (ms.Case("llama-tiny", trainable="attention", bucket_size=None), {}),
     ],
+    ids=["llama", "a wide vocabulary", "hybrid", "attention"],
 )
-def test_bytes_files_and_collectives_by_rank(tmp_path: Path, name: str, trainable: str, sizes: dict[str, int]) -> None:
-    case = ms.Case(name, trainable=trainable, bucket_size=None)
+def test_bytes_files_and_collectives_by_rank(tmp_path: Path, case: ms.Case, sizes: dict[str, int]) -> None:
     layout = gr.layout(**sizes)
     kinds = []
     for ranks in (2, 4, 8):
@@ -100,15 +118,18 @@ def test_bytes_files_and_collectives_by_rank(tmp_path: Path, name: str, trainabl
         assert sum(written) == wanted.total_bytes
         # The end of a bucket is padding: its last rank has less, and the others a little more.
         assert max(written) == pytest.approx(wanted.rank_bytes, rel=0.02)
-        index = path / shares.INDEX
-        assert index.stat().st_size < wanted.index_bytes
-        assert len(list((folder / "saved").rglob("*.bin"))) + 2 == wanted.files
-        assert [one["operations"].get("fork", 0) for one in found] == [0] * ranks
-        assert [one["operations"]["open"] for one in found[1:]] == [1] * (ranks - 1)
-        # Rank 0 opens index and tracker besides, and every file once to push it to disk.
-        assert found[0]["operations"]["open"] <= ranks + 8
-        kinds.append({frozenset(one["calls"]) for one in found})
-        assert [one["calls"]["gather"] for one in found] == [1] * ranks
+        assert (path / shares.INDEX).stat().st_size < wanted.index_bytes
+        assert len(list(path.glob("*.bin"))) + 2 == wanted.files
+        assert not [one for one in found if "fork" in one["save"]["operations"] | one["resume"]["operations"]]
+        # Of rank 0 every file, to push it to disk, index and tracker; of others their own; at a resume index and file.
+        opened = [one["save"]["operations"]["open"] for one in found]
+        assert opened[0] <= ranks + 8 and opened[1:] == [1] * (ranks - 1)
+        # What tensor-parallel ranks all hold, such as norms, the first of them wrote.
+        most = 3 if "tp" in sizes else 2
+        assert all(one["resume"]["operations"].keys() == {"open"} for one in found)
+        assert max(one["resume"]["operations"]["open"] for one in found) == most
+        assert [one["save"]["calls"]["gather"] for one in found] == [1] * ranks
+        kinds.append({frozenset(one["save"]["calls"]) for one in found})
     assert kinds == [{frozenset({"all_reduce", "gather"})}] * 3, "nothing is gathered but what rank 0 writes down"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import gloo_ranks as gr
 import made_states as ms
 import pytest
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from launcher.configs import Parallelism
 from launcher.errors import UserError
@@ -106,6 +108,37 @@ def test_layers_of_other_names_find_what_plain_ones_wrote(tmp_path: Path, case: 
     two = gr.layout(tp=2)
     found = gr.results(gr.on_ranks(2, resume, tmp_path, case, two, True, parallelism=two))
     assert [f for f in found if any(f.values())] == []
+
+
+def keep_scales(folder: Path, resumed: bool) -> list[tuple[str, int | None]]:
+    """Let linear layers keep something beside their weights, as FP8's do from the first step on."""
+
+    def get(layer: Any) -> torch.Tensor | None:
+        return layer.__dict__.get("scales")
+
+    def put(layer: Any, state: torch.Tensor | None) -> None:
+        layer.scales = state
+
+    ColumnParallelLinear.get_extra_state, ColumnParallelLinear.set_extra_state = get, put
+    trainer = ms.build(NEMOTRON, gr.layout())
+    layers = [(n, m) for n, m in trainer.module.named_modules() if isinstance(m, ColumnParallelLinear)]
+    if resumed:
+        trainer.load(folder / "saved" / "iter_0000003")
+        return [(name, layer.__dict__.get("scales", torch.tensor([])).sum().item()) for name, layer in layers]
+    ms.fill(trainer, NEMOTRON, gr.layout())
+    for number, (_, layer) in enumerate(layers):
+        layer.scales = torch.full((number + 1,), number + 2, dtype=torch.uint8)
+    saver = trainer.saver(folder / "saved")
+    saver.start(3)
+    saver.finish()
+    return [(name, (number + 1) * (number + 2)) for number, (name, _) in enumerate(layers)]
+
+
+def test_what_layers_keep_beside_weights_comes_back_on_every_rank(tmp_path: Path) -> None:
+    [wanted, _] = gr.results(gr.on_ranks(2, keep_scales, tmp_path, False))
+    named = [(name, value) for name, value in wanted if "output_layer" not in name]
+    for found in gr.results(gr.on_ranks(3, keep_scales, tmp_path, True)):
+        assert [(name, value) for name, value in found if "output_layer" not in name] == named and len(named) > 3
 
 
 # ---------------------------------------------------------------------------------------------------------- refused

@@ -8,9 +8,11 @@ from pathlib import Path
 import gloo_ranks as gr
 import made_states as ms
 import pytest
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from launcher.configs import Parallelism
 from launcher.workers.megatron import checkpoint
+from launcher.workers.megatron.model import sharding_metadata
 
 
 def save(folder: Path, case: ms.Case, parallelism: Parallelism) -> None:
@@ -26,6 +28,25 @@ def load(folder: Path, case: ms.Case, parallelism: Parallelism) -> int:
     checkpoint.load_weights(folder / "port", found)
     pairs = zip(wanted.parameters(), found.parameters(), strict=True)
     return sum(int((a != b).sum()) for a, b in pairs)
+
+
+def save_without_padding(folder: Path, case: ms.Case, parallelism: Parallelism) -> None:
+    """As others write it: the vocabulary's own rows alone."""
+    module = ms.build(case, parallelism, seed=7).module
+    sharded = module.sharded_state_dict(metadata=sharding_metadata())
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = sharded[key].data.detach()[: case.shape.vocab_size].clone()
+        sharded[key] = ShardedTensor.from_rank_offsets(key, rows)
+    checkpoint._write(sharded, folder / "port" / "iter_0000005")
+    (folder / "port" / checkpoint.TRACKER).write_text("5")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}])
+def test_rows_that_pad_the_vocabulary_are_zeros_on_every_rank(tmp_path: Path, sizes: dict[str, int]) -> None:
+    case, layout = ms.Case("Nemotron-H-8B-Base-8K"), gr.layout(**sizes)
+    assert case.shape.padded_vocab_size > case.shape.vocab_size
+    gr.results(gr.on_ranks(1, save_without_padding, tmp_path, case, gr.layout()))
+    assert gr.results(gr.on_ranks(4, load, tmp_path, case, layout, parallelism=layout)) == [0] * 4
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ from launcher.workers.megatron.versions import hybrid_model
 
 Precision = Literal["bf16", "fp32"]
 
-#: How a sharded state dict is laid out: GPT layers stacked. The optimizer has files of its own (`shares`); the kind is
-#: for whoever loads a finished checkpoint into megatron-core.
+#: How a sharded state dict is laid out: GPT layers stacked. Our optimizer state has files of its own (`shares`).
 SHARDING = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,

@@ -91,9 +91,7 @@ def frozen(sharded: Mapping[str, Any]) -> list[Share]:
 
 def objects(sharded: Mapping[str, Any]) -> Iterator[tuple[str, ShardedObject]]:
     """What modules keep beside tensors, by the name in the state dict: FP8's scales, where there are any."""
-    for name, value in sharded.items():
-        if isinstance(value, ShardedObject) and isinstance(value.data, Tensor) and value.data.numel():
-            yield name, value
+    return ((name, value) for name, value in sharded.items() if isinstance(value, ShardedObject))
 
 
 def exchange_frozen(sharded: Mapping[str, Any]) -> None:
@@ -176,7 +174,7 @@ def copy(model: nn.Module, optimizer: Any, room: Sequence[Tensor] = ()) -> Conte
         tensors += share.states.values()
         position += sum(_bytes(tensor) for tensor in share.states.values())
     for _, value in objects(sharded):
-        if not any(value.replica_id):
+        if isinstance(value.data, Tensor) and value.data.numel() and not any(value.replica_id):
             kept[value.unique_key] = [position, _bytes(value.data)]
             tensors.append(value.data)
             position += _bytes(value.data)
