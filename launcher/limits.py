@@ -435,7 +435,10 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
     Returns what cannot start for now, and why. Stages are placed on the cluster; those that are done or in the queue
     are left out. Where the controller does not answer, nothing is said: the submission will.
     """
-    stages = [stage for record in records for stage in _to_submit(root, record)]
+    try:
+        stages = [stage for record in records for stage in _to_submit(root, record)]
+    except slurm.NoAnswer:
+        return ()
     if not stages:
         return ()
     asked = [

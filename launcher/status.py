@@ -189,8 +189,8 @@ _WAITS = {
 
 def reason_of(state: StageState, job: Job | None) -> str:
     """Why the stage is in its state, on one line; empty where nothing is to be said."""
-    if job is not None and job.state == "SUSPENDED" and state.state == "running":
-        return f"job {job.id} is suspended: Slurm has stopped its processes and lets them go on later"
+    if job is not None and job.state in ("SUSPENDED", "STOPPED") and state.state == "running":
+        return f"job {job.id} is {job.state.lower()}: its processes stand still until Slurm lets them go on"
     if state.state == "queued" and job is not None and job.is_active:
         word = job.reason.partition(",")[0].strip("() ")
         return f"job {job.id} waits {_WAITS.get(word, f'({word})' if word not in ('', 'None') else 'in the queue')}"

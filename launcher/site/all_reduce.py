@@ -41,7 +41,7 @@ def reduce(stage_json: str) -> int:
         bandwidth = size / seconds * 2 * (ranks - 1) / ranks / 1e9
         report = {"backend": backend, "ranks": ranks, "bytes": size, "right": right, "bus_gb_s": bandwidth}
         if gpus:
-            report["nccl"] = read_nccl(log.read_text(errors="replace")) if log.exists() else {}
+            report["nccl"] = read_nccl(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else {}
         store.write_json(attempt_dir() / f"{os.environ['PRISM_STEP']}.0.json", report)
     dist.destroy_process_group()
     return 0

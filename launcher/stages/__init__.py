@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.configs import CONFIGS
-from launcher.spec import StageSpec, decode
+from launcher.spec import SpecError, StageSpec, decode
 from launcher.stages.analyze import Analyze
 from launcher.stages.convert import Convert
 from launcher.stages.evaluate import Evaluate
@@ -32,5 +32,9 @@ def kinds() -> Mapping[str, StageKind]:
 
 
 def outside_of(spec: StageSpec) -> tuple[Outside, ...]:
-    """What a planned stage reads outside the store beside checkpoints."""
-    return _KINDS[spec.kind].outside(decode(CONFIGS[spec.kind], spec.config))
+    """What a planned stage reads outside the store beside checkpoints; nothing for the stages of `cluster test`."""
+    try:
+        config = decode(CONFIGS[spec.kind], spec.config)
+    except SpecError:  # no recipe's: what it reads is among its inputs
+        return ()
+    return _KINDS[spec.kind].outside(config)

@@ -101,7 +101,7 @@ def _config(raw: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, GenerationConfig
 
     with tempfile.TemporaryDirectory() as own:  # transformers reads no byte order mark, our reader does
-        Path(own, "config.json").write_text(json.dumps(raw))
+        Path(own, "config.json").write_text(json.dumps(raw), encoding="utf-8")
         config = AutoConfig.from_pretrained(own, local_files_only=True)
     wanted = {key: value for key, value in _RUN.items() if getattr(config, key, value) != value}
     wanted |= {key: 0.0 for key, value in config.to_dict().items() if _is_dropout(key) and value}

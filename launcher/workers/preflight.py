@@ -180,7 +180,7 @@ def _is_for_cpus() -> bool:
     """Whether torch is one for CPUs, by its version file: to import it takes seconds."""
     with contextlib.suppress(ImportError, ValueError, AttributeError, OSError):
         found = importlib.util.find_spec("torch")
-        text = Path(str(found and found.origin)).with_name("version.py").read_text()
+        text = Path(str(found and found.origin)).with_name("version.py").read_text(encoding="utf-8")
         return all(re.search(rf"^{name}\b.*= *None\s*$", text, re.MULTILINE) for name in ("cuda", "hip"))
     return False
 
@@ -199,7 +199,7 @@ def _unusable(index: int) -> str:
 def _driver() -> str:
     """The version of the kernel's NVIDIA driver; "" where there is none."""
     with contextlib.suppress(OSError):
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER_FILE.read_text())
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER_FILE.read_text(encoding="utf-8"))
         return found[1] if found else "unknown"
     return ""
 

@@ -65,7 +65,11 @@ def test_a_suspended_job_is_shown_as_such(site: StandIn, state: str, begun: bool
         leave_attempt(site.root, record.stages[0].spec, "101.0", 10.0, steps=(1, 10))
     site.queue(("101", site.script("a"), state), ("102", site.script("b"), "PENDING"))
     told = run_status(site.root, record, stage_jobs(site.root, record)).stages[0]
-    assert (told.state, told.job_state, told.reason) == ("running", state, f"job 101 {state.lower()}")
+    assert (told.state, told.job_state, told.reason) == (
+        "running",
+        state,
+        f"job 101 is {state.lower()}: its processes stand still until Slurm lets them go on",
+    )
     assert "waits" not in told.reason and (told.step == 10) is begun
     assert "suspended" in site.prism("status").stdout or state != "SUSPENDED"
     assert store.read_receipt(site.root, record.stages[0].spec.artifact) is None

@@ -108,7 +108,7 @@ def recipe(folder: Path, model: str, **stages: Any) -> Path:
     family = str(CONFIGS[model]["model_type"])
     prepare = {
         "kind": "prepare", "tokenizer": {"path": "tok"}, "sources": {"t": {"kind": "files", "path": "text/"}},
-        "problems": {"p": {"count": 8}},
+        "problems": {"p": {"count": 16}},
     }  # fmt: skip
     path = folder / "r.yaml"
     body = {
@@ -148,7 +148,7 @@ def test_check_says_what_convert_says(case: str, folder: Path, capsys: pytest.Ca
         lines = said(capsys)
         assert any(message in line and f"{path}:" in line and "stages.train.checkpoint" in line for line in lines)
         assert len(lines) <= 25 and len(by_convert) <= 21
-    for line in by_convert:
+    for line in (line for line in by_convert if not line.endswith(" more")):  # each counts in its own list
         if "image" not in case and "adapter" not in case:
             assert any(line in told for told in lines), (line, lines)
 
@@ -229,7 +229,7 @@ def test_what_nemo_cannot_have_is_refused_early(
 ) -> None:
     shutil.rmtree(folder / "src")
     shutil.copytree(hf_checkpoint(name), folder / "src")
-    path = recipe(folder, name, rl={**RL, "backend": "nemo-aligner"})
+    path = recipe(folder, name, rl={**RL, "backend": "nemo-aligner", "max_prompt_length": 8})
     assert prism(["check", str(path)]) == 2
     message = "NeMo has no setting for its multipliers" if "granite" in name else "does not go into format nemo"
     assert any(message in line and "stages.rl.checkpoint" in line for line in said(capsys))

@@ -100,7 +100,7 @@ def names_no_encoding(call: ast.Call) -> bool:
         return not foreign and is_text(call.args[:1], given)
     if name in ("open", "fdopen"):
         return is_text(call.args[1:2], given)
-    return any(key in given for key in ("text", "universal_newlines"))
+    return name in ("run", "Popen", "check_output") and any(key in given for key in ("text", "universal_newlines"))
 
 
 def is_text(mode: list[ast.expr], given: dict[str | None, Any]) -> bool:

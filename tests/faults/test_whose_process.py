@@ -89,7 +89,7 @@ def test_who_sees_no_proc_does_not_judge_what_did(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_half_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:

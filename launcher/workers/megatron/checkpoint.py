@@ -124,7 +124,7 @@ class Saver:
 
     def _name(self, pending: _Pending) -> None:
         path, index = pending.path, shares.merge([json.loads(plan) for plan in pending.plans])
-        (path / shares.INDEX).write_text(json.dumps(pending.about | index))
+        (path / shares.INDEX).write_text(json.dumps(pending.about | index), encoding="utf-8")
         sync_tree(path)
         os.replace(path, path.with_suffix(""))
         write_atomic(self.folder / TRACKER, str(pending.about["iteration"]))

@@ -368,7 +368,7 @@ def read_index(path: Path) -> dict[str, Any]:
         "finished checkpoints of format megatron are not concerned"
     )
     try:
-        index: dict[str, Any] = json.loads((path / INDEX).read_text())
+        index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: this progress was written by an older version, whose optimizer state is misplaced wherever it "
