@@ -26,6 +26,7 @@ from launcher.store import sha256_of
 from tests.bench.measure import (
     GIB,
     Row,
+    cold_or_warm,
     environment,
     files_of,
     make_cold,
@@ -167,7 +168,7 @@ def _rows(scratch: Path, source: Path, to: str, kept: Path, name: str, config: d
     (scratch / "work" / "converted").rename(kept)
     shutil.rmtree(scratch / "work")
     way = f"{name}: to {to}"
-    what = f"{size_of(source) / 1e6:.0f} MB, cold; start-up apart"
+    what = f"{size_of(source) / 1e6:.0f} MB, {cold_or_warm(source)}; start-up apart"
     against = f"{what}; wall clock; against cp --reflink=never and sync just before it"
     memory = f"peak of anonymous memory of the whole process; largest tensor {largest(config) / 1e6:.0f} MB"
     limit = (2 * largest(config) + 0.3 * GIB) / GIB
@@ -191,17 +192,17 @@ def _rows(scratch: Path, source: Path, to: str, kept: Path, name: str, config: d
 
 
 def measure_diff(scratch: Path) -> list[Row]:
-    """Six thresholds in one pass over two cold checkpoints, against a cold read of the same files."""
+    """Six thresholds in one pass over two checkpoints, cold where the file system lets go, against reading them."""
     before, after = scratch / "before", scratch / "after"
     write_checkpoint(before)
     write_checkpoint(after, change=1e-3)
     found, peak = _child(scratch, "diff", str(before), str(after))
-    what = f"2 x {size_of(before) / 1e6:.0f} MB bf16, cold; start-up apart; wall clock"
+    what = f"2 x {size_of(before) / 1e6:.0f} MB bf16, {cold_or_warm(before)}; start-up apart; wall clock"
     share = f"{what}; against reading the files just before"
     return [
         Row("weight diff: speed", tuple(found["rate"]), "MB/s", what),
         Row("weight diff: work", tuple(found["cpu"]), "s CPU/GB", "start-up apart; one thread"),
-        Row("weight diff / cold read", tuple(found["share"]), "x", share, 0.8, "higher"),
+        Row("weight diff / read", tuple(found["share"]), "x", share, 0.8, "higher"),
         Row("weight diff: memory", (peak / GIB,), "GiB", "peak of anonymous memory of the whole process", 0.5),
     ]
 
@@ -356,7 +357,7 @@ def _weight_changes(before: Path, after: Path) -> dict[str, list[float]]:
 
 
 def _timed(cold: list[Path], work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of `work` after the folders were made cold."""
+    """Wall and CPU seconds of `work` after the folders were made as cold as they can be."""
     for folder in cold:
         make_cold(folder)
     return timed(work)
