@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from launcher.spec import Format, SpecError, encode
+from launcher.spec import Family, Format, SpecError, encode
 
 #: Sources and problem sets are files of their names: no separator, no leading dot.
 _ITEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -118,7 +118,7 @@ class ModelConfig:
     """A model: the family and the `config.json` of its Hugging Face checkpoint. Read from `recipes/models/`."""
 
     name: str = option(..., "Name of the model.")
-    family: Literal["llama", "mistral", "granite", "granitemoehybrid", "nemotron_h"] = option(..., "Family.")
+    family: Family = option(..., "Family.")
     config: Mapping[str, Any] = option(..., "The model's config.json.")
     source: str | None = option(None, "Where the weights come from: hf:ORG/NAME. None: trained from random weights.")
     init_method_std: float = option(0.02, "Standard deviation of random initial matrices.")

@@ -24,6 +24,9 @@ SCHEMA = 1
 #: What an artifact's port holds on disk; `docs/architecture.md` describes each layout.
 Format = Literal["hf", "megatron", "nemo", "tokenizer", "tokens", "prompts", "scores", "analysis"]
 
+#: The model families that are covered, by `model_type` of config.json; `launcher.models.families` has their modules.
+Family = Literal["llama", "mistral", "granite", "granitemoehybrid", "nemotron_h"]
+
 Kind = Literal["prepare", "train", "convert", "merge", "rl", "evaluate", "analyze"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 

@@ -11,9 +11,10 @@ from launcher.errors import UserError
 from launcher.models import dense, granitemoehybrid, nemotron_h
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import TensorMap
+from launcher.spec import Family
 
 #: `model_type` of config.json to the module with `shape_of` and `tensor_map`.
-FAMILIES: dict[str, ModuleType] = {
+FAMILIES: dict[Family, ModuleType] = {
     "llama": dense,
     "mistral": dense,
     "granite": dense,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from launcher.spec import Family
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -16,7 +18,7 @@ class ModelShape:
     The four Granite multipliers are 1.0 elsewhere; `attention_multiplier` None means 1/sqrt(kv_channels).
     """
 
-    family: Literal["llama", "mistral", "granite", "granitemoehybrid", "nemotron_h"]
+    family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

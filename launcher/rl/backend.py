@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from launcher.configs import Resources
-from launcher.spec import Format, Step
+from launcher.spec import Family, Format, Step
 
 
 class Backend(Protocol):
@@ -26,7 +26,7 @@ class Backend(Protocol):
     @property
     def ELSEWHERE(self) -> Mapping[str, str]: ...
     @property
-    def TRAINS(self) -> tuple[str, ...]: ...
+    def TRAINS(self) -> tuple[Family, ...]: ...
     @property
     def UNTRAINED(self) -> Mapping[str, str]: ...
     @property

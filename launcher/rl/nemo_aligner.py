@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.configs import AlignerRL, Resources
 from launcher.rl.parts import clock, common_problems, component_step, data_parallel_size, overrides, prompts_file
-from launcher.spec import Format, Probe, Step
+from launcher.spec import Family, Format, Probe, Step
 
 ACCEPTS: tuple[Format, ...] = ("nemo",)
 MAKES: Format = "nemo"
@@ -24,7 +24,7 @@ ELSEWHERE: Mapping[str, str] = {
 }
 _HYBRID = "its actors are Megatron's GPT models, which have no Mamba layers"
 _GRANITE = "NeMo 2.1 has none of Granite's four multipliers, and with them folded into its weights it learns otherwise"
-TRAINS = ("llama", "mistral")
+TRAINS: tuple[Family, ...] = ("llama", "mistral")
 UNTRAINED: Mapping[str, str] = {
     "granite": _GRANITE,
     "granitemoehybrid": f"{_HYBRID} and none of Granite's multipliers",

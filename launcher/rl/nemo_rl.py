@@ -14,14 +14,14 @@ from typing import Any
 
 from launcher.configs import NemoRL, Resources
 from launcher.rl.parts import clock, common_problems, overrides, prompts_file
-from launcher.spec import Format, Probe, Step
+from launcher.spec import Family, Format, Probe, Step
 
 ACCEPTS: tuple[Format, ...] = ("megatron",)
 MAKES: Format = "megatron"
 ALGORITHMS = ("grpo",)
 ELSEWHERE: Mapping[str, str] = {}
 _GRANITE = "Megatron-Bridge, which it builds models with, has no Granite"
-TRAINS = ("llama", "mistral", "nemotron_h")
+TRAINS: tuple[Family, ...] = ("llama", "mistral", "nemotron_h")
 UNTRAINED: Mapping[str, str] = {"granite": _GRANITE, "granitemoehybrid": _GRANITE}
 COMPONENTS: tuple[str, ...] = ()
 NOT_BUILT: str | None = (

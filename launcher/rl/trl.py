@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.configs import Resources, TrlRL
-from launcher.spec import Format, Step
+from launcher.spec import Family, Format, Step
 
 ACCEPTS: tuple[Format, ...] = ("hf",)
 MAKES: Format = "hf"
 ALGORITHMS = ("grpo",)
 ELSEWHERE: Mapping[str, str] = {}
-TRAINS: tuple[str, ...] = ("llama", "mistral", "granite", "granitemoehybrid", "nemotron_h")
+TRAINS: tuple[Family, ...] = ("llama", "mistral", "granite", "granitemoehybrid", "nemotron_h")
 UNTRAINED: Mapping[str, str] = {}
 COMPONENTS: tuple[str, ...] = ()
 NOT_BUILT: str | None = None
