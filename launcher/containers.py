@@ -15,17 +15,6 @@ from launcher.errors import UserError
 from launcher.spec import Runtime, Step
 
 _PYTHON = ("PYTHONPATH", "PYTHONHOME")
-#: Patterns of variables that would put something into a container which no script shows.
-LEAKS = {
-    "none": (),
-    "pyxis": ("PYXIS_*", *_PYTHON),
-    "apptainer": ("APPTAINER_BIND*", "SINGULARITY_BIND*", "APPTAINERENV_*", "SINGULARITYENV_*", *_PYTHON),
-    "charliecloud": _PYTHON,
-    "docker": _PYTHON,
-    "podman": _PYTHON,
-}
-#: Runtimes whose containers are children of another process than the one that asks for them.
-DETACHED = ("docker", "podman")
 _DETACHED_UNDER_SLURM = (
     "{}'s containers are no children of the job: outside its cgroup, and untouched by scancel; under Slurm use pyxis, "
     "apptainer or charliecloud"
@@ -70,7 +59,7 @@ def wrap(
     if problems:
         raise UserError(f"step {step.name}: {problem}" for problem in problems)
     words = (f"{name}={value}" for name, value in environment.items())
-    return (*RUNTIMES[runtime.container](step, workdir, here), "env", *words, *argv)
+    return (*RUNTIMES[runtime.container].words(step, workdir, here), "env", *words, *argv)
 
 
 def step_problems(step: Step, runtime: Runtime, scheduler: str) -> list[str]:
@@ -83,7 +72,7 @@ def step_problems(step: Step, runtime: Runtime, scheduler: str) -> list[str]:
 
 def runtime_problem(container: str, scheduler: str) -> str | None:
     """Why a runtime does not go with a scheduler."""
-    if container in DETACHED and scheduler == "slurm":
+    if RUNTIMES[container].is_detached and scheduler == "slurm":
         return _DETACHED_UNDER_SLURM.format(container)
     if container == "pyxis" and scheduler == "local":
         return "pyxis is a plug-in of Slurm; without Slurm use docker, podman, apptainer or charliecloud"
@@ -107,7 +96,7 @@ def _pyxis(step: Step, workdir: str, here: Here | None) -> tuple[str, ...]:
 
 
 def _apptainer(step: Step, workdir: str, here: Here | None) -> tuple[str, ...]:
-    """`apptainer exec`: skips the image's runscript; every host variable but the LEAKS enters, srun's among them."""
+    """`apptainer exec`: skips the image's runscript; every host variable but the leaks enters, srun's among them."""
     return (
         "apptainer",
         "exec",
@@ -178,14 +167,46 @@ def _mount_words(mount: str) -> str:
     return ",".join(f'"{field}"' if "," in field else field for field in fields)
 
 
-RUNTIMES: Mapping[str, Callable[[Step, str, Here | None], tuple[str, ...]]] = {
-    "none": _none,
-    "pyxis": _pyxis,
-    "apptainer": _apptainer,
-    "charliecloud": _charliecloud,
-    "docker": _docker,
-    "podman": _podman,
+@dataclass(frozen=True)
+class ContainerRuntime:
+    """One way to start containers, with all that is its own.
+
+    `words`: options or command before the step's; `programs`: those that start it, any of which will do; `leaks`:
+    patterns of variables that would put something into a container which no script shows; `files`: endings of images
+    that are files; `refused`: what a mount's path cannot hold; `is_detached`: its containers are children of another
+    process than the one that asks for them; `is_child`: its processes are those that were started; `wants_user`: USER
+    must be set.
+    """
+
+    words: Callable[[Step, str, Here | None], tuple[str, ...]]
+    programs: tuple[str, ...] = ()
+    leaks: tuple[str, ...] = _PYTHON
+    files: tuple[str, ...] = ()
+    refused: str = ""
+    is_detached: bool = False
+    is_child: bool = False
+    wants_user: bool = False
+
+
+#: What Apptainer cannot quote was not tried, so it takes no more than pyxis, which puts paths between double quotes.
+_SHELL = """ ,"'$`\\"""
+RUNTIMES: Mapping[str, ContainerRuntime] = {
+    "none": ContainerRuntime(_none, leaks=(), is_child=True),
+    "pyxis": ContainerRuntime(_pyxis, leaks=("PYXIS_*", *_PYTHON), files=(".sqsh",), refused=_SHELL),
+    "apptainer": ContainerRuntime(
+        _apptainer,
+        ("apptainer", "singularity"),
+        leaks=("APPTAINER_BIND*", "SINGULARITY_BIND*", "APPTAINERENV_*", "SINGULARITYENV_*", *_PYTHON),
+        files=(".sif",),
+        refused=_SHELL,
+    ),
+    "charliecloud": ContainerRuntime(
+        _charliecloud, ("ch-run",), files=(".sqsh", ".squashfs", ".sqfs"), refused="\\", is_child=True, wants_user=True
+    ),
+    "podman": ContainerRuntime(_podman, ("podman",), refused='",', is_detached=True),
+    "docker": ContainerRuntime(_docker, ("docker",), refused='"', is_detached=True),
 }
+_ALL_FILES = tuple(dict.fromkeys(ending for runtime in RUNTIMES.values() for ending in runtime.files))
 
 
 # ------------------------------------------------------------------------------------------ containers of a daemon's
@@ -215,10 +236,6 @@ def list_argv(container: str, artifact: str) -> tuple[str, ...]:
 
 # -------------------------------------------------------------------------------------------------- images and mounts
 
-#: Images that are files, by runtime.
-_FILES = {"pyxis": (".sqsh",), "apptainer": (".sif",), "charliecloud": (".sqsh", ".squashfs", ".sqfs")}
-_ALL_FILES = (".sqsh", ".sif", ".squashfs", ".sqfs")
-
 
 def image_problems(image: str | None, runtime: Runtime) -> list[str]:
     """What is wrong with an image's name under a runtime. A bare `x.sqsh` would be looked for on Docker Hub."""
@@ -229,11 +246,11 @@ def image_problems(image: str | None, runtime: Runtime) -> list[str]:
         return ["no container image"]
     if re.search(r"[\s\x00-\x1f\x7f]", image) or image.startswith("-"):
         return [f"image {image!r} holds blanks or starts with a dash"]
-    if container in DETACHED:
+    if RUNTIMES[container].is_detached:
         return _named_image_problems(image, container)
     if image.endswith(_ALL_FILES) and not image.startswith("/"):
         return [f"image {image} is a file: give its full path"]
-    if image.endswith(_ALL_FILES) and not image.endswith(_FILES[container]):
+    if image.endswith(_ALL_FILES) and not image.endswith(RUNTIMES[container].files):
         return [f"image {image} is not one that {container} can start"]
     if container == "apptainer" and not image.startswith("/") and not _REGISTRY.match(image):
         return [f"image {image}: give a full path or docker://REGISTRY/IMAGE:TAG"]
@@ -265,23 +282,12 @@ def _named_image_problems(image: str, container: str) -> list[str]:
     return []
 
 
-#: What a path of a mount may not hold, beside control characters: what a runtime gives a meaning and no way to quote.
-#: pyxis puts it between double quotes of a shell script; Apptainer's is not tried, so it takes no more than pyxis.
-_REFUSED = {
-    "pyxis": """ ,"'$`\\""",
-    "apptainer": """ ,"'$`\\""",
-    "docker": '"',
-    "podman": '",',
-    "charliecloud": "\\",
-}
-
-
 def mount_problem(mount: str, container: str) -> str | None:
     """What is wrong with a mount, `SRC[:DST[:ro|rw]]`, under a runtime."""
     parts = mount.split(":")
     if len(parts) > 3 or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
         return f"mount {mount!r}: write SRC, SRC:DST or SRC:DST:ro"
-    refused = _REFUSED.get(container, "")
+    refused = RUNTIMES[container].refused
     for path in parts[:2]:
         if not path.startswith("/"):
             return f"mount {mount!r}: give full paths"

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from launcher.containers import RUNTIMES
 from launcher.data import install_command
 from launcher.units import format_bytes
 
@@ -68,9 +69,8 @@ def _programs() -> Iterator[Finding]:
     sbatch = shutil.which("sbatch")
     found = _first_line("sbatch", "--version") if sbatch else "no sbatch here"
     yield Finding("slurm", "slurm", bool(sbatch), found, "" if sbatch else "render needs none; submit on a login node")
-    runtimes = [
-        name for name in ("enroot", "apptainer", "singularity", "docker", "podman", "ch-run") if shutil.which(name)
-    ]
+    programs = ("enroot", *(program for runtime in RUNTIMES.values() for program in runtime.programs))
+    runtimes = [name for name in programs if shutil.which(name)]
     yield Finding("containers", "slurm", True, ", ".join(runtimes) or "none here")
     smi = shutil.which("nvidia-smi")
     gpus = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") if smi else "none seen"

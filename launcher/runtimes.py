@@ -7,11 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
-from launcher.containers import DETACHED, step_problems
+from launcher.containers import RUNTIMES, step_problems
 from launcher.errors import UserError, WorldError
 from launcher.spec import Runtime, Step
 
-PROGRAMS = {"docker": "docker", "podman": "podman", "apptainer": "apptainer", "charliecloud": "ch-run"}
 _TIMEOUT_S = 30
 
 
@@ -25,8 +24,9 @@ def check_containers(container: str, steps: Sequence[Step]) -> None:
     problems = [f"step {step.name}: {problem}" for step in steps for problem in step_problems(step, runtime, "local")]
     if problems:
         raise UserError(dict.fromkeys(problems))
-    if shutil.which(PROGRAMS[container]) is None:
-        raise WorldError(f"{PROGRAMS[container]}: not installed here; the cluster profile's `runtime` asks for it")
+    program = RUNTIMES[container].programs[0]
+    if shutil.which(program) is None:
+        raise WorldError(f"{program}: not installed here; the cluster profile's `runtime` asks for it")
     if container == "docker":
         _check_docker()
     images = sorted({str(step.image) for step in steps})
@@ -45,7 +45,7 @@ def _check_docker() -> None:
 
 
 def _is_here(container: str, image: str) -> bool:
-    if container in DETACHED:
+    if RUNTIMES[container].is_detached:
         return _call(container, "image", "inspect", "--format={{.Id}}", image).returncode == 0
     return not image.startswith("/") or os.path.exists(image)
 

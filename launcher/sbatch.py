@@ -20,7 +20,7 @@ from submitit.slurm.slurm import _as_sbatch_flag, _make_sbatch_string
 from launcher import store
 from launcher.cluster import Profile, code_folder
 from launcher.configs import Resources
-from launcher.containers import LEAKS
+from launcher.containers import RUNTIMES
 from launcher.errors import UserError
 from launcher.run_record import PlannedStage
 from launcher.spec import StageSpec
@@ -241,13 +241,14 @@ def _refuse_unquotable(values: dict[str, Any]) -> None:
 
 def _setup(spec: StageSpec, profile: Profile, root: Path, folder: str) -> Iterator[str]:
     """What the shell does before it becomes the supervisor; `folder`, the stage's, is quoted."""
-    leaks = (*LEAKS[profile.runtime.container], *profile.runtime.env_unset)
+    runtime = RUNTIMES[profile.runtime.container]
+    leaks = (*runtime.leaks, *profile.runtime.env_unset)
     yield "# What options of sbatch and the shell that submits would make of every step; steps state their own."
     yield from (f"unset {names}" for names in textwrap.wrap(" ".join(SRUN_DEFAULTS), 114))
     if leaks:
         yield "# What a shell that submits might carry into the steps unseen."
         yield "unset " + " ".join(f'"${{!{name[:-1]}@}}"' if name.endswith("*") else name for name in leaks)
-    if profile.runtime.container == "charliecloud":
+    if runtime.wants_user:
         yield 'export USER="${USER:-$(id -un)}"  # ch-run insists on it'
     yield from profile.setup
     code = code_folder(spec, profile, root)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import store
-from launcher.containers import DETACHED, Here, container_name, wrap
+from launcher.containers import RUNTIMES, Here, container_name, wrap
 from launcher.errors import UserError
 from launcher.spec import Runtime, StageSpec, Step
 
@@ -103,7 +103,7 @@ def local_commands(
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(step.ntasks)} for i in range(step.ntasks)]
     if spec.runtime.container == "none":
         return [(argv, {**common, **rank}) for rank in ranks]
-    more = _IN_CONTAINERS if spec.runtime.container in DETACHED else {}
+    more = _IN_CONTAINERS if RUNTIMES[spec.runtime.container].is_detached else {}
     found: list[tuple[tuple[str, ...], dict[str, str]]] = []
     for i, rank in enumerate(ranks):
         here = Here(

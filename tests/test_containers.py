@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
-from launcher.containers import Here, container_name, image_problems, mount_problem, name_prefix, order_mounts, wrap
+from launcher.containers import (
+    RUNTIMES,
+    Here,
+    container_name,
+    image_problems,
+    mount_problem,
+    name_prefix,
+    order_mounts,
+    wrap,
+)
 from launcher.errors import UserError
 from launcher.spec import Runtime, Step
 
@@ -191,3 +201,7 @@ def test_good_images(container: str, image: str | None) -> None:
 def test_mounts_are_ordered_with_parents_first_and_one_a_target() -> None:
     mounts = ("/s/a/b", "/x:/s/a:ro", "/s", "/other:/s/a/b", "/s/")
     assert order_mounts(mounts) == ("/s", "/x:/s/a:ro", "/s/a/b")
+
+
+def test_every_runtime_of_the_contract_has_its_row() -> None:
+    assert set(get_args(get_type_hints(Runtime)["container"])) == set(RUNTIMES)

@@ -16,17 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.containers import RUNTIMES
 from launcher.errors import WorldError
 from launcher.slurm import call
 from launcher.users import user_name
 
-#: Programs that start containers, by the name that a profile gives them.
-CONTAINER_PROGRAMS = {
-    "apptainer": ("apptainer", "singularity"),
-    "charliecloud": ("ch-run",),
-    "podman": ("podman",),
-    "docker": ("docker",),
-}
 _FIELD = re.compile(r"(\w+)=(\S*)")
 _GRES = re.compile(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)(?:\([^)]*\))?(?=,|$)")
 _SILENT = re.compile("Unable to contact|Socket timed out|Connection refused|Could not establish", re.IGNORECASE)
@@ -392,7 +386,7 @@ def _containers() -> Iterator[str]:
     """Container runtimes: pyxis by srun's options, others by the programs on this node's PATH."""
     if "--container-image" in call("srun", "--help").out:
         yield "pyxis"
-    yield from (name for name, programs in CONTAINER_PROGRAMS.items() if any(map(shutil.which, programs)))
+    yield from (name for name, runtime in RUNTIMES.items() if any(map(shutil.which, runtime.programs)))
 
 
 def _interfaces() -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.cluster import Profile
+from launcher.containers import RUNTIMES
 from launcher.site.ask import Facts, Queue
 from launcher.spec import SpecError, decode
 from launcher.units import parse_duration
@@ -209,7 +210,7 @@ def _runtime(facts: Facts) -> Iterator[Entry]:
     if facts.containers:
         first = facts.containers[0]
         why = f"With images by kind of stage, set runtime.container to {first}."
-        suffix = {"pyxis": ".sqsh", "apptainer": ".sif"}.get(first, "")
+        suffix = next(iter(RUNTIMES[first].files), "")
         yield Entry("images", {"train": f"/path/on/every/node/train{suffix}"}, why, seen=False)
 
 

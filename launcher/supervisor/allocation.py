@@ -16,7 +16,7 @@ from typing import Protocol
 
 import launcher
 from launcher import store
-from launcher.containers import DETACHED, LEAKS, container_name
+from launcher.containers import RUNTIMES, container_name
 from launcher.spec import ExitClass, StageSpec, Step
 from launcher.steps import Place, local_commands, place_of
 from launcher.store import Owner
@@ -97,7 +97,8 @@ class ThisMachine:
     def start(self, step: Step, place: Place) -> list[Process]:
         """Start every rank; output goes to STEP.RANK.log. Ranks die with the supervisor."""
         container = self.spec.runtime.container
-        if container in DETACHED:
+        runtime = RUNTIMES[container]
+        if runtime.is_detached:
             remove_leftovers(container, f"{self.root}/{self.spec.artifact}", self.attempt_dir)
         inherited = self._environment()
         user = f"{os.getuid()}:{os.getgid()}"
@@ -107,17 +108,17 @@ class ThisMachine:
                 made = popen(argv, {**inherited, **variables}, self.attempt_dir, log, subprocess.STDOUT)
             process = Process(step, rank, made, self.attempt_dir)
             name = container_name(str(self.attempt_dir), step.name, rank)
-            started.append(contain(process, container, name) if container in (*DETACHED, "apptainer") else process)
+            started.append(process if runtime.is_child else contain(process, container, name))
         return started
 
     def _environment(self) -> dict[str, str]:
         """This process's environment, as the ranks inherit it, or the program that starts their containers."""
-        container = self.spec.runtime.container
-        leaks = (*LEAKS[container], *self.spec.runtime.env_unset)
+        runtime = RUNTIMES[self.spec.runtime.container]
+        leaks = (*runtime.leaks, *self.spec.runtime.env_unset)
         inherited = {k: v for k, v in os.environ.items() if not any(fnmatch.fnmatchcase(k, leak) for leak in leaks)}
-        if container == "none":
+        if self.spec.runtime.container == "none":
             inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH")]))
-        if container in ("none", "charliecloud"):  # the others start their containers from another process
+        if runtime.is_child:  # the others start their containers from another process
             inherited["PRISM_PARENT"] = str(os.getpid())
         return {"USER": user_name(), **inherited, "PYTHONUNBUFFERED": "1"}
 

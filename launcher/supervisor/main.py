@@ -23,7 +23,7 @@ from typing import Any
 
 from launcher import __version__, store
 from launcher.attempts import EVENTS, attempts_at, last_words, next_number
-from launcher.containers import DETACHED
+from launcher.containers import RUNTIMES
 from launcher.errors import PrismError, UserError
 from launcher.notify import LIMIT_S, notify, state_after
 from launcher.progress import claim_s
@@ -238,7 +238,7 @@ class Supervisor:
     def _cost(self) -> dict[str, float]:
         """Seconds, CPU seconds of all processes and the largest one's peak memory, in bytes."""
         seconds = time.monotonic() - self.began
-        if self.allocation.job is None and self.spec.runtime.container not in DETACHED:
+        if self.allocation.job is None and not RUNTIMES[self.spec.runtime.container].is_detached:
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
         else:  # the children are sruns or clients of containers; ranks that were killed told nothing
