@@ -9,13 +9,12 @@ import json
 import sys
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import configs
 from launcher.configs import CONFIGS, Parallelism, TokenizerConfig, TrlRL, default_of, identity, option
 from launcher.inputs import Inputs, resolve_inputs
 from launcher.plan import build_plan
@@ -49,7 +48,7 @@ def defaults(cls: type) -> dict[str, Any]:
     found = {}
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
-        if f.metadata.get("identity", True) and default_of(f) is not configs.MISSING:
+        if f.metadata.get("identity", True) and default_of(f) is not MISSING:
             found[f"{cls.__name__}.{f.name}"] = encode(default_of(f))
         for part in parts_of(hints[f.name]):
             found |= defaults(part)
