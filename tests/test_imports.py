@@ -6,10 +6,10 @@ import ast
 import graphlib
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import launcher
 
