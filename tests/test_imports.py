@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import launcher
 
@@ -100,3 +101,11 @@ def test_no_module_imports_itself_by_way_of_others_not_even_inside_functions() -
         tuple(graphlib.TopologicalSorter(graph()).static_order())
     except graphlib.CycleError as error:
         pytest.fail(f"an import circle: {' -> '.join(error.args[1])}")
+
+
+def test_mypy_looks_at_every_module_of_the_package() -> None:
+    """None is excluded, passed over where it is imported, or let off an error; a class may derive from one unknown."""
+    checked = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["mypy"]
+    own = [part for part in checked["overrides"] if any(name.startswith("launcher") for name in part["module"])]
+    assert checked["strict"] and checked["files"] == ["launcher"] and "exclude" not in checked
+    assert all(part.keys() == {"module", "disallow_subclassing_any"} for part in own)

@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.errors import PrismError, UserError
 from launcher.terminal import plain_output, raw
+
+if TYPE_CHECKING:
+    from launcher.models.formats import Format
 
 #: The verification of a conversion by hand, beside what it made.
 RECORD = "conversion.json"
@@ -100,7 +103,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
 def run(
     source: Path,
     target: Path,
-    to: Any,
+    to: Format,
     verify: bool = True,
     *,
     config: Path | None = None,

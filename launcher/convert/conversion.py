@@ -13,7 +13,7 @@ import torch
 from launcher.convert import nemo, run_config
 from launcher.convert.entry import Entry
 from launcher.convert.files import Member, in_folder, in_tar, leave_cache, pack
-from launcher.convert.folders import CARRIED, Checkpoint, Reader, copy_side_files, model_alone, open_checkpoint
+from launcher.convert.folders import Checkpoint, Reader, Writer, copy_side_files, model_alone, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Link, links
 from launcher.convert.moving import Job, Progress, check_written, target_entries
@@ -25,6 +25,7 @@ from launcher.convert.torch_dist import (
     extra_states,
 )
 from launcher.errors import UserError, bounded
+from launcher.models.checkpoints import CARRIED
 from launcher.models.formats import Format
 from launcher.models.shape import ModelShape
 from launcher.models.torch_dist import RELEASE, TRACKER
@@ -114,7 +115,7 @@ def _check_types(reader: Reader, table: Sequence[Link], exact: torch.dtype | Non
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkpoint, archive: Path | None) -> Any:
+def _writer(target: Path, to: Format, wanted: Mapping[str, Entry], found: Checkpoint, archive: Path | None) -> Writer:
     if to == "hf":
         return HfWriter(target, wanted)
     data = Member(archive, f"{nemo.WEIGHTS}/{TorchDistWriter.ONE_FILE}") if archive else None

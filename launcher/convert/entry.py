@@ -22,7 +22,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
     def __str__(self) -> str:
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
@@ -30,7 +30,8 @@ class Entry:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in memory order, as files store them; a copy only where it is not contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def checksum(tensor: Tensor) -> str:

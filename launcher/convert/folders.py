@@ -30,21 +30,41 @@ from launcher.models.torch_dist import RELEASE, TRACKER, checkpoint_dir
 
 
 class Reader(Protocol):
-    """Named tensors in files: `paths` are those that hold them, `where` their folder in messages.
-
-    `held` are all tensors, `entries` those that can be read.
-    """
+    """Named tensors in files; `where` is their folder in messages. `entries` are those that can be read."""
 
     where: Path
-    held: Mapping[str, Held]
     entries: dict[str, Entry]
-    paths: Sequence[Path]
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """All tensors."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files that hold them."""
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
 
     def read_together(self, names: Sequence[str]) -> list[Tensor]:
         """Several tensors of one type."""
+
+
+class Writer(Protocol):
+    """Takes named tensors, each once; of `lanes` threads each has its own number."""
+
+    @property
+    def lanes(self) -> int:
+        """How many threads may add tensors at once."""
+
+    def add(self, name: str, tensor: Tensor, lane: int = 0) -> None:
+        """Write one tensor."""
+
+    def stop(self) -> None:
+        """Close the files as they are."""
+
+    def close(self) -> None:
+        """Finish the files. Raises RuntimeError where a tensor was never given."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from launcher.convert import lanes, run_config
 from launcher.convert.conversion import digest_of, torch_dist_writer
 from launcher.convert.entry import Entry, checksum
 from launcher.convert.files import in_folder, leave_cache
-from launcher.convert.folders import CARRIED, Checkpoint, copy_side_files, model_alone, open_checkpoint
+from launcher.convert.folders import Checkpoint, Reader, Writer, copy_side_files, model_alone, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.moving import Progress, Reporter, check_unchanged, check_written, is_finite, stamps
 from launcher.convert.target import check_room
 from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError, WorldError, bounded, listed
+from launcher.models.checkpoints import CARRIED
 from launcher.models.torch_dist import RELEASE, TRACKER
 
 _ROOM_BESIDE = 64 << 20
@@ -50,7 +51,7 @@ def merge(
     entries = first.reader.entries
     check_room(target, sum(e.nbytes + 4096 for e in entries.values()) + _ROOM_BESIDE)
     hf = first.format == "hf"
-    writer: Any = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
+    writer: Writer = HfWriter(target, entries) if hf else torch_dist_writer(target, "megatron", entries, first.shape)
     if not hf:
         (target / TRACKER).write_text(RELEASE, encoding="utf-8")
         weights_type = entries["embedding.word_embeddings.weight"].dtype
@@ -62,7 +63,8 @@ def merge(
         check_unchanged(seen)
     if verify:
         leave_cache(target)
-    written = HfReader(target) if hf else TorchDistReader(target / RELEASE, in_folder(target / RELEASE))
+    place = target / RELEASE
+    written: Reader = HfReader(target) if hf else TorchDistReader(place, in_folder(place))
     check_written(written, entries)
     wrong = sorted(name for name in entries if verify and checksum(written.read(name)) != sums[name])
     if wrong:
@@ -115,7 +117,7 @@ def _check_shapes(found: Sequence[Checkpoint]) -> None:
 
 
 def _sum_all(
-    found: Sequence[Checkpoint], weights: Sequence[float], writer: Any, verify: bool, progress: Progress
+    found: Sequence[Checkpoint], weights: Sequence[float], writer: Writer, verify: bool, progress: Progress
 ) -> tuple[dict[str, str], list[str]]:
     """Write every tensor; returns checksums of what was written and the names of those with nan or infinity."""
     entries: dict[str, Entry] = found[0].reader.entries

@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from launcher.convert import lanes
 from launcher.convert.entry import Entry, checksum
-from launcher.convert.folders import Reader
+from launcher.convert.folders import Reader, Writer
 from launcher.convert.links import Link
 from launcher.errors import WorldError, listed
 
@@ -54,7 +53,7 @@ class Job:
         wide = 3 if link.dtype is torch.float32 else 1
         return self._bytes(link) * (2 if link.copies else 1) * wide
 
-    def move(self, writer: Any) -> None:
+    def move(self, writer: Writer) -> None:
         """Convert every row of the table into the writer, and close it. Raises WorldError where the source changed."""
         began = time.monotonic()
         shares = lanes.share_out(self.table, self._bytes, writer.lanes)
@@ -66,7 +65,7 @@ class Job:
         check_unchanged(self._stamps)
         self.seconds["move"] = time.monotonic() - began
 
-    def _move(self, lane: int, link: Link, writer: Any) -> None:
+    def _move(self, lane: int, link: Link, writer: Writer) -> None:
         tensors = self.reader.read_together(link.sources)
         made = link.forward(tensors)
         for name, tensor in zip(link.targets, made, strict=True):
@@ -87,7 +86,8 @@ class Job:
         Not `exact`: what was written may be rounded, so it is compared with what was to be written, and `rounded` gets
         the source tensors whose bytes it does not give back.
         """
-        began, wrong = time.monotonic(), []
+        began = time.monotonic()
+        wrong: list[str] = []
 
         def one(_: int, link: Link) -> None:
             tensors = written.read_together(link.targets)

@@ -127,7 +127,8 @@ def check_config(text: str, where: str, shape: ModelShape) -> None:
 
 def _differences(found: Mapping[str, Any], where: str, shape: ModelShape) -> Iterator[str]:
     wanted = architecture(shape)
-    kept = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    kept: tuple[str, ...] = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    kept += ("num_query_groups", "kv_channels")
     kept += ("normalization", "layernorm_epsilon", "position_embedding_type", "rotary_base", "bias")
     kept += ("share_embeddings_and_output_weights", "scale_positional_embedding", "seq_len_interpolation_factor")
     heads, width = shape.num_attention_heads, shape.hidden_size

@@ -59,14 +59,14 @@ def compare(hf: Path, megatron: Path, config: Path | None = None) -> dict[str, A
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:
     """max |a - b| / max |b| over all prompts."""
-    largest = max(y.abs().max().item() for y in b)
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True)) / largest
+    largest = max(float(y.abs().max()) for y in b)
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / largest
 
 
 def agreement(a: list[Tensor], b: list[Tensor]) -> float:
     """Share of the positions at which the largest logit is that of the same token."""
     same = torch.cat([x.argmax(-1) == y.argmax(-1) for x, y in zip(a, b, strict=True)])
-    return same.float().mean().item()
+    return float(same.float().mean())
 
 
 def _tokens(hf: Path, shape: ModelShape) -> tuple[list[list[int]], str]:
@@ -83,7 +83,6 @@ def _tokens(hf: Path, shape: ModelShape) -> tuple[list[list[int]], str]:
     return [torch.randint(shape.vocab_size, (most,), generator=random).tolist() for _ in PROMPTS], "random tokens"
 
 
-@torch.no_grad()
 def _hf_logits(folder: Path, config: Path, rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor] | None]:
     """Logits without a lower bound of dt, and with it where the model has one."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -98,7 +97,8 @@ def _hf_logits(folder: Path, config: Path, rows: list[list[int]]) -> tuple[list[
     ).eval()
 
     def logits() -> list[Tensor]:
-        return [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
+        with torch.no_grad():
+            return [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
 
     mixers = [m for m in model.modules() if getattr(m, "time_step_limit", (0.0,))[0] > 0]
     if not mixers:
@@ -109,13 +109,12 @@ def _hf_logits(folder: Path, config: Path, rows: list[list[int]]) -> tuple[list[
     return logits(), clamped
 
 
-@torch.no_grad()
 def _megatron_logits(folder: Path, shape: ModelShape, rows: list[list[int]]) -> list[Tensor]:
     from launcher.workers.megatron import checkpoint
     from launcher.workers.megatron.model import build_model
     from launcher.workers.megatron.parallel import process_groups
 
-    with process_groups():
+    with process_groups(), torch.no_grad():
         model = build_model(shape).eval()
         checkpoint.load_weights(folder, model)
         found = []

@@ -44,7 +44,7 @@ def write_beside(folder: Path, shape: ModelShape, dtype: torch.dtype, config: Ma
     write(checkpoint_dir(folder), shape, dtype, config)
 
 
-def run_config(shape: ModelShape, dtype: torch.dtype, initializer_range: Any = None) -> dict[str, Any]:
+def run_config(shape: ModelShape, dtype: torch.dtype, initializer_range: object = None) -> dict[str, Any]:
     """What Bridge reads of a checkpoint of `shape` with weights of `dtype`; its tokenizer is passed by hand."""
     model = {"_target_": _PROVIDERS[shape.family], **_architecture(shape), **_types(dtype)}
     if isinstance(initializer_range, float):

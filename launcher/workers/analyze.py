@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.configs import LEAST_TEXTS, AnalyzeConfig
 from launcher.errors import UserError
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import item_of, port_of
 from launcher.store import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from launcher.workers.tokens import Ids
 
 
 def main(job: StageJob) -> None:
@@ -67,7 +73,7 @@ def _cka(
     from launcher.workers.cka import cka_rows, pooled_states
 
     quiet()
-    states: dict[tuple[str, str], Any] = {}
+    states: dict[tuple[str, str], Tensor] = {}
     for number, name in enumerate(names):
         loaded = load_checkpoint(job.input(name))
         model, tokenizer, set_aside[name] = loaded.model, loaded.tokenizer, list(loaded.set_aside)
@@ -83,7 +89,7 @@ def _cka(
     ]
 
 
-def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, list[str]]:
+def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     from launcher.workers.problems import problem_text, read_problems
     from launcher.workers.tokens import read_indexed
 
@@ -101,7 +107,7 @@ def _texts(job: StageJob, config: AnalyzeConfig, tokenizer: Any) -> dict[str, li
     return found
 
 
-def text_pieces(documents: Sequence[Any], count: int, length: int = 128) -> list[Any]:
+def text_pieces(documents: Sequence[Ids], count: int, length: int = 128) -> list[Ids]:
     """At most `count` runs of `length` tokens, spread evenly over the documents; no end tokens."""
     pieces = [
         doc[i : i + length] for doc in (d[:-1] for d in documents) for i in range(0, len(doc) - length + 1, length)

@@ -8,13 +8,16 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UserError
 from launcher.models.side_files import copy_tokenizer
 from launcher.store import write_json
 from launcher.user_json import TOLD, read_object
 from launcher.workers.devices import require_cuda
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: What a config.json may say of how a model is run, and how a stage runs it. Dropout is none.
 _RUN = {"use_cache": True, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -29,14 +32,14 @@ class Loaded:
     `config` and `generation` are what the files say in their place, for a checkpoint that is made of this one.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     set_aside: tuple[str, ...]
     config: Mapping[str, Any]
     generation: Mapping[str, Any]
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
+def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder, as `load_checkpoint` loads them."""
     found = load_checkpoint(folder)
     return found.model, found.tokenizer
@@ -96,7 +99,7 @@ def load_checkpoint(folder: Path, described_in: Path | None = None) -> Loaded:
     return Loaded(model.eval().to(place), tokenizer, told, instead, {**generation, **ends})
 
 
-def _config(raw: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _config(raw: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The model's config as stages run it, and what it says itself in the places that were changed."""
     from transformers import AutoConfig, GenerationConfig
 

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,16 +23,19 @@ from launcher.user_json import decode
 from launcher.workers.sampling import AS_TEXT
 from launcher.workers.weight_diff import run_by_hand
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 MAX_TOKENS = 256
 
 
-@torch.no_grad()
-def pooled_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+def pooled_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Mean over tokens of every layer's hidden states, the embedding first: [layers + 1, texts, hidden]."""
     found = []
     for text in texts:
         ids = tokenizer(text, **AS_TEXT, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
-        states = model(input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
+        with torch.no_grad():
+            states = model(input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
         found.append(torch.stack([state[0].double().mean(0).cpu() for state in states]))
     return torch.stack(found, dim=1)
 

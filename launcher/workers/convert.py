@@ -19,6 +19,7 @@ def main(job: StageJob) -> None:
 
     config: ConvertConfig = job.config(ConvertConfig)
     target, final = emptied(job), job.root / job.spec.outputs["checkpoint"].path
+    assert config.target in ("hf", "megatron", "nemo"), "the plan converts nothing but checkpoints"
     found = convert(job.input("checkpoint"), target, config.target, config.verify, beating(job), final=final)
     for name in found["not_finite"] or ():
         print(f"warning: {name} holds nan or infinity, which is kept", file=sys.stderr)

@@ -42,7 +42,7 @@ def require_cuda() -> bool:
     if not given():
         import torch
 
-        return torch.cuda.is_available()
+        return bool(torch.cuda.is_available())
     reason = without_cuda()
     if reason is None:
         return True

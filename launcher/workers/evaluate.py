@@ -9,12 +9,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.configs import EvaluateConfig
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import item_of, port_of
 from launcher.store import read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from launcher.workers.checkpoints import Loaded
+    from launcher.workers.problems import Problem
+    from launcher.workers.sampling import Completion
 
 
 def main(job: StageJob) -> None:
@@ -27,7 +32,7 @@ def main(job: StageJob) -> None:
         for temperature in config.temperatures
         for seed in config.seeds or (job.spec.seed,)
     ]
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, Loaded] = {}
     results, samples = [], []
     set_aside: dict[str, list[str]] = {}
     for number, unit in enumerate(units):
@@ -58,7 +63,7 @@ def _unit_file(job: StageJob, number: int) -> Path:
     return job.workdir / "progress" / f"unit.{number}.json"
 
 
-def _saved(job: StageJob, number: int, unit: Sequence[Any]) -> Any | None:
+def _saved(job: StageJob, number: int, unit: Sequence[object]) -> dict[str, Any] | None:
     """What an earlier attempt found for this unit."""
     saved = read_json(_unit_file(job, number))
     return saved if saved and saved["unit"] == list(unit) and "set_aside" in saved else None
@@ -70,7 +75,7 @@ def _evaluate(
     number: int,
     total: int,
     unit: tuple[str, str, float, int],
-    loaded: dict[str, Any],
+    loaded: dict[str, Loaded],
 ) -> dict[str, Any]:
     from launcher.workers.checkpoints import load_checkpoint, quiet
     from launcher.workers.problems import read_problems
@@ -112,7 +117,9 @@ def _evaluate(
     return body
 
 
-def score(problems: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:
+def score(
+    problems: Sequence[Problem], completions: Sequence[Completion]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of one unit and its samples.
 
     `stderr` is the binomial standard error; where none or all are right it is 0 by that formula, so `upper95` (or

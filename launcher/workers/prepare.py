@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.configs import PrepareConfig
+from launcher.configs import AnyProblemSet, GeneratedSet, PrepareConfig, ProblemsSource
 from launcher.errors import UserError
 from launcher.models.side_files import copy_tokenizer
 from launcher.models.tokenizer_files import end_of, read_tokenizer_files
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import is_on_hub
 from launcher.store import sha256_of, write_atomic
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from launcher.workers.text import Source
 
 
 def main(job: StageJob) -> None:
@@ -77,11 +83,17 @@ def check(config: PrepareConfig) -> None:
     _all_problems(
         [
             lambda: _after_excluded(config),
-            *(lambda n=n, p=p: open_task(n, p, 0) for n, p in config.problems.items()),
-            *(lambda s=s: read_documents(s) for s in config.sources.values() if s.kind != "problems"),
+            *(partial(open_task, name, _generated(problems), 0) for name, problems in config.problems.items()),
+            *(partial(read_documents, s) for s in config.sources.values() if not isinstance(s, ProblemsSource)),
             tokenizer,
         ]
     )
+
+
+def _generated(problems: AnyProblemSet) -> GeneratedSet:
+    """A problem set of a stage that is planned."""
+    assert isinstance(problems, GeneratedSet), "`launcher.stages.prepare` refuses published ones"
+    return problems
 
 
 def _after_excluded(config: PrepareConfig) -> list[str]:
@@ -106,7 +118,7 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
     drawn: dict[str, list[dict[str, Any]]] = {}
 
     def draw(name: str) -> None:
-        wanted = config.problems[name]
+        wanted = _generated(config.problems[name])
         if not set(wanted.exclude) <= set(drawn):
             return  # what it must exclude could not be drawn, which is reported
         excluded = {normalised(row["prompt"]) for other in wanted.exclude for row in drawn[other]}
@@ -116,7 +128,7 @@ def _draw_all(job: StageJob, config: PrepareConfig, total: int) -> dict[str, lis
         job.beat(len(drawn), total, problems=len(drawn[name]))
         _stop_if_asked(job)
 
-    _all_problems(lambda name=name: draw(name) for name in _after_excluded(config))
+    _all_problems(partial(draw, name) for name in _after_excluded(config))
     return drawn
 
 
@@ -131,7 +143,9 @@ def _find_tokenizer(path: str) -> Path:
     return folder
 
 
-def _tokenizer(job: StageJob, config: PrepareConfig, texts: Iterable[Sequence[str]]) -> tuple[Any, int, dict[str, Any]]:
+def _tokenizer(
+    job: StageJob, config: PrepareConfig, texts: Iterable[Sequence[str]]
+) -> tuple[Tokenizer, int, dict[str, Any]]:
     """The tokenizer, the id of its end token and what the receipt says; its files are in the port `tokenizer`."""
     from launcher.workers import tokenizer
     from launcher.workers.tokens import save_tokenizer, train_tokenizer
@@ -153,7 +167,7 @@ def _sample(texts: Iterable[Sequence[str]], documents: int = 1500, characters: i
 
 
 def _write_source(
-    job: StageJob, config: PrepareConfig, name: str, text: Any, tokenizer: Any, end_id: int
+    job: StageJob, config: PrepareConfig, name: str, text: Source, tokenizer: Tokenizer, end_id: int
 ) -> dict[str, Any]:
     from launcher.workers.tokenizer import spelled
     from launcher.workers.tokens import encode_documents, token_dtype, write_indexed
@@ -165,7 +179,7 @@ def _write_source(
     if special["as_text"]:
         counts = ", ".join(f"{token} ×{count}" for token, count in special["as_text"].items())
         print(f"sources.{name}: special tokens that it spells are text: {counts}")
-    facts: Mapping[str, Any] = {
+    facts = {
         "name": name,
         "kind": config.sources[name].kind,
         "documents": documents,
@@ -176,7 +190,7 @@ def _write_source(
         "origin": dict(text.origin),
     }
     write_atomic(prefix.with_name(f"{name}.json"), json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    return dict(facts)
+    return facts
 
 
 if __name__ == "__main__":

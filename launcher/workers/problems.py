@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import ProblemSetConfig
+from launcher.configs import GeneratedSet
 from launcher.errors import UserError
 from launcher.user_json import bounded, decode, rows
 
@@ -52,7 +52,8 @@ def _trace_gcd(entry: Problem) -> str:
 
 
 def _trace_count_bits(entry: Problem) -> str:
-    number, ones, steps = int(re.findall(r"\d+", entry["question"])[-1]), 0, []
+    number, ones = int(re.findall(r"\d+", entry["question"])[-1]), 0
+    steps: list[str] = []
     while number or not steps:
         ones += number % 2
         steps.append(f"{number}=2*{number // 2}+{number % 2},{ones}")
@@ -81,7 +82,7 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def open_task(name: str, config: ProblemSetConfig, seed: int) -> Iterator[dict[str, Any]]:
+def open_task(name: str, config: GeneratedSet, seed: int) -> Iterator[dict[str, Any]]:
     """The draws of a problem set, an entry of the task each. Raises UserError for an unknown task or setting."""
     import reasoning_gym
 
@@ -100,7 +101,7 @@ def open_task(name: str, config: ProblemSetConfig, seed: int) -> Iterator[dict[s
     return itertools.chain([first], (dataset[i] for i in range(1, size)))
 
 
-def draw_problems(name: str, config: ProblemSetConfig, seed: int, excluded: Iterable[str] = ()) -> list[dict[str, Any]]:
+def draw_problems(name: str, config: GeneratedSet, seed: int, excluded: Iterable[str] = ()) -> list[dict[str, Any]]:
     """`config.count` different problems, none whose normalised prompt is in `excluded`.
 
     Raises UserError for an unknown task or setting, or where the task has fewer problems than wanted.
@@ -152,7 +153,7 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
     return problems
 
 
-def _problem(row: Any) -> dict[str, Any]:
+def _problem(row: object) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
     missing = [key for key in ("id", "task", "prompt", "answer", "trace", "entry") if key not in row]

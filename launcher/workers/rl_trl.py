@@ -7,15 +7,28 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.configs import TrlRL
 from launcher.errors import UserError, WorldError
 from launcher.progress import StageJob, Stopped, run_worker
 from launcher.references import item_of, port_of
 from launcher.store import sync_tree, write_json
-from launcher.workers.problems import reward
+from launcher.workers.problems import Problem, reward
 from launcher.workers.sampling import completion
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from trl import GRPOConfig, GRPOTrainer
+
+    from launcher.workers.checkpoints import Loaded
 
 #: The mark of a trainer checkpoint that is whole; written last.
 WHOLE = "whole.json"
@@ -58,7 +71,7 @@ def _version(name: str) -> str:
     return version(name)
 
 
-def _settings(config: TrlRL, loaded: Any) -> dict[str, Any]:
+def _settings(config: TrlRL, loaded: Loaded) -> dict[str, Any]:
     """What the receipt says of how completions were drawn."""
     return {
         "temperature": config.temperature,
@@ -99,7 +112,7 @@ class Tally:
         """The tally as it was at a checkpoint."""
         return cls(**json.loads((folder / WHOLE).read_text(encoding="utf-8")))
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         names = ("step", "samples", "zeros", "total", "silent_steps")
         return {name: getattr(self, name) for name in names}
@@ -116,7 +129,7 @@ class Tally:
         self.silent_steps += not any(rewards)
         return {"zero_reward_share": sum(r == 0 for r in rewards) / len(rewards)}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, float]:
         """What the receipt says."""
         mean = self.total / self.samples if self.samples else 0.0
         return {**self.values(), "mean": mean, "all_zero": self.samples > 0 and self.zeros == self.samples}
@@ -133,8 +146,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _trainer(
-    job: StageJob, config: TrlRL, model: Any, tokenizer: Any, problems: Sequence[Mapping[str, Any]], tally: Tally
-) -> Any:
+    job: StageJob,
+    config: TrlRL,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    tally: Tally,
+) -> GRPOTrainer:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOTrainer
@@ -154,10 +172,12 @@ def _trainer(
     return trainer
 
 
-def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) -> Callable[..., list[float]]:
+def reward_function(
+    by_prompt: Mapping[str, Problem], tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> Callable[..., list[float]]:
     """The rule reward as TRL calls it. TRL keeps the end token in `completion_ids`; one without it was cut off."""
 
-    def answer_and_format(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def answer_and_format(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
             done = completion(tokenizer, ids)
@@ -168,7 +188,7 @@ def reward_function(by_prompt: Mapping[str, Any], tokenizer: Any, tally: Tally) 
     return answer_and_format
 
 
-def _arguments(job: StageJob, config: TrlRL) -> Any:
+def _arguments(job: StageJob, config: TrlRL) -> GRPOConfig:
     from trl import GRPOConfig
 
     return GRPOConfig(
@@ -212,21 +232,30 @@ def _has_cuda() -> bool:
     return require_cuda()
 
 
-def _callback(job: StageJob, config: TrlRL, tally: Tally) -> Any:
+def _callback(job: StageJob, config: TrlRL, tally: Tally) -> TrainerCallback:
     from transformers import TrainerCallback
 
-    class Reporter(TrainerCallback):  # type: ignore[misc]
+    class Reporter(TrainerCallback):
         """Heartbeat and metrics each step, the mark of whole checkpoints, and stopping when asked."""
 
         seconds_at = time.monotonic()
         last: dict[str, float] = {}
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             self.last = tally.close_step(state.global_step)
             if job.stop_requested:
                 control.should_save = control.should_training_stop = True
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: Mapping[str, float] | None = None,
+            **_: object,
+        ) -> None:
             if not logs or "reward" not in logs:
                 return
             now = time.monotonic()
@@ -235,7 +264,7 @@ def _callback(job: StageJob, config: TrlRL, tally: Tally) -> Any:
             job.metric(**figures)
             job.beat(tally.step, config.max_steps, reward=round(figures["reward"], 4))
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             sync_tree(folder)
             write_json(folder / WHOLE, tally.values())
@@ -257,7 +286,7 @@ _FIGURES = {
 }
 
 
-def step_figures(logs: Mapping[str, Any], step: int, seconds: float) -> dict[str, Any]:
+def step_figures(logs: Mapping[str, float], step: int, seconds: float) -> dict[str, float]:
     """One line of metrics from TRL's log of a step."""
     kept = {ours: float(logs[theirs]) for theirs, ours in _FIGURES.items() if theirs in logs}
     return {"step": step, "seconds": round(seconds, 4), **kept}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: How a text is made into tokens: nothing is added to it, and special tokens that it spells are text.
 AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}
@@ -31,10 +30,9 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
-@torch.no_grad()
 def sample(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     temperature: float,
@@ -62,11 +60,8 @@ def sample(
     done = 0
     for batch in _batches([len(i) for i in ids], batch_size):
         start = torch.tensor([ids[i] for i in batch], device=model.device)
-        output = model.generate(
-            input_ids=start,
-            attention_mask=torch.ones_like(start),
-            generation_config=how,
-        )
+        with torch.no_grad():
+            output = model.generate(input_ids=start, attention_mask=torch.ones_like(start), generation_config=how)
         for i, row in zip(batch, output[:, start.shape[1] :].tolist(), strict=True):
             found[i] = completion(tokenizer, row)
         done += len(batch)
@@ -74,7 +69,7 @@ def sample(
     return [c for c in found if c is not None]
 
 
-def completion(tokenizer: Any, ids: Sequence[int]) -> Completion:
+def completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Completion:
     """A completion from its ids, cut at the end token."""
     end = tokenizer.eos_token_id
     ended = end in ids

@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launcher.configs import SourceConfig
+from launcher.configs import AnySource, DatasetSource, FilesSource, ProblemsSource, StdlibSource
 from launcher.corpus import form, look, shown, told
 from launcher.errors import UserError
 from launcher.user_json import TOLD, bounded, decode, parse, rows
-from launcher.workers.problems import problem_text
+from launcher.workers.problems import Problem, problem_text
 
 #: Parts of the library that are no prose of programs: tests, generated and vendored code.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
@@ -36,15 +36,15 @@ class Source:
     origin: Mapping[str, Any]
 
 
-def read_source(name: str, config: SourceConfig, problems: Mapping[str, Sequence[Any]], seed: int) -> Source:
+def read_source(name: str, config: AnySource, problems: Mapping[str, Sequence[Problem]], seed: int) -> Source:
     """The documents of `config`, shuffled by the seed and cut by `share` and `max_bytes`; repeated ones count once.
 
     Sources of one kind and path (or problem set) with disjoint shares have no document (or problem) in common.
     Raises UserError.
     """
-    if config.kind == "problems":
+    if isinstance(config, ProblemsSource):
         origin: dict[str, Any] = {"problems": config.problems, "terse_share": config.terse_share}
-        rows = {row["prompt"]: row for row in problems[config.problems or ""]}
+        rows = {row["prompt"]: row for row in problems[config.problems]}
         chosen = _share(list(rows), config.share, seed)
         # Every source has its own generator, so that the order of the recipe's sources does not matter.
         pick = random.Random(f"{seed}/{name}")
@@ -82,9 +82,9 @@ def _up_to(documents: Sequence[str], max_bytes: int | None) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def read_documents(config: SourceConfig) -> Source:
+def read_documents(config: StdlibSource | FilesSource | DatasetSource) -> Source:
     """All documents of a source of kind `python-stdlib` or `files`; read once a process. Raises UserError."""
-    return _python_stdlib() if config.kind == "python-stdlib" else _read_files(config.path or "")
+    return _python_stdlib() if isinstance(config, StdlibSource) else _read_files(config.path)
 
 
 @lru_cache
@@ -184,7 +184,7 @@ def _json_rows(path: Path, text: str, wrong: list[str]) -> Iterable[tuple[str, A
     return ((f"{path}: item {number}", row) for number, row in enumerate(value, 1))
 
 
-def _document(place: str, row: Any, wrong: list[str]) -> list[str]:
+def _document(place: str, row: object, wrong: list[str]) -> list[str]:
     document = row.get("text") if isinstance(row, dict) else None
     if not isinstance(document, str):
         wrong.append(f"{place}: expected an object whose key `text` holds text")

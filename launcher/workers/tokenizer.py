@@ -10,13 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from launcher.configs import ALLOWED_SPECIAL
 from launcher.errors import UserError
 from launcher.models.tokenizer_files import TokenizerFiles, end_of, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def build(files: TokenizerFiles, allowed: Sequence[str] = ALLOWED_SPECIAL) -> Tokenizer:
@@ -42,7 +45,7 @@ def build(files: TokenizerFiles, allowed: Sequence[str] = ALLOWED_SPECIAL) -> To
     return tokenizer
 
 
-def load(folder: Path) -> tuple[Any, tuple[str, ...]]:
+def load(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
     """The tokenizer of a folder as transformers and TRL take it, and what of its files was set aside.
 
     Who gives it a text says whether special tokens in it are text: the libraries say no. One without a tokenizer.json

@@ -11,24 +11,30 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from launcher.configs import END, PAD, TokenizerConfig
 from launcher.errors import UserError
 
+#: Ids of a text as they lie on disk.
+Ids: TypeAlias = npt.NDArray[numpy.uint16 | numpy.int32]
+
 _MAGIC = b"MMIDIDX\x00\x00"
-_CODES = {numpy.dtype(numpy.uint16): 8, numpy.dtype(numpy.int32): 4}
+_CODES: dict[numpy.dtype[numpy.uint16 | numpy.int32], int] = {numpy.dtype(numpy.uint16): 8, numpy.dtype(numpy.int32): 4}
 
 
-def token_dtype(vocab_size: int) -> numpy.dtype[Any]:
+def token_dtype(vocab_size: int) -> numpy.dtype[numpy.uint16 | numpy.int32]:
     """The type of ids on disk: 16 bits where they are enough, as Megatron's DType.optimal_dtype chooses."""
     return numpy.dtype(numpy.uint16 if vocab_size < 65500 else numpy.int32)
 
 
-def write_indexed(prefix: Path, documents: Iterable[Sequence[int]], dtype: numpy.dtype[Any]) -> tuple[int, int]:
+def write_indexed(
+    prefix: Path, documents: Iterable[Sequence[int]], dtype: numpy.dtype[numpy.uint16 | numpy.int32]
+) -> tuple[int, int]:
     """Write PREFIX.bin and PREFIX.idx, one sequence a document; returns (documents, tokens).
 
     The .idx is renamed into place last, so that its presence means that both are whole.
@@ -47,7 +53,7 @@ def write_indexed(prefix: Path, documents: Iterable[Sequence[int]], dtype: numpy
     return len(arrays), int(lengths.sum(dtype=numpy.int64))
 
 
-def read_indexed(prefix: Path) -> list[numpy.ndarray[Any, Any]]:
+def read_indexed(prefix: Path) -> list[Ids]:
     """The sequences of PREFIX.bin, by PREFIX.idx. Raises UserError where they are no such files."""
     index = prefix.with_name(prefix.name + ".idx")
     try:
@@ -62,7 +68,8 @@ def read_indexed(prefix: Path) -> list[numpy.ndarray[Any, Any]]:
     tokens = numpy.fromfile(prefix.with_name(prefix.name + ".bin"), dtype=dtypes[content[17]])
     if lengths.sum(dtype=numpy.int64) != len(tokens):
         raise UserError(f"{index}: counts other tokens than {prefix.name}.bin holds")
-    return numpy.split(tokens, numpy.cumsum(lengths, dtype=numpy.int64)[:-1])
+    documents: list[Ids] = numpy.split(tokens, numpy.cumsum(lengths, dtype=numpy.int64)[:-1])
+    return documents
 
 
 def check_vocab_size(config: TokenizerConfig) -> None:

@@ -18,12 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import PrismError, UserError
 from launcher.models.headers import SINGLE, Held, adapter_problem, read_config, read_header, read_index
 from launcher.models.matching import harmless, notes_on
 from launcher.terminal import plain_output
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+    from torch import Tensor
 
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 BY_MODULE = 0.01
@@ -59,7 +63,7 @@ class Change:
         return math.sqrt(self.square / self.square_before) if self.square_before else None
 
 
-def compare(before: Any, after: Any, thresholds: Sequence[float]) -> Change:
+def compare(before: Tensor, after: Tensor, thresholds: Sequence[float]) -> Change:
     """The change of one tensor. Raises UserError where it holds nan or infinity."""
     total = Change(thresholds, changed=[0] * len(thresholds))
     room = _Room(min(before.numel(), _PIECE))
@@ -78,7 +82,7 @@ class _Room:
         self._old, self._step, self._bound = (torch.empty(elements) for _ in range(3))
         self._wide, self._larger = torch.empty(elements, dtype=torch.float64), torch.empty(elements, dtype=torch.bool)
 
-    def compare(self, before: Any, after: Any, thresholds: Sequence[float]) -> Change:
+    def compare(self, before: Tensor, after: Tensor, thresholds: Sequence[float]) -> Change:
         """The change of a piece. numpy's comparisons and counts take half of what torch's take on a CPU."""
         import numpy as np
 
@@ -101,7 +105,7 @@ class _Room:
             count = changed[place] = int(np.count_nonzero(np.greater(steps, bound, out=larger)))
         return Change(thresholds, n, bits, changed, square, square_before, largest)
 
-    def _square(self, values: Any) -> float:
+    def _square(self, values: Tensor) -> float:
         """The sum of squares, in float64."""
         import torch
 
@@ -149,9 +153,9 @@ class _Model:
         left_out = {name for names in kinds.values() for name in names}
         self.names = {name: name for name in self.held if name not in left_out}
         self.notes = notes_on(kinds)
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, safe_open] = {}
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str) -> Tensor:
         """One tensor, a map of its file."""
         from safetensors import safe_open
 
@@ -190,7 +194,7 @@ def _is_tied(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_config(folder).get("tie_word_embeddings") is True
 
 
-def read_pairs(before: Path, after: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, Any, Any]]:
+def read_pairs(before: Path, after: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name and tensors of two checkpoints, one at a time. Raises UserError with every tensor that has no match.
 
     `tell` is given what is left out.
@@ -244,7 +248,7 @@ def weight_change(
     whole = Change(thresholds, changed=[0] * len(thresholds))
     parts: dict[tuple[int | None, str], Change] = {}
 
-    def one(pair: tuple[str, Any, Any]) -> tuple[str, Change]:
+    def one(pair: tuple[str, Tensor, Tensor]) -> tuple[str, Change]:
         name, old, new = pair
         try:
             return name, compare(old, new, thresholds)

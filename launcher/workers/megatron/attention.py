@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from launcher.workers.megatron.documents import Documents
 
 #: Queries that meet the keys of their windows at once.
 _ROWS = 4096
@@ -98,10 +101,10 @@ class TorchAttention(MegatronModule):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
@@ -113,8 +116,8 @@ class TorchAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        packed_seq_params: Any = None,
-        **_: Any,
+        packed_seq_params: Documents | None = None,
+        **_: object,
     ) -> Tensor:
         """Queries [s, b, heads, channels], keys and values [s, b, groups, channels]; gives [s, b, heads * channels].
 
@@ -134,7 +137,7 @@ class TorchAttention(MegatronModule):
             return self._attend_all(query, key, value, [key.shape[0]], size)
         rows = [[n for n in row if n] for row in attention_mask.tolist()]
         columns = zip(*(x.split(1, dim=1) for x in (query, key, value)), rows, strict=True)
-        return torch.cat([self._attend_all(*column, size) for column in columns], dim=1)
+        return torch.cat([self._attend_all(q, k, v, lengths, size) for q, k, v, lengths in columns], dim=1)
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], size: int = 1) -> Tensor:
         """A sequence's queries, or this rank's part of them, each to what it sees of all keys."""

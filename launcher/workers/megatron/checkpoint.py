@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -52,6 +54,10 @@ from launcher.workers.megatron import shares
 from launcher.workers.megatron.model import SHARDING, sharded_tensors, sharding_metadata
 from launcher.workers.megatron.parallel import sum_over_ranks
 from launcher.workers.megatron.versions import ASYNC_SAVE
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # megatron-core hands results through a process of its own: a second or more to start, and a signal to the process group
@@ -85,8 +91,8 @@ class Saver:
 
     folder: Path
     model: nn.Module
-    optimizer: Any
-    scheduler: Any
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
     keep_last: int
     keep_every: int | None
     pending: _Pending | None = None
@@ -223,7 +229,7 @@ def _gather(plan: dict[str, Any]) -> list[str]:
     return [bytes(one.cpu().numpy()).decode() for one in found or ()]
 
 
-def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
+def load_progress(path: Path, model: nn.Module, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Put everything back as it was when the checkpoint was written; returns its iteration.
 
     A rank reads its own share and no other's: weights that are trained are rounded from the masters and exchanged as
@@ -247,7 +253,7 @@ def load_progress(path: Path, model: nn.Module, optimizer: Any, scheduler: Any) 
     return _iteration(path)
 
 
-def _read(path: Path, model: nn.Module, sharded: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+def _read(path: Path, model: nn.Module, sharded: dict[str, Any], optimizer: ChainedOptimizer) -> dict[str, Any]:
     """Read this rank's share into the live tensors; returns the index."""
     with shares.Files(path) as files:
         for part in optimizer.chained_optimizers:
@@ -304,7 +310,7 @@ def _write(sharded: dict[str, Any], path: Path) -> None:
         sync_tree(path)
 
 
-def _carry_out(request: Any) -> None:
+def _carry_out(request: AsyncRequest) -> None:
     """Write what megatron-core has prepared, in this process: it would fork processes, and wait for one that has died.
 
     What could not be written comes out, on all ranks, as it finishes the checkpoint.
@@ -415,7 +421,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in names} | dict.fromkeys(objects))
 
 
-def _reading(path: Path) -> Any:
+def _reading(path: Path) -> LoadShardedStrategy:
     """How weights are read: data-parallel ranks, which need the same, read a part each and exchange them."""
     strategy, group = get_default_load_sharded_strategy(str(path)), sharding_metadata()["dp_cp_group"]
     return FullyParallelLoadStrategyWrapper(strategy, group) if group.size() > 1 else strategy

@@ -19,10 +19,12 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
 
 NOTICE = "cpu_mode: no CUDA here; megatron-core runs on the CPU with gloo, local layers and reference kernels"
 
@@ -85,7 +87,7 @@ def _in_mode(backward: Callable[..., Any], *args: Any) -> Any:
 class CudaMeansCpu(TorchFunctionMode):
     """Every torch call under it finds the CPU where it asks for CUDA."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func` with every "cuda" device read as the CPU, whose memory is never pinned."""
         if kwargs and "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
@@ -112,9 +114,9 @@ def _on_cpu(device: Any) -> Any:
 class _Stream:
     """Stands for streams and events: on a CPU everything has happened when the call returns."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)
         return _always(None)
@@ -123,7 +125,7 @@ class _Stream:
 class _Event(_Stream): ...
 
 
-def _always(value: Any) -> Callable[..., Any]:
+def _always(value: T) -> Callable[..., T]:
     """A function of its own for each answer: torch's compiler, once imported, wants no two names for one function."""
     return lambda *args, **kwargs: value
 
@@ -205,12 +207,12 @@ def _mamba_kernels() -> Iterator[None]:
             del sys.modules[module.__name__]
 
 
-def _stand_in(name: str, **contents: Any) -> types.ModuleType:
+def _stand_in(name: str, **contents: object) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__path__ = []  # a package, so that modules inside it can be imported
     module.__dict__.update(contents)
     return module
 
 
-def _no_kernel(*args: Any, **kwargs: Any) -> NoReturn:
+def _no_kernel(*args: object, **kwargs: object) -> NoReturn:
     raise NotImplementedError("a kernel of inference, which training on the CPU does not have")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -28,7 +29,7 @@ from launcher.references import item_of, split_ref
 from launcher.store import sync_tree
 from launcher.workers.megatron.documents import Batch
 from launcher.workers.megatron.parallel import sum_over_ranks
-from launcher.workers.megatron.samples import ConcatenatedDocuments, PackedBlend, write_packed
+from launcher.workers.megatron.samples import ConcatenatedDocuments, PackedBlend, Sample, write_packed
 
 Packing = Literal["concatenate", "best-fit"]
 
@@ -123,7 +124,9 @@ def count_tokens(prefix: Path) -> int:
     return tokens
 
 
-def _read_index(index: Path, sequences: int, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_index(
+    index: Path, sequences: int, documents: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens of each sequence, the byte each starts at, and the first sequence of each document."""
     with index.open("rb") as file:
         file.seek(_INDEX_HEADER.size)
@@ -249,10 +252,11 @@ class Blend:
         mask = torch.stack([s["loss_mask"] for s in samples])
         return Batch(tokens, labels, mask, tuple(s["lengths"] for s in samples) if self.document_masking else None)
 
-    def _sample(self, number: int) -> Any:
+    def _sample(self, number: int) -> Sample:
         """A sample. Where it cannot be read, the error names its file."""
         try:
-            return self._data[number]
+            sample: Sample = self._data[number]
+            return sample
         except (OSError, ValueError, IndexError) as error:
             source, _ = self.origin(number)
             prefix = next(s.prefix for s in self.sources if s.name == source)

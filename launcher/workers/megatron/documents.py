@@ -7,6 +7,7 @@ attention is told how long they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     def places(self) -> int | None:
         """The length of a sequence; None where nothing tells it."""
         if self.tokens is not None:
-            return self.tokens.shape[1]
+            return int(self.tokens.shape[1])
         return None if self.lengths is None else sum(self.lengths[0])
 
     @property
@@ -57,10 +58,10 @@ class Batch(NamedTuple):
             return sum(n * n for row in self.lengths for n in row)
         assert self.tokens is not None
         count, places = self.tokens.shape
-        return count * places**2
+        return int(count * places**2)
 
 
-def packed_documents(lengths: tuple[int, ...], device: Any = None) -> Documents:
+def packed_documents(lengths: tuple[int, ...], device: torch.device | None = None) -> Documents:
     """Documents of these lengths, one after the other in one row."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     numbers = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
@@ -77,9 +78,16 @@ def packed_documents(lengths: tuple[int, ...], device: Any = None) -> Documents:
     return documents if device is None else _on(documents, device)
 
 
-def _on(documents: Documents, device: Any) -> Documents:
-    bounds, numbers = (t.to(device, non_blocking=True) for t in (documents.cu_seqlens_q, documents.seq_idx))
-    return replace(documents, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, seq_idx=numbers)
+def _on(documents: Documents, device: torch.device) -> Documents:
+    return _with_tensors(documents, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _with_tensors(documents: Documents, copied: Callable[[Tensor], Tensor]) -> Documents:
+    """The same documents with other tensors: copies of theirs, on the device or in pinned memory."""
+    assert documents.seq_idx is not None, "`packed_documents` makes them with it"
+    bounds, numbers = copied(documents.cu_seqlens_q), copied(documents.seq_idx)
+    tensors = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "seq_idx": numbers}
+    return replace(documents, **tensors)
 
 
 def prepared(batch: Batch, *, joined: bool, pin: bool) -> Batch:
@@ -94,8 +102,7 @@ def prepared(batch: Batch, *, joined: bool, pin: bool) -> Batch:
     tokens, labels, mask = (None if t is None else t.pin_memory() for t in batch[:3])
     documents = batch.documents
     if documents is not None:
-        bounds, numbers = documents.cu_seqlens_q.pin_memory(), documents.seq_idx.pin_memory()  # type: ignore[union-attr]
-        documents = replace(documents, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, seq_idx=numbers)
+        documents = _with_tensors(documents, lambda tensor: tensor.pin_memory())
     return batch._replace(tokens=tokens, labels=labels, loss_mask=mask, documents=documents)
 
 

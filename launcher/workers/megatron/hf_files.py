@@ -36,7 +36,7 @@ def check_tokenizers(folders: Mapping[str, Path], vocab_size: int) -> None:
     """
     problems = []
     vocabularies = {name: ids for name, folder in folders.items() if (ids := vocabulary(folder))}
-    first = next(iter(vocabularies), None)
+    first = next(iter(vocabularies), "")
     for name, ids in vocabularies.items():
         if ids != vocabularies[first]:
             problems.append(f"{folders[name]}: the tokenizer of {name} is not that of {first} ({folders[first]})")

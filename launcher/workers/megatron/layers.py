@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ from launcher.workers.megatron import cpu_mode, mamba_triton
 from launcher.workers.megatron.attention import TorchAttention
 from launcher.workers.megatron.parallel import ALONE
 from launcher.workers.megatron.versions import fused_hybrid_stack
+
+_Forward = Callable[..., torch.Tensor]
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -96,7 +98,7 @@ def unfused_accumulation(config: TransformerConfig) -> Iterator[list[torch.nn.Mo
     if not config.gradient_accumulation_fusion or _has_apex():
         yield built
         return
-    plain = sys.modules[ColumnParallelLinear.__module__]
+    plain: Any = sys.modules[ColumnParallelLinear.__module__]
     known, plain._grad_accum_fusion_available = plain._grad_accum_fusion_available, True
     try:
         yield built
@@ -110,7 +112,7 @@ def unfused_accumulation(config: TransformerConfig) -> Iterator[list[torch.nn.Mo
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMS norm, built as megatron-core builds a norm; its gradient is summed over sequence-parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None, **_: object) -> None:
         place = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
         super().__init__(hidden_size, config.layernorm_epsilon if eps is None else eps, **place)
         self.weight.sequence_parallel = config.sequence_parallel
@@ -207,7 +209,9 @@ def recompute_layers(stack: MambaStack) -> None:
         layer.forward = partial(_recomputed, layer, layer.forward)
 
 
-def _recomputed(layer: torch.nn.Module, forward: Any, hidden_states: torch.Tensor, **further: Any) -> Any:
+def _recomputed(
+    layer: torch.nn.Module, forward: _Forward, hidden_states: torch.Tensor, **further: object
+) -> torch.Tensor:
     trained = hidden_states.requires_grad or any(p.requires_grad for p in layer.parameters())
     if not (trained and layer.training and torch.is_grad_enabled()):
         return forward(hidden_states=hidden_states, **further)

@@ -7,16 +7,16 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -33,6 +33,9 @@ from launcher.workers.megatron.metrics import Clock, Metrics, earlier_losses, op
 from launcher.workers.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from launcher.workers.megatron.parallel import sum_over_ranks
 
+#: What the schedule makes of the losses of a micro-batch: their mean, or their sum and how many they are.
+_Reduction = Callable[[Tensor], tuple[Tensor, ...]]
+
 #: Steps whose median a spike is measured by, once there are a fifth of them.
 _SPIKE_STEPS = 100
 #: Seconds between heartbeats of steps that are shorter: replacing a file takes a millisecond, more on a shared disk.
@@ -48,7 +51,7 @@ class Trainer:
 
     config: TrainConfig
     model: DistributedDataParallel
-    optimizer: Any
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     blend: Blend
     held_out: Mapping[str, Blend]
@@ -205,7 +208,7 @@ def _run_schedule(
     """
     config, ranks = trainer.config, parallel_state.get_data_parallel_world_size()
     rows, joined = config.micro_batch_size, _joins_documents(config)
-    return get_forward_backward_func()(
+    losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward, trainer.positions, clock),
         data_iterator=batches,
         model=[trainer.model],
@@ -214,6 +217,7 @@ def _run_schedule(
         micro_batch_size=1 if joined else rows,
         forward_only=forward_only,
     )
+    return losses
 
 
 def _sums(losses: list[Tensor]) -> list[float]:
@@ -266,7 +270,9 @@ def train_step(trainer: Trainer, iteration: int, stop: bool = False, written: bo
     return Step(total / max(count, 1.0), lr, float(grad_norm), length, stops > 0, parts == dist.get_world_size())
 
 
-def _forward(positions: Tensor, clock: Clock, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward(
+    positions: Tensor, clock: Clock, batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Tensor, _Reduction]:
     with clock.part("data"):
         inputs, mask = model_inputs(next(batches), positions)
     with clock.part("forward"):

@@ -8,10 +8,9 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -59,7 +58,7 @@ def memory_gib() -> float:
     """Most memory so far: allocated on the GPU, or resident where there is none."""
     if cpu_mode.active():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return torch.cuda.max_memory_allocated() / 2**30
+    return int(torch.cuda.max_memory_allocated()) / 2**30
 
 
 def peak_tflops() -> float | None:
@@ -75,7 +74,7 @@ class Metrics:
     job: StageJob
     per_token: Callable[[float], float]
     peak: float | None
-    boards: list[Any]
+    boards: Sequence[TensorBoard | WeightsAndBiases]
 
     def step(
         self, iteration: int, tokens: int, speed: float, figures: Mapping[str, float], document_length: float
@@ -105,7 +104,7 @@ class Metrics:
 
 def open_metrics(job: StageJob, config: TrainConfig, done: int) -> Metrics:
     """Metrics of a run that goes on after `done` steps: what stands beyond them is dropped."""
-    boards: list[Any] = []
+    boards: list[TensorBoard | WeightsAndBiases] = []
     if job.rank == 0:
         job.truncate_metrics("iteration", done)
         if importlib.util.find_spec("tensorboard"):

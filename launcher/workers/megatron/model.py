@@ -223,7 +223,6 @@ def sharding_metadata() -> dict[str, Any]:
     return {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-@torch.no_grad()
 def initialize(model: nn.Module, shape: ModelShape, std: float, seed: int) -> None:
     """Set random initial weights: matrices from N(0, std^2), norms 1, Mamba-2's own parameters as its authors do.
 
@@ -231,14 +230,15 @@ def initialize(model: nn.Module, shape: ModelShape, std: float, seed: int) -> No
     parallel layout starts from the same model.
     """
     count = 0
-    for piece in sharded_tensors(model):
-        stacked = piece.prepend_axis_num
-        index, offset = piece.global_offset[:stacked], piece.global_offset[stacked:]
-        whole = _draw(f"{seed}/{piece.key}/{index}", piece.key, piece.global_shape[stacked:], std, shape)
-        if piece.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            whole[shape.vocab_size :] = 0.0
-        piece.data.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.local_shape, strict=True))])
-        count += piece.data.numel()
+    with torch.no_grad():
+        for piece in sharded_tensors(model):
+            stacked = piece.prepend_axis_num
+            index, offset = piece.global_offset[:stacked], piece.global_offset[stacked:]
+            whole = _draw(f"{seed}/{piece.key}/{index}", piece.key, piece.global_shape[stacked:], std, shape)
+            if piece.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                whole[shape.vocab_size :] = 0.0
+            piece.data.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.local_shape, strict=True))])
+            count += piece.data.numel()
     if count != sum(p.numel() for p in model.parameters()):
         raise RuntimeError("a parameter of the model was left without an initial value")
 

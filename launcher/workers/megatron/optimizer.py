@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
@@ -49,7 +50,7 @@ def _gather_convolutions(model: DistributedDataParallel) -> None:
             module.register_forward_pre_hook(partial(_before, gather, module.conv1d))
 
 
-def _before(gather: Any, part: torch.nn.Module, *_: Any) -> None:
+def _before(gather: Callable[[torch.nn.Module], None], part: torch.nn.Module, *_: object) -> None:
     gather(part)
 
 
@@ -59,7 +60,7 @@ def gather_weights(model: DistributedDataParallel) -> None:
         model.start_param_sync(force_sync=True)
 
 
-def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Any:
+def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> ChainedOptimizer:
     """megatron-core's distributed AdamW, with fp32 master weights where the model is in bf16."""
     bf16 = config.precision == "bf16"
     optimizer = get_megatron_optimizer(
@@ -83,7 +84,7 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Any:
     return optimizer
 
 
-def _mend_order(optimizer: Any) -> None:
+def _mend_order(optimizer: ChainedOptimizer) -> None:
     """Say where in its group each parameter is: fp32 ones first.
 
     megatron-core 0.16.1 puts them first, but notes them in the order of its buffers, and so would save the state of
@@ -96,7 +97,7 @@ def _mend_order(optimizer: Any) -> None:
             part.model_param_group_index_map.update(places)
 
 
-def build_scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
+def build_scheduler(config: TrainConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
     """Megatron's schedule, counted in samples: linear warm-up from 0, then decay. The first step has a rate of 0."""
     samples = config.train_iters * config.global_batch_size
     warmup = config.lr_warmup_fraction * samples

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 #: What a sequence holds, the longest first: pairs of a size and how many pieces of it.
 Content = tuple[tuple[int, int], ...]
@@ -27,10 +28,10 @@ class Packed:
     `size` places. `places` is the length of a sequence.
     """
 
-    document: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    bounds: np.ndarray
+    document: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int32]
+    size: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int64]
     places: int
 
     @property
@@ -44,7 +45,7 @@ class Packed:
         return 1 - int(self.size.sum(dtype=np.int64)) / (self.sequences * self.places)
 
 
-def pack(lengths: np.ndarray, places: int, seed: int) -> Packed:
+def pack(lengths: npt.NDArray[np.int32], places: int, seed: int) -> Packed:
     """Pack documents of so many tokens each. The seed says which of those that are as long as each other goes where.
 
     A document of more than `places` + 1 tokens is cut: each piece but the last fills a sequence, and the token that
@@ -73,7 +74,7 @@ def pack(lengths: np.ndarray, places: int, seed: int) -> Packed:
     return Packed(document[taken], offset[taken], size[taken], bounds, places)
 
 
-def _pieces(lengths: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces(lengths: npt.NDArray[np.int32], places: int) -> tuple[npt.NDArray[np.int32], ...]:
     """The document, first token and size of each piece; documents of one token have nothing to predict and none."""
     wanted = lengths.astype(np.int32) - 1
     count = -(-wanted // places)
@@ -83,7 +84,7 @@ def _pieces(lengths: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray, n
     return document, offset, np.minimum(wanted[document] - offset, places)
 
 
-def best_fit(counts: np.ndarray, places: int) -> Iterator[tuple[Content, int]]:
+def best_fit(counts: npt.NDArray[np.int64], places: int) -> Iterator[tuple[Content, int]]:
     """Best-fit decreasing over `counts[s]` pieces of each size s; yields contents and how many sequences have them."""
     open_: dict[int, list[tuple[Content, int]]] = {places: [((), int(counts.sum()))]}  # by the room that is left
     rooms = [places]

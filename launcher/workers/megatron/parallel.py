@@ -82,4 +82,5 @@ def sum_over_ranks(values: list[float]) -> list[float]:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total)
-    return total.tolist()
+    summed: list[float] = total.tolist()
+    return summed

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -22,12 +23,21 @@ from launcher.workers.megatron.packing import Packed, pack
 _PIECES = ("document", "offset", "size", "bounds")
 
 
+class Sample(TypedDict):
+    """A training sample; megatron-core's own have more keys, and no lengths."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    lengths: list[int]
+
+
 class ConcatenatedDocuments(GPTDataset):
     """megatron-core's samples; the last token of a document has no loss, for what it would predict is another's."""
 
-    def __getitem__(self, idx: int) -> dict[str, Any]:
+    def __getitem__(self, idx: int) -> Sample:
         """The sample of a number."""
-        sample = super().__getitem__(idx)
+        sample: Sample = super().__getitem__(idx)
         starts = self._starts(idx)
         sample["loss_mask"] = sample["loss_mask"].clone()  # megatron-core keeps the first it gives
         sample["loss_mask"][starts - 1] = 0.0
@@ -40,25 +50,26 @@ class ConcatenatedDocuments(GPTDataset):
         bounds = [0, *starts[starts < places].tolist(), places]
         return [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
-    def _starts(self, idx: int) -> np.ndarray:
+    def _starts(self, idx: int) -> npt.NDArray[np.int64]:
         """Where documents begin in a sample, but for the first; one may begin right behind it."""
         row = self.shuffle_index[idx]
         (first, begin), (last, _) = self.sample_index[row], self.sample_index[row + 1]
         # The last of them reaches to the end of the sample, however much longer it is.
         whole = self.dataset.sequence_lengths[self.document_index[first:last]]
-        return np.cumsum(whole, dtype=np.int64) - begin
+        starts: npt.NDArray[np.int64] = np.cumsum(whole, dtype=np.int64) - begin
+        return starts
 
 
 class PackedDocuments:
     """Best-fit packed sequences of one source, in an order of their own each epoch. `folder` is what `write` left."""
 
     def __init__(self, prefix: str, folder: Path, places: int) -> None:
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PIECES)
-        self.packed = Packed(*arrays, places)
+        document, offset, size, bounds = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PIECES)
+        self.packed = Packed(document, offset, size, bounds, places)
         self.order = np.load(folder / "order.npy", mmap_mode="r")
         self._text = IndexedDataset(prefix)
 
-    def __getitem__(self, idx: int) -> dict[str, Any]:
+    def __getitem__(self, idx: int) -> Sample:
         """The sample of a number."""
         packed = self.packed
         row = self.order[idx]
@@ -94,9 +105,9 @@ class PackedBlend:
         self.dataset_index = np.load(folder / "dataset_index.npy", mmap_mode="r")
         self.dataset_sample_index = np.load(folder / "dataset_sample_index.npy", mmap_mode="r")
 
-    def __getitem__(self, idx: int) -> dict[str, Any]:
+    def __getitem__(self, idx: int) -> Sample:
         """The sample of a number."""
-        return self.datasets[self.dataset_index[idx]][int(self.dataset_sample_index[idx])]
+        return self.datasets[int(self.dataset_index[idx])][int(self.dataset_sample_index[idx])]
 
 
 def write_packed(
@@ -126,7 +137,7 @@ def write_packed(
         np.save(own / "order.npy", _order(packed.sequences, count, seed + number))
 
 
-def _order(sequences: int, count: int, seed: int) -> np.ndarray:
+def _order(sequences: int, count: int, seed: int) -> npt.NDArray[np.int64]:
     """The numbers of `count` sequences, every one of them once an epoch."""
     rng = np.random.default_rng([seed, 1])
     epochs = [rng.permutation(sequences) for _ in range(max(1, -(-count // sequences)))]

@@ -22,6 +22,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 
 from launcher.errors import UserError
@@ -64,7 +65,7 @@ class Share:
     main: bool
 
 
-def trained(sharded: Mapping[str, Any], optimizer: Any) -> list[Share]:
+def trained(sharded: Mapping[str, Any], optimizer: ChainedOptimizer) -> list[Share]:
     """This rank's shares of what is trained, `param` in fp32; `sharded` is the model's sharded state dict."""
     entries = {id(entry.data): entry for entry in _tensors(sharded)}
     found = []
@@ -155,7 +156,7 @@ class Content:
     plan: dict[str, Any]
 
 
-def copy(model: nn.Module, optimizer: Any, room: Sequence[Tensor] = ()) -> Content:
+def copy(model: nn.Module, optimizer: ChainedOptimizer, room: Sequence[Tensor] = ()) -> Content:
     """Copy what this rank is to write off the live tensors, into the chunks of an earlier copy where they are as large.
 
     megatron-core and the GPU may go on once it returns.
@@ -202,7 +203,7 @@ def _copied(tensors: Sequence[Tensor], size: int, room: Sequence[Tensor]) -> lis
     return chunks
 
 
-def _step(optimizer: Any) -> int:
+def _step(optimizer: ChainedOptimizer) -> int:
     """Steps taken: torch's Adam notes them with each parameter, Transformer Engine's and Apex's with each group."""
     noted = [0]
     for part in optimizer.chained_optimizers:
@@ -256,7 +257,7 @@ class Files:
     def __enter__(self) -> Files:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -399,4 +400,4 @@ def _width(name: str) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.numel() * tensor.element_size())

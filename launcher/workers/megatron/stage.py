@@ -16,7 +16,7 @@ from launcher.configs import TrainConfig
 from launcher.convert import run_config
 from launcher.errors import UserError
 from launcher.models.families import shape_of
-from launcher.models.layout import check_layout
+from launcher.models.layout import check_layout, chosen_layout
 from launcher.models.shape import ModelShape
 from launcher.progress import METRICS, StageJob
 from launcher.workers.megatron import checkpoint, cpu_mode, hf_files, loop, numerics
@@ -32,7 +32,7 @@ _WARM_STEPS = 10
 def train(job: StageJob) -> None:
     """Run the stage. Raises UserError for inputs that do not fit, Stopped, Diverged."""
     config: TrainConfig = job.config(TrainConfig)
-    shape = shape_of(config.model.config)
+    shape, layout = shape_of(config.model.config), chosen_layout(config)
     problems = check_layout(shape, config, job.world_size, cpu=cpu_mode.active())
     if problems:
         raise UserError(problems)
@@ -45,7 +45,7 @@ def train(job: StageJob) -> None:
         hf_files.check_start(start / "hf", shape)
     if cpu_mode.active() and job.rank == 0:
         print(cpu_mode.NOTICE, flush=True)
-    with process_groups(config.parallelism, job.rank, job.world_size, job.spec.seed, job.spec.limits.hang_s):
+    with process_groups(layout, job.rank, job.world_size, job.spec.seed, job.spec.limits.hang_s):
         samples = config.train_iters * config.global_batch_size
         progress = job.workdir / "progress"
         sources, held = (told_sources(folders, w, s) for w, s in zip(_weights(config), found, strict=True))
@@ -53,9 +53,7 @@ def train(job: StageJob) -> None:
         held_out = _held_out(config, held, shape, progress / "index")
         numerics.ready(config, shape)
         fields = numerics.numeric_fields(config)
-        module = build_model(
-            shape, config.parallelism, config.precision, document_masking=config.document_masking, **fields
-        )
+        module = build_model(shape, layout, config.precision, document_masking=config.document_masking, **fields)
         newest = checkpoint.newest(progress / "checkpoints")
         if newest is None:
             _set_weights(module, shape, config, start, job.spec.seed)
@@ -112,7 +110,9 @@ def _tokenizers(job: StageJob, start: Path | None) -> dict[str, Path]:
     return ({"checkpoint": start / "hf"} if start is not None else {}) | prepared
 
 
-def _set_weights(module: Any, shape: ModelShape, config: TrainConfig, start: Path | None, seed: int) -> None:
+def _set_weights(
+    module: torch.nn.Module, shape: ModelShape, config: TrainConfig, start: Path | None, seed: int
+) -> None:
     if start is None:
         initialize(module, shape, config.model.init_method_std, seed)
     else:
@@ -141,7 +141,7 @@ def _speed(job: StageJob, resumed: Path | None) -> float | None:
 
 
 def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int) -> dict[str, Any]:
-    layout = config.parallelism
+    layout = chosen_layout(config)
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
         "cpu_mode": cpu_mode.active(),
