@@ -187,7 +187,8 @@ def _host_problems(stage: Stage, profile: Profile) -> Iterator[str]:
     given, ranks = memory_bytes(memory), asked.ntasks_per_node
     with contextlib.suppress(UserError, ValueError, ZeroDivisionError):  # of the model or layout, said elsewhere
         layout = layout_of(config, config.parallelism, asked.nodes * ranks)
-        needed = node_bytes(architecture_of(shape_of(config.model.config)), layout, ranks) / GIB
+        architecture = architecture_of(shape_of(config.model.config))
+        needed = node_bytes(architecture, layout, ranks, trainable=config.trainable) / GIB
         if given is not None and given / GIB < needed:
             yield (
                 f"{memory} a node, and its {ranks} processes need about {needed:.0f} GiB when they save; ask for more, "

@@ -69,6 +69,7 @@ class StageJob:
     _claim: dict[str, Any] = field(default_factory=dict)
     _first: list[dict[str, float]] = field(default_factory=list)
     _beaten: list[float] = field(default_factory=list)
+    _said: dict[str, Any] = field(default_factory=dict)
 
     # ---- paths
 
@@ -108,6 +109,7 @@ class StageJob:
         other than 0 write seldom, each at its own time, so that a thousand do not wear the file system out.
         """
         self._end_if_given_up()
+        self._said.update(step=step, total=total, figures=figures)
         now, pause = time.time(), self._pause(pause_s)
         if not self._first:
             self._first.append({"step": step, "time": now})
@@ -115,8 +117,17 @@ class StageJob:
         if self._beaten and 0 <= now - self._beaten[0] < pause:
             return
         self._beaten[:] = [now]
-        beat = {"time": now, "pid": os.getpid(), "step": step, "total": total, "figures": figures}
-        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", {**beat, "first": self._first[0]})
+        beat = {"time": now, "pid": os.getpid(), **self._said, "first": self._first[0]}
+        self._replace(self.attempt_dir / f"heartbeat.{self.step}.{self.rank}.json", beat)
+
+    def beat_again(self, *, pause_s: float = 0.0) -> None:
+        """Say the last beat once more: work goes on, though no step is done, such as while a slow disk is waited for.
+
+        Where that cannot be written nothing is raised: whoever is waited for will tell, on all ranks.
+        """
+        if self._said:
+            with contextlib.suppress(OSError):
+                self.beat(self._said["step"], self._said["total"], pause_s=pause_s, **self._said["figures"])
 
     @property
     def _phase(self) -> float:

@@ -82,3 +82,24 @@ def test_a_heartbeat_within_the_pause_is_not_written(tmp_path: Path, monkeypatch
     assert beat(3, 0.2, 1.0) == 3
     assert beat(4, 0.0, 0.0) == 4, "nor does one wait that must be seen"
     assert beat(5, -60.0, 1.0) == 5, "nor for a clock that was set back"
+
+
+def test_the_last_beat_is_said_again_while_something_else_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, clock = StageJob(counting_stage(), tmp_path, tmp_path, "count"), [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: clock[0])
+    job.beat_again()
+    path = tmp_path / "heartbeat.count.0.json"
+    assert not path.exists(), "nothing was said yet"
+    job.beat(3, 9, loss=2.5)
+    said = json.loads(path.read_text())
+    clock[0] += 0.5
+    job.beat_again(pause_s=1.0)
+    assert json.loads(path.read_text()) == said
+    clock[0] += 1.0
+    job.beat_again(pause_s=1.0)
+    assert json.loads(path.read_text()) == said | {"time": 1001.5}
+    path.unlink()
+    path.mkdir()  # nothing can be written over it
+    job.beat_again()

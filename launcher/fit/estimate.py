@@ -12,6 +12,8 @@ from launcher.configs import Parallelism, TrainConfig
 from launcher.fit.gpus import GPUS
 from launcher.fit.host import node_bytes, stop_seconds
 from launcher.fit.layers import architecture_of
+from launcher.fit.memory import Layout
+from launcher.fit.saving import saving_of
 from launcher.fit.search import GIB, Task, room, step_seconds
 from launcher.fit.speed import PastRun, layout_of, runs_like, uncounted
 from launcher.models.families import parameter_count, shape_of
@@ -98,14 +100,15 @@ def _of_training(
     config: TrainConfig, shape: ModelShape, stage: PlannedStage, gpu: str | None, runs: tuple[PastRun, ...]
 ) -> Estimate:
     count, width = parameter_count(shape), _weight_bytes(config)
-    # To resume from: weights, fp32 master weights and Adam's two moments; one more while the next is written.
+    # The bytes of a checkpoint to resume from depend on no layout; there is one more while the next is written.
+    each = saving_of(architecture_of(shape), Layout(gpus=1, precision=config.precision), trainable=config.trainable)
     saved = (config.train_iters - 1) // config.save_interval
     forever = (config.train_iters - 1) // math.lcm(config.save_interval, config.keep_every) if config.keep_every else 0
     kept = min(saved, config.keep_last + 1 + forever)
     known = Estimate(
         tokens=config.train_iters * config.global_batch_size * config.seq_length,
         writes=count * width,
-        keeps=None if config.entrypoint else kept * count * (width + 12),
+        keeps=None if config.entrypoint else kept * int(each.total_bytes),
     )
     gpus = stage.resources.nodes * stage.resources.ntasks_per_node
     if gpu not in GPUS or not stage.resources.gpus_per_node or not isinstance(config.parallelism, Parallelism):
@@ -134,6 +137,8 @@ def _with_gpus(known: Estimate, task: Task, config: TrainConfig, parallelism: Pa
     _, needed, fits = room(task.gpu, architecture, layout)
     timed = task.mfu_source is not None
     seconds = task.train_iters * step_seconds(task, architecture, layout)
+    ranks = task.gpus_per_node
+    saving = saving_of(architecture, layout, gpus_per_node=ranks, trainable=config.trainable)
     return replace(
         known,
         seconds=seconds if timed else None,
@@ -141,9 +146,7 @@ def _with_gpus(known: Estimate, task: Task, config: TrainConfig, parallelism: Pa
         mfu_source=task.mfu_source,
         memory_gib=needed / GIB,
         fits=fits,
-        host_gib=node_bytes(architecture, layout, task.gpus_per_node) / GIB,
-        stop_seconds=stop_seconds(
-            parameter_count(task.shape), layout, task.gpus_per_node, seconds / task.train_iters if timed else 0.0
-        ),
+        host_gib=node_bytes(architecture, layout, ranks, trainable=config.trainable) / GIB,
+        stop_seconds=stop_seconds(saving, max(1, task.gpus // ranks), seconds / task.train_iters if timed else 0.0),
         notes=notes,
     )

@@ -144,7 +144,7 @@ def _fit(task: Task, architecture: Architecture, layout: Layout) -> Fit:
     memory, needed, fits = room(task.gpu, architecture, layout)
     seconds = step_seconds(task, architecture, layout)
     hours = seconds * task.train_iters * task.gpus / 3600
-    host = node_bytes(architecture, layout, min(task.gpus, task.gpus_per_node))
+    host = node_bytes(architecture, layout, min(task.gpus, task.gpus_per_node), trainable=task.trainable)
     return Fit(layout, memory, needed, fits, seconds, hours, host)
 
 

@@ -72,7 +72,7 @@ def uncounted(config: TrainConfig) -> list[str]:
         (config.fp8_format is not None, "fp8_format: FP8 is not counted, neither its memory nor its speed"),
         (config.document_masking, "document_masking: attention is counted over whole sequences"),
         (config.packing != "concatenate", "packing: padding is counted as tokens"),
-        (config.trainable != "all", "trainable: the memory is counted as if all weights were trained"),
+        (config.trainable != "all", "trainable: the memory of a GPU is counted as if all weights were trained"),
         (config.deterministic_mode, "deterministic_mode: its kernels are slower, which is not counted"),
         (config.entrypoint is not None, "entrypoint: counted as our own loop; a script may do otherwise"),
     ]

@@ -95,7 +95,7 @@ def test_a_training_stage_has_time_gpu_hours_memory_and_bytes(tmp_path: Path) ->
     assert found["mfu_source"] == "assumed" and found["lives"] == 1
     assert found["fits"] is True and found["memory_gib"] == pytest.approx(49.7, abs=0.1)
     assert found["artifact_bytes"] == 2 * PARAMETERS
-    assert found["resume_bytes"] == 3 * 14 * PARAMETERS, "two are kept, while a third is written"
+    assert found["resume_bytes"] == 3 * 12 * PARAMETERS, "two are kept, while a third is written"
     assert told["warnings"] == []
 
 
@@ -155,7 +155,7 @@ def test_checkpoints_to_resume_from_are_counted_at_their_most(
     words: tuple[str, ...], copies: int, tmp_path: Path
 ) -> None:
     told = plan(tmp_path, *(word for w in words for word in ("--set", f"mid.{w}")))
-    assert estimate(told, "mid")["resume_bytes"] == copies * 14 * PARAMETERS
+    assert estimate(told, "mid")["resume_bytes"] == copies * 12 * PARAMETERS
 
 
 def test_a_layout_that_does_not_fit_is_warned_of(tmp_path: Path) -> None:
@@ -211,7 +211,24 @@ def test_hybrids_and_fp32_too(tmp_path: Path) -> None:
     assert found["artifact_bytes"] == 2 * count and found["seconds"] > 0
     wide = plan(tmp_path, "--set", "mid.precision=fp32", model=GRANITE_H, tp=1)
     assert estimate(wide, "mid")["artifact_bytes"] == 4 * count
+    # In fp32 the masters are the weights; rows that only pad the vocabulary are kept too.
+    assert found["resume_bytes"] == estimate(wide, "mid")["resume_bytes"] == 3 * 12 * padded_count(GRANITE_H)
     assert estimate(wide, "mid")["seconds"] is estimate(wide, "mid")["mfu_source"] is None
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bf16", 2), ("fp32", 4)])
+def test_weights_that_are_not_trained_are_kept_as_they_are(precision: str, width: int, tmp_path: Path) -> None:
+    """By hand, of 32 layers: queries, outputs and the keys and values of 8 of 32 heads."""
+    attention = 32 * (2 * 4096**2 + 2 * 4096 * 1024)
+    words = ("mid.trainable=attention", f"mid.precision={precision}")
+    told = plan(tmp_path, *(word for w in words for word in ("--set", w)))
+    kept = 12 * attention + width * (PARAMETERS - attention)
+    assert estimate(told, "mid")["resume_bytes"] == 3 * kept
+
+
+def padded_count(model: dict[str, Any]) -> int:
+    shape = shape_of(model)
+    return parameter_count(shape) + (shape.padded_vocab_size - shape.vocab_size) * shape.hidden_size
 
 
 def test_what_is_not_counted_is_said() -> None:
@@ -234,4 +251,4 @@ def test_where_attention_alone_is_trained_time_is_less_and_memory_is_said_to_be_
     assert 0.6 < ratio < 0.9
     assert estimate(part, "mid")["seconds"] == pytest.approx(ratio * estimate(whole, "mid")["seconds"], rel=1e-3)
     assert estimate(part, "mid")["memory_gib"] == estimate(whole, "mid")["memory_gib"]
-    assert part["warnings"] == ["mid: trainable: the memory is counted as if all weights were trained"]
+    assert part["warnings"] == ["mid: trainable: the memory of a GPU is counted as if all weights were trained"]

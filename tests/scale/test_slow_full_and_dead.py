@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import pytest
 import torch.distributed as dist
 
 from launcher.configs import Parallelism
+from launcher.progress import StageJob
+from launcher.store import read_json
 from launcher.workers.megatron import checkpoint
+from tests.supervisor.counting import counting_stage
 
 CASE = ms.Case("llama-tiny")
 #: Seconds after which collectives give up, and that the slow disk takes.
@@ -98,6 +102,37 @@ def test_a_rank_that_is_killed_ends_the_others_and_leaves_nothing_that_passes_fo
 def test_a_disk_slower_than_collectives_are_patient_is_waited_for(tmp_path: Path) -> None:
     found = gr.results(gr.on_ranks(2, two_saves, tmp_path, slow, timeout_s=PATIENCE))
     assert found == [["iter_0000001", "iter_0000002"]] * 2
+
+
+def beating(folder: Path) -> list[str]:
+    """Rank 1's disk takes until rank 0's heartbeat is newer than when the write began, of progress and of weights."""
+    job = StageJob(counting_stage(), folder, folder, "count", dist.get_rank(), dist.get_world_size())
+    trainer = ms.build(CASE, Parallelism())
+    ms.step(trainer, 1)
+    job.beat(1, 9, loss=2.5)
+    again, beat = partial(job.beat_again, pause_s=0.1), folder / "heartbeat.count.0.json"
+    write, written = checkpoint.write_share, checkpoint._written
+
+    def seen() -> None:
+        before, given_up = read_json(beat)["time"], time.monotonic() + 60.0
+        while read_json(beat)["time"] == before:
+            assert time.monotonic() < given_up, "no heartbeat came"
+            time.sleep(0.05)
+
+    if dist.get_rank() == 1:
+        checkpoint.write_share = lambda *arguments: (seen(), write(*arguments))
+        checkpoint._written = lambda *arguments: (seen(), written(*arguments))[1]
+    saver = checkpoint.Saver(folder / "saved", trainer.module, trainer.optimizer, trainer.scheduler, 2, None, again)
+    dist.barrier()
+    saver.start(1)
+    saver.finish()
+    checkpoint.save_weights(folder / "finished", 1, trainer.module, again)
+    assert read_json(beat)["figures"] == {"loss": 2.5}
+    return whole(folder)
+
+
+def test_heartbeats_go_on_while_a_disk_is_waited_for(tmp_path: Path) -> None:
+    assert gr.results(gr.on_ranks(2, beating, tmp_path)) == [["iter_0000001"]] * 2
 
 
 def late(folder: Path) -> int:

@@ -86,7 +86,8 @@ class Saver:
 
     `start` copies what this rank holds and returns; a thread writes the copy; `finish` gives the checkpoint its name
     once every rank's thread has ended (`is_written`), and raises, on every rank, what a thread of any could not do.
-    The memory of the first copy is kept for those that follow: none of them can find it gone.
+    The memory of the first copy is kept for those that follow: none of them can find it gone. `waiting` is called once
+    a second for as long as a disk is waited for.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class Saver:
     scheduler: OptimizerParamScheduler
     keep_last: int
     keep_every: int | None
+    waiting: Callable[[], object] = lambda: None
     pending: _Pending | None = None
     room: Sequence[Tensor] = ()
     removing: threading.Thread | None = None
@@ -102,8 +104,9 @@ class Saver:
     def start(self, iteration: int) -> None:
         """Begin to write the checkpoint of an iteration; one that is under way is finished first."""
         self.finish()
-        if self.removing is not None:
-            self.removing.join()
+        while self.removing is not None and self.removing.is_alive():
+            self.removing.join(_LOOK_S)
+            self.waiting()
         path = self.folder / f"iter_{iteration:07d}.partial"
         _make_fresh(path)
         content = shares.copy(self.model, self.optimizer, self.room)
@@ -122,10 +125,10 @@ class Saver:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        _wait_for_all(pending.thread)
+        _wait_for_all(pending.thread, self.waiting)
         _agree(pending.path, pending.thread.error)
         naming = _Work(lambda: self._name(pending) if dist.get_rank() == 0 else None)
-        _wait_for_all(naming)
+        _wait_for_all(naming, self.waiting)
         _agree(pending.path, naming.error)
 
     def _name(self, pending: _Pending) -> None:
@@ -177,8 +180,8 @@ def write_share(path: Path, chunks: Sequence[Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _wait_for_all(thread: threading.Thread) -> None:
-    """Wait until every rank's thread has ended.
+def _wait_for_all(thread: threading.Thread, while_waiting: Callable[[], object]) -> None:
+    """Wait until every rank's thread has ended; calls `while_waiting` at each look.
 
     Ranks ask each other once a second, so that none sits in a collective for as long as the slowest disk takes: NCCL
     and gloo would give up after ten minutes or half an hour.
@@ -186,6 +189,7 @@ def _wait_for_all(thread: threading.Thread) -> None:
     waiting = True
     while waiting:
         thread.join(_LOOK_S)
+        while_waiting()
         waiting = sum_over_ranks([float(thread.is_alive())])[0] > 0
 
 
@@ -285,7 +289,7 @@ def _exchange_trained(parts: Sequence[DistributedOptimizer]) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
-def _write(sharded: dict[str, Any], path: Path) -> None:
+def _write(sharded: dict[str, Any], path: Path, waiting: Callable[[], object] = lambda: None) -> None:
     """Write a sharded state dict into a fresh folder and push it to disk; all ranks call it.
 
     Data-parallel ranks, which hold the same weights, write a part each.
@@ -301,7 +305,7 @@ def _write(sharded: dict[str, Any], path: Path) -> None:
             content_metadata=dict(SHARDING),
             **ASYNC_SAVE,
         )
-        _carry_out(request)
+        _carry_out(request, waiting)
         for finalize in request.finalize_fns:
             finalize()
     except CheckpointException as error:
@@ -310,7 +314,7 @@ def _write(sharded: dict[str, Any], path: Path) -> None:
         sync_tree(path)
 
 
-def _carry_out(request: AsyncRequest) -> None:
+def _carry_out(request: AsyncRequest, waiting: Callable[[], object]) -> None:
     """Write what megatron-core has prepared, in this process: it would fork processes, and wait for one that has died.
 
     What could not be written comes out, on all ranks, as it finishes the checkpoint.
@@ -320,10 +324,10 @@ def _carry_out(request: AsyncRequest) -> None:
         transforms, (_, _, results) = request.async_fn.args[0], request.async_fn_args
         buckets = request.preload_fn()
         work = _Work(lambda: results.put(_written(transforms, buckets)))
-    waiting = work or _Work(lambda: None)
-    _wait_for_all(waiting)
-    if waiting.error is not None:
-        raise waiting.error
+    work = work or _Work(lambda: None)
+    _wait_for_all(work, waiting)
+    if work.error is not None:
+        raise work.error
 
 
 def _written(transforms: list[Any], buckets: list[Any]) -> dict[int, Any] | Exception:
@@ -385,11 +389,14 @@ def _remove(paths: Sequence[Path]) -> None:
 # ---------------------------------------------------------------------------------------------------- weights alone
 
 
-def save_weights(folder: Path, iteration: int, model: nn.Module) -> None:
-    """Write the finished checkpoint into the port's folder: weights alone, and the tracker; all ranks call it."""
+def save_weights(folder: Path, iteration: int, model: nn.Module, waiting: Callable[[], object] = lambda: None) -> None:
+    """Write the finished checkpoint into the port's folder: weights alone, and the tracker; all ranks call it.
+
+    `waiting` is called as a `Saver` does.
+    """
     sharded = model.sharded_state_dict(metadata=sharding_metadata())
     sharded |= {"iteration": iteration, "checkpoint_version": 3.0}
-    _write(sharded, folder / f"iter_{iteration:07d}")
+    _write(sharded, folder / f"iter_{iteration:07d}", waiting)
     if dist.get_rank() == 0:
         write_atomic(folder / TRACKER, str(iteration))
 

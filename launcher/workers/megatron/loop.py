@@ -39,7 +39,7 @@ _Reduction = Callable[[Tensor], tuple[Tensor, ...]]
 #: Steps whose median a spike is measured by, once there are a fifth of them.
 _SPIKE_STEPS = 100
 #: Seconds between heartbeats of steps that are shorter: replacing a file takes a millisecond, more on a shared disk.
-_BEAT_S = 1.0
+BEAT_S = 1.0
 
 
 @dataclass
@@ -101,8 +101,9 @@ def run(job: StageJob, trainer: Trainer) -> float:
     above the usual.
     """
     config, folder = trainer.config, job.workdir / "progress" / "checkpoints"
+    state = trainer.model.module, trainer.optimizer, trainer.scheduler
     saver = checkpoint.Saver(
-        folder, trainer.model.module, trainer.optimizer, trainer.scheduler, config.keep_last, config.keep_every
+        folder, *state, config.keep_last, config.keep_every, partial(job.beat_again, pause_s=BEAT_S)
     )
     start = resume(job, trainer, folder)
     metrics = open_metrics(job, config, start)
@@ -130,7 +131,7 @@ def _run(job: StageJob, trainer: Trainer, saver: checkpoint.Saver, metrics: Metr
         due = not last and (step.stop or iteration % config.save_interval == 0)
         if step.written or due or last:
             with trainer.clock.part("checkpoint"):
-                if due or last:
+                if last:
                     gather_weights(trainer.model)
                 _save(saver, iteration, due, wait=step.stop or last)
         if step.stop and not last:
@@ -306,7 +307,7 @@ def report(
     """Heartbeat of every rank, metrics of rank 0."""
     per_step = config.global_batch_size * config.seq_length
     speed = per_step / seconds
-    pause = 0.0 if step.stop or iteration == config.train_iters else _BEAT_S
+    pause = 0.0 if step.stop or iteration == config.train_iters else BEAT_S
     job.beat(iteration, config.train_iters, pause_s=pause, loss=step.loss, tokens_per_s=speed)
     measured = any(name.startswith("validation/") for name in further)
     if measured or iteration % config.log_interval == 0 or iteration == config.train_iters:

@@ -55,7 +55,10 @@ def _before(gather: Callable[[torch.nn.Module], None], part: torch.nn.Module, *_
 
 
 def gather_weights(model: DistributedDataParallel) -> None:
-    """Let every rank hold the weights that the last step made; all ranks call it before they read or keep them."""
+    """Let every rank hold the weights that the last step made; all ranks call it before they read them.
+
+    Progress needs none of it: of what is trained it holds each rank's own share.
+    """
     if model.ddp_config.overlap_param_gather:
         model.start_param_sync(force_sync=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def train(job: StageJob) -> None:
             for source in blend.mix():
                 print(_blend_line(source))
         loss = loop.run(job, trainer)
-        checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module)
+        waiting = partial(job.beat_again, pause_s=loop.BEAT_S)
+        checkpoint.save_weights(job.output("checkpoint"), config.train_iters, module, waiting)
         if job.rank == 0:
             run_config.write_beside(
                 job.output("checkpoint"), shape, next(module.parameters()).dtype, config.model.config
