@@ -25,8 +25,9 @@ def numbered(first: int, last: int) -> Iterator[Batch]:
         yield Batch(torch.tensor([[number]]), torch.tensor([[number]]))
 
 
-def taken(batches: Iterator[Batch]) -> list[int]:
-    return [int(b.tokens) for b in batches if b.tokens is not None]
+def taken(batches: Iterator[Batch], count: int) -> list[int]:
+    """As megatron-core's schedules take them: as many as there are, and never asking for one more."""
+    return [int(next(batches).tokens) for _ in range(count)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -41,10 +42,26 @@ def test_what_the_next_step_wants_is_read_while_this_one_computes(ahead: int) ->
 
     feed = feeding.Feed(read, samples=8)
     for step in range(4):
-        assert taken(feed.step(2 * step, 2 * step + 2, 2)) == [2 * step, 2 * step + 1]
+        assert taken(feed.step(2 * step, 2 * step + 2, 2), 2) == [2 * step, 2 * step + 1]
         wanted = 2 * step + 1 + ahead
         assert wanted >= 8 or begun[wanted].wait(NEVER), "computing, the step had nothing read for the next"
     feed.close()
+
+
+def test_one_thread_reads_for_all_steps_and_every_sample_once() -> None:
+    made, threads = [], set()
+
+    def read(first: int, last: int) -> Iterator[Batch]:
+        for batch in numbered(first, last):
+            made.append(int(batch.tokens))  # type: ignore[arg-type]
+            yield batch
+
+    feed = feeding.Feed(read, samples=20)
+    for first in range(0, 20, 4):
+        assert taken(feed.step(first, first + 4, 4), 4) == list(range(first, first + 4))
+        threads.add(feed._ahead.thread)  # type: ignore[union-attr]
+    feed.close()
+    assert len(threads) == 1 and made == list(range(20))
 
 
 def test_no_more_lies_ready_than_asked_for() -> None:
@@ -65,10 +82,10 @@ def test_no_more_lies_ready_than_asked_for() -> None:
 def test_steps_in_any_order_get_their_own_samples() -> None:
     feed = feeding.Feed(numbered, samples=12)
     for first in (0, 4, 8, 4, 0, 20):  # the last is beyond the run's own
-        assert taken(feed.step(first, first + 4, 4)) == list(range(first, first + 4))
+        assert taken(feed.step(first, first + 4, 4), 4) == list(range(first, first + 4))
     half = feed.step(0, 4, 4)
     assert [int(next(half).tokens), int(next(half).tokens)] == [0, 1]  # type: ignore[arg-type]
-    assert taken(feed.step(0, 4, 4)) == [0, 1, 2, 3]
+    assert taken(feed.step(0, 4, 4), 4) == [0, 1, 2, 3]
     feed.close()
 
 
@@ -78,10 +95,10 @@ def test_an_error_is_raised_in_the_step_that_it_belongs_to_and_the_thread_ends()
         raise OSError(5, "Input/output error", "/data/text.bin")
 
     feed = feeding.Feed(read, samples=100)
-    assert taken(feed.step(0, 4, 4)) == [0, 1, 2, 3], "read ahead, it is no error of this step"
+    assert taken(feed.step(0, 4, 4), 4) == [0, 1, 2, 3], "read ahead, it is no error of this step"
     thread = feed._ahead.thread  # type: ignore[union-attr]
     with pytest.raises(OSError, match="Input/output error") as error:
-        taken(feed.step(4, 8, 4))
+        taken(feed.step(4, 8, 4), 4)
     assert how_it_ended(error.value)[:2] == ("storage", "/data/text.bin: Input/output error; mend that, then run again")
     thread.join(NEVER)
     assert not thread.is_alive()
@@ -96,7 +113,7 @@ def test_a_read_that_hangs_holds_up_nobody_who_stops() -> None:
         hangs.wait(NEVER)
 
     feed = feeding.Feed(read, samples=4)
-    assert taken(feed.step(0, 1, 1)) == [0]
+    assert taken(feed.step(0, 1, 1), 1) == [0]
     assert reading.wait(NEVER)
     feed.close()  # returns
     hangs.set()

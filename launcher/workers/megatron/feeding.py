@@ -82,9 +82,11 @@ class Feed:
             self.close()
             self._ahead = Ahead(self._read(first, max(last, self._samples)))
         self._next = -1  # a step that is not taken to its end is read anew
-        for _ in range(count):
-            yield next(self._ahead)
-        self._next = last
+        for number in range(count):
+            batch = next(self._ahead)
+            if number == count - 1:  # here, for who has the last one asks no more
+                self._next = last
+            yield batch
 
     def close(self) -> None:
         """Read no more."""
