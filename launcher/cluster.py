@@ -18,6 +18,7 @@ from launcher.data import data_dir, own_profiles, package_dir
 from launcher.errors import UserError
 from launcher.recipe.document import Document, read_document
 from launcher.run_record import PlannedStage, RunRecord
+from launcher.secret_files import holds_token, is_secret_variable
 from launcher.spec import KINDS, Limits, Preflight, Runtime, SpecError, StageSpec, Step, decode, did_you_mean
 from launcher.stages import outside_of
 from launcher.steps import SRUN_DEFAULTS
@@ -40,7 +41,6 @@ IMAGE_NAMES = (*KINDS, "rl-nemo-aligner", "rl-nemo-rl")
 #: Where containers of this machine find the `launcher` package that started them.
 CODE_INSIDE = "/opt/prism-launch"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
@@ -162,7 +162,7 @@ def _profile_problems(profile: Profile) -> Problems:
                 f"env.{name}",
                 "srun would take it for every step, so it is unset; see `runtime` for what steps are told",
             )
-        if _SECRET.search(name):
+        if is_secret_variable(name) or holds_token(os.fsencode(value)):
             yield (
                 f"env.{name}",
                 "looks like a secret; name it under the recipe's `secrets:` and export it in your shell",

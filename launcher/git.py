@@ -76,8 +76,9 @@ def repository(folder: Path) -> Iterator[Repository | None]:
         return os.fsdecode(_call(folder, words, finding) or b"").removesuffix("\n")
 
     top, own, common = (find("rev-parse", word) for word in ("--show-toplevel", "--git-dir", "--git-common-dir"))
-    # A configured work tree elsewhere would show files that are none of the repository's.
-    if not top or not own or not folder.resolve().is_relative_to(Path(top).resolve()):
+    # A work tree that is configured to lie elsewhere would show files that are none of the repository's.
+    is_own = bool(top) and os.path.lexists(Path(top, ".git")) and folder.resolve().is_relative_to(Path(top).resolve())
+    if not is_own or not own:
         yield None
         return
     commit = find("rev-parse", "--verify", "--quiet", "HEAD") or None

@@ -32,11 +32,12 @@ from launcher.errors import UserError, WorldError
 from launcher.files import read_bytes
 from launcher.git import Repository, repository
 from launcher.run_record import RunRecord
-from launcher.secret_files import holds_secret, is_secret_name, secret_values
+from launcher.secret_files import holds_secret, holds_token, is_secret_name, secret_values
 
 _PACKAGE = "launcher"
 #: In the package of a wheel: what the login side alone reads.
 _LEFT_OUT = {"__pycache__", "_data"}
+_CALLED = "called as secrets are"
 _HOLDS = "holds what looks like a secret"
 #: Bytes of a file above which its changes are named only.
 _MOST = 8 << 20
@@ -49,9 +50,14 @@ def with_snapshot(root: Path, record: RunRecord, profile: Profile) -> RunRecord:
     """
     source = _source(profile)
     values = secret_values(secret for stage in record.stages for secret in stage.spec.secrets)
-    files, left_out = _package(source / _PACKAGE, values)
+    files, package_left_out = _package(source / _PACKAGE, values)
+    left_out = {"launcher": package_left_out, "recipe": {}}
     with contextlib.suppress(OSError, UserError):  # piped, or gone since it was read
-        files["recipe.yaml"] = read_bytes(Path(record.recipe))
+        content = read_bytes(Path(record.recipe))
+        if holds_secret(content, values):
+            left_out["recipe"]["recipe.yaml"] = _HOLDS
+        else:
+            files["recipe.yaml"] = content
     relative = f"runs/{record.run}/snapshot/{_digest(files)}"
     if not (root / relative).is_dir():
         _write(root / relative, files | _origin(record, source, values, left_out))
@@ -89,8 +95,8 @@ def _package(package: Path, values: Sequence[bytes]) -> tuple[dict[str, bytes], 
             left_out[name] = "a link"
         elif any(part.startswith(".") for part in Path(name).parts):
             left_out[name] = "hidden"
-        elif is_secret_name(name):
-            left_out[name] = "called as secrets are"
+        elif is_secret_name(name) or holds_token(os.fsencode(name)):
+            left_out[_without_token(name)] = _CALLED
         elif path.is_file():
             content = path.read_bytes()
             if is_code or not holds_secret(content, values):
@@ -141,7 +147,9 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------------- origin
 
 
-def _origin(record: RunRecord, source: Path, values: Sequence[bytes], left_out: Mapping[str, str]) -> dict[str, bytes]:
+def _origin(
+    record: RunRecord, source: Path, values: Sequence[bytes], left_out: dict[str, dict[str, str]]
+) -> dict[str, bytes]:
     """`snapshot.json`, `code.diff`, and copies of the scripts that stages name as their own `entrypoint`."""
     scripts = dict.fromkeys(Path(e) for s in record.stages if isinstance(e := s.spec.config.get("entrypoint"), str))
     folders = {"launcher": source, "recipe": Path(record.recipe).parent}
@@ -154,8 +162,15 @@ def _origin(record: RunRecord, source: Path, values: Sequence[bytes], left_out: 
         facts[name] = {"folder": os.path.abspath(folder), **told}
         if found:
             diffs.setdefault(found.top, diff)
-    facts["launcher"]["left_out"] = dict(left_out)
-    copies = {f"entrypoint/{i}/{path.name}": path.read_bytes() for i, path in enumerate(scripts) if path.is_file()}
+    copies = {}
+    for i, path in enumerate(scripts):
+        content = path.read_bytes() if path.is_file() else None
+        if content is not None and holds_secret(content, values):
+            left_out[f"entrypoint {path}"] = {path.name: _HOLDS}
+        elif content is not None:
+            copies[f"entrypoint/{i}/{path.name}"] = content
+    for name, reasons in left_out.items():
+        facts[name]["left_out"] = reasons
     return {
         "snapshot.json": (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
         "code.diff": b"".join(diffs.values()),
@@ -176,16 +191,22 @@ def _told(found: Repository, values: Sequence[bytes]) -> tuple[dict[str, Any], b
     facts = {
         "repository": str(found.top),
         "commit": found.commit,
-        "untracked": found.untracked(),
-        "left_out_of_diff": {path: why for path, why in reasons.items() if why is not None},
+        "untracked": [_without_token(path) for path in found.untracked()],
+        "left_out_of_diff": {_without_token(path): why for path, why in reasons.items() if why is not None},
     }
     return facts, diff
 
 
+def _without_token(path: str) -> str:
+    """The path, with what looks like a secret itself in it unnamed."""
+    parts = ("(a name that looks like a secret)" if holds_token(os.fsencode(p)) else p for p in path.split("/"))
+    return "/".join(parts)
+
+
 def _why_undiffed(file: Path, path: str, values: Sequence[bytes], is_filtered: bool) -> str | None:
     """Why the changes of a file are named only; None where they may be shown."""
-    if is_secret_name(path):
-        return "called as secrets are"
+    if is_secret_name(path) or holds_token(os.fsencode(path)):
+        return _CALLED
     if is_filtered:
         return "a filter stands between this file and its repository"
     if file.is_symlink() or not file.is_file():  # of a link, git shows where it leads

@@ -23,7 +23,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -445,20 +445,42 @@ def refuse_foreign(root: Path) -> None:
     A root is its owner's, or the superuser's, or a group's where it is shared with one.
     """
     with contextlib.suppress(OSError):
-        found = root.stat()
-        if found.st_uid not in (os.geteuid(), 0) and not is_shared(root):
+        is_open = bool(root.stat().st_mode & stat.S_IXOTH)
+        _refuse_foreign((root, *_folders(root.glob("*")), *_folders(root.glob("*/*"))) if is_open else (root,), root)
+
+
+def refuse_foreign_run(root: Path, run: str) -> None:
+    """The same for the files of one run that name what is executed."""
+    folder = run_dir(root, run)
+    with contextlib.suppress(OSError):
+        if root.stat().st_mode & stat.S_IXOTH:
+            stages = folder / "stages"
+            read = (folder / "run.json", stages, *_folders(stages.glob("*")), *stages.glob("*/stage.json"))
+            _refuse_foreign((*read, *_folders(folder.glob("snapshot")), *_folders(folder.glob("snapshot/*"))), root)
+
+
+def _folders(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if path.is_dir())
+
+
+def _refuse_foreign(paths: Iterable[Path], root: Path) -> None:
+    shared = is_shared(root)
+    for path in paths:
+        try:
+            found = path.stat()  # where a link leads
+        except OSError:
+            continue
+        if found.st_uid not in (os.geteuid(), 0) and not shared:
             raise UserError(
-                f"{root}: belongs to {user_name(found.st_uid)}, and what its runs name would be executed as you; "
+                f"{path}: belongs to {user_name(found.st_uid)}, and what its runs name would be executed as you; "
                 "choose another with --root. "
                 f"To share a store on purpose: share_group in the profile, or chmod g+ws {root}"
             )
-        inside = [*root.glob("*"), *root.glob("*/*")] if found.st_mode & stat.S_IXOTH else []
-        for path in (root, *inside):
-            if path.is_dir() and path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink():
-                raise UserError(
-                    f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
-                    f"you; look at what it holds, then close it: chmod o-w {path}; or choose another with --root"
-                )
+        if found.st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"{path}: everybody may write here (it is open to all), and what lies here would be executed as "
+                f"you; look at what it holds, then close it: chmod -R o-w {path}; or choose another with --root"
+            )
 
 
 def keep_shared(root: Path) -> None:

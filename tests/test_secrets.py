@@ -24,6 +24,13 @@ def test_a_recipe_names_secrets_and_never_their_values(tmp_path: Path) -> None:
         assert done.returncode == 2 and "secrets: expected a list of names" in done.stderr
 
 
+def test_a_recipe_with_a_token_in_it_is_refused_where_it_stands(tmp_path: Path) -> None:
+    token = "hf_" + SECRET * 2
+    path = recipe_file(tmp_path, f'description: "with {token}"\nstages:', "stages:")
+    done = prism("check", str(path))
+    assert done.returncode == 2 and "description: looks like a secret" in done.stderr and token not in done.stderr
+
+
 def test_run_refuses_secrets_that_the_shell_has_not(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "secrets: [PLANTED_TOKEN]\nstages:", "stages:")
     done = prism("run", str(path), "--root", str(tmp_path / "root"))
@@ -54,4 +61,6 @@ def test_a_stage_without_its_secret_does_not_start(tmp_path: Path) -> None:
 def test_a_profile_holds_no_secrets(name: str) -> None:
     with pytest.raises(SpecError, match="looks like a secret"):
         Profile(name="p", scheduler="slurm", env={name: "x"})
+    with pytest.raises(SpecError, match="looks like a secret"):
+        Profile(name="p", scheduler="slurm", env={"ANY": f"hf_{SECRET}{SECRET}"})
     assert replace(Profile(name="p", scheduler="slurm"), env={"TOKENIZERS_PARALLELISM": "false"})

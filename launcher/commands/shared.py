@@ -120,6 +120,7 @@ def find_run(root: Path, name: str | None) -> RunRecord:
         raise UserError(f"{name}: not the name of a run; the runs under {root} are {', '.join(runs) or 'none'}")
     if not name and not runs:
         raise UserError(f"{root}: no run here yet; start one with `prism-launch run RECIPE`, or name the --root")
+    store.refuse_foreign_run(root, name or runs[0])
     record = read_run(root, name or runs[0])
     for line in (*damaged_lines(root, record.run), *damaged_held(root, record.run)):
         print(f"prism-launch: {line}", file=sys.stderr)

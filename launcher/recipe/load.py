@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from launcher.errors import UserError
 from launcher.recipe import Recipe, Stage
 from launcher.recipe.document import Document, join, merge_documents, parse_value, read_document
 from launcher.references import is_on_hub
+from launcher.secret_files import holds_token
 from launcher.spec import SpecError, decode, did_you_mean, expected
 from launcher.stages import kinds
 from launcher.units import parse_duration
@@ -177,6 +178,7 @@ def _load_point(
     document, applied = _apply_overrides(document, list(zip(sets, map(_shortened, labels), strict=True)))
     reader = _Reader(dict(document.data), dict(document.positions), shown, file.parent, [], dict(document.written))
     _check_top(reader)
+    _check_secrets(reader)
     stages = _read_stages(reader)
     if reader.problems:
         raise UserError(list(dict.fromkeys(reader.problems)))
@@ -287,6 +289,26 @@ def _check_top(reader: _Reader) -> None:
         reader.problem("secrets", "expected a list of names of variables, such as [HF_TOKEN]; never their values")
     if not isinstance(reader.data.get("stages"), Mapping) or not reader.data["stages"]:
         reader.problem("stages", "is required: a mapping of stage names to stages")
+
+
+def _check_secrets(reader: _Reader) -> None:
+    """Refuse tokens and keys: run.json, stage.json, scripts and the snapshot show every value of a recipe."""
+    for path, text in _texts("", reader.data):
+        if holds_token(text.encode(errors="surrogatepass")):
+            mend = "export it, and name its variable in `secrets`"
+            reader.problem(path, f"looks like a secret, which every record of the run would show; {mend}")
+
+
+def _texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a value, with its dotted path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(join(path, str(key)), inner)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _texts(f"{path}[{i}]", inner)
 
 
 def _read_stages(reader: _Reader) -> dict[str, Stage]:

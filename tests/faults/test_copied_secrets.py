@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.cluster import load_profile
+from launcher.secret_files import holds_secret, is_secret_name
 from launcher.snapshot import with_snapshot
 from tests.supervisor.counting import counting_run
 
@@ -162,3 +163,106 @@ def test_what_a_filter_changes_is_named_and_not_shown(tmp_path: Path, code: Path
     folder, facts = snapshot(tmp_path, code, recipe)
     assert list(facts["recipe"]["left_out_of_diff"]) == ["w.bin"]
     assert (folder / "code.diff").read_text() == ""
+
+
+#: Put together here, so that nothing that looks for tokens in code finds one.
+BODY, HEX = "Zq3xK9vB2nM7wR5tY8uLZq3xK9vB2nM7wR5tY8uL", "0123456789abcdef" * 3
+SHAPES = {
+    **{
+        f"{start}...": f"x = {start}{BODY}"
+        for start in ("hf_", "api_org_", "gh" + "p_", "glpat-", "glrt-", "npm_", "r8_")
+    },
+    **{f"{start}...": f"{start}{BODY}" for start in ("sk-", "sk-proj-", "sk-ant-api03-", "nvapi-", "gsk_", "GOCSPX-")},
+    "W&B": f"wandb login {HEX[:40]}",
+    "W&B in code": f"wandb.login(key='{HEX[:40]}')",
+    "AWS": f"aws_secret_access_key = {BODY}",
+    "AWS in JSON": f'"SecretAccessKey": "{BODY}",',
+    "AWS in YAML": f"  secretAccessKey: {BODY}",
+    "a session": f"aws_session_token = Fwo{BODY}",
+    "npmrc": f"//registry.npmjs.org/:_authToken={BODY}",
+    "pip": f"index-url = https://{BODY}@example.org/simple",
+    "redis": "redis://:hunter2secret@host:6379",
+    "a header": f"Authorization: Bearer {BODY}",
+    "basic": "Authorization: Basic dXNlcjpwYXNzd29yZDEyMw==",
+    "PGP": "-----BEGIN PGP PRIVATE " + "KEY BLOCK-----",
+    "Slack's hook": f"https://hooks.slack.com/services/T00000000/B00000000/{BODY[:24]}",
+    "netrc": "machine api.example.org login user password hunter2secret",
+    "camel": "clientSecret: abcdefghijkl1234",
+    "spaces": "password: 'correct horse battery'",
+    "signs": "password = P@ss!w0rd(1)",
+    "a dot": "password: hunter.2secret",
+    "passphrase": "passphrase: correcthorse",
+    "a token in YAML": "  hf_token: abcdefghijkl123456",
+    "an argument": 'login(token="abcdefghijkl123456")',
+    "two lines": "- name: HF_TOKEN\n  value: abcdefghijkl123456",
+    "Dockerfile": "ENV HF_TOKEN abcdefghijkl123456",
+    "a flag": "train --api-key abcdefghijkl123456",
+    "a subscript": "os.environ['HF_TOKEN'] = 'abcdefghijkl123456'",
+    "a call": "os.environ.setdefault('HF_TOKEN', 'abcdefghijkl123456')",
+    "docker": '"auth": "dXNlcjpwYXNzd29yZDEyMw=="',
+}
+HARMLESS = (
+    *("eos_token = tokenizer.eos_token", "bos_token: <|begin_of_text|>", "secrets: [HF_TOKEN]", "secret: HF_TOKEN"),
+    *(
+        "max_tokens: 1000000000",
+        "api_key = os.environ['API_KEY']",
+        "password = getpass.getpass()",
+        "HF_TOKEN=$HF_TOKEN",
+    ),
+    *("HF_TOKEN: ${HF_TOKEN}", 'HF_TOKEN = os.environ["HF_TOKEN"]', "token: <your token>", "password: null"),
+    *("https://host:8080/path@x", "skip-connection-to-the-last-layer-of-it", "key = 'model.layers.0.weight'"),
+    *(f"commit {HEX[:40]}", "pass: `cancel`", "key_padding_mask = attention_mask", "private_key: ~/.ssh/id_rsa"),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_secret_is_known_by_its_shape_or_its_name(shape: str) -> None:
+    assert holds_secret(SHAPES[shape].encode(), ())
+    assert holds_secret(f"a: 1\n{SHAPES[shape]}\nb: 2\n".encode("utf-16"), ())
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_refers_to_a_secret_or_is_none_is_not_taken_for_one(text: str) -> None:
+    assert not holds_secret(text.encode(), ())
+
+
+def test_a_file_is_called_as_secrets_are_in_many_ways() -> None:
+    names = (
+        ".env.local .env~ .env.bak ID_RSA id_rsa.bak key.pem.old api_keys.json wandb_key hf-token.txt cert.p8 "
+        "private_key .vault-token .secrets.toml krb5.keytab .bash_history a/.aws/credentials credentials.json~ pip.conf"
+    )
+    assert [name for name in names.split() if not is_secret_name(name)] == []
+    harmless = (
+        "tokenizer.json tokens.json style.css monkey.txt keyboard.txt special_tokens_map.json secrets.py history.md"
+    )
+    assert [name for name in harmless.split() if is_secret_name(name)] == []
+
+
+def test_a_recipe_and_a_script_that_hold_a_secret_are_not_copied(tmp_path: Path, code: Path, recipe: Path) -> None:
+    recipe.write_text(f"# HF_TOKEN={PLANTED}\nname: it\n")
+    (tmp_path / "train.py").write_text(f'HF_TOKEN = "{PLANTED}"\n')
+    run = replace(counting_run(("a", (), {})), recipe=str(recipe))
+    (stage,) = run.stages
+    config = {**stage.spec.config, "entrypoint": str(tmp_path / "train.py")}
+    run = replace(run, stages=(replace(stage, spec=replace(stage.spec, config=config)),))
+    made = with_snapshot(tmp_path / "root", run, replace(load_profile("example-pyxis"), code=str(code)))
+    folder = tmp_path / "root" / (made.stages[0].spec.snapshot or "")
+    facts = json.loads((folder / "snapshot.json").read_text())
+    assert hits(folder) == [] and not (folder / "recipe.yaml").exists()
+    assert facts["recipe"]["left_out"] == {"recipe.yaml": "holds what looks like a secret"}
+    assert facts[f"entrypoint {tmp_path / 'train.py'}"]["left_out"] == {"train.py": "holds what looks like a secret"}
+
+
+def test_a_secret_in_the_name_of_a_file_is_not_shown(tmp_path: Path, code: Path, recipe: Path) -> None:
+    named = f"hf_{PLANTED}{PLANTED}"
+    (code / "launcher" / f"{named}.txt").write_text("nothing")
+    (recipe.parent / "a").mkdir()
+    (recipe.parent / "a" / f"{named}.txt").write_text("one\n")
+    git(recipe.parent, "add", "--all")
+    git(recipe.parent, "commit", "--quiet", "--message=first")
+    (recipe.parent / "a" / f"{named}.txt").write_text("two\n")
+    (recipe.parent / f"{named}.md").write_text("untracked\n")
+    folder, facts = snapshot(tmp_path, code, recipe)
+    assert hits(folder) == [] and not any(PLANTED in str(path) for path in folder.rglob("*"))
+    assert list(facts["recipe"]["left_out_of_diff"]) == ["a/(a name that looks like a secret)"]
+    assert facts["recipe"]["untracked"] == ["(a name that looks like a secret)"]

@@ -182,6 +182,15 @@ def test_a_work_tree_that_is_set_to_lie_elsewhere_is_not_looked_at(repository: P
     assert describe(repository) is None
 
 
+def test_a_folder_inside_that_says_to_be_a_repository_is_none(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "private.txt").write_text("private\n")
+    (repository / ".git").rename(repository / "planted")
+    (tmp_path / "archive" / "planted").rename(tmp_path / "planted")
+    git(tmp_path / "planted", "config", "core.bare", "false")
+    git(tmp_path / "planted", "config", "core.worktree", "..")
+    assert describe(tmp_path / "planted") is None
+
+
 @pytest.mark.parametrize("version", [(3, 10), (3, 11)])
 def test_a_module_starts_without_the_folder_of_the_shell(
     version: tuple[int, int], tmp_path: Path, canary: Path

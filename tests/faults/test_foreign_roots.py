@@ -47,6 +47,50 @@ def test_a_folder_inside_that_is_open_to_all_is_refused_where_others_can_come(ro
     store.refuse_foreign(root)
 
 
+def test_a_root_by_way_of_a_link_is_what_it_leads_to(root: Path) -> None:
+    link = root.with_name("link")
+    link.symlink_to(root)
+    store.refuse_foreign(link)
+    root.chmod(0o777)
+    with pytest.raises(UserError, match="everybody may write here"):
+        store.refuse_foreign(link)
+
+
+def test_a_folder_elsewhere_that_a_link_leads_to_is_looked_at_too(root: Path) -> None:
+    (root / "runs").rename(root.with_name("elsewhere"))
+    (root / "runs").symlink_to(root.with_name("elsewhere"))
+    store.refuse_foreign(root)
+    root.with_name("elsewhere").chmod(0o777)
+    with pytest.raises(UserError, match=f"{root}/runs: everybody may write here"):
+        store.refuse_foreign(root)
+
+
+@pytest.mark.parametrize("name", ["run.json", "stages", "stages/a", "stages/a/stage.json", "snapshot", "snapshot/d1"])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_what_a_run_executes_is_refused_where_everybody_may_write_it(
+    command: list[str], name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = root / "runs" / "run" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}") if path.suffix else path.mkdir()
+    path.chmod(0o777)
+    assert main([*command, "--root", str(root)]) == 2
+    assert f"{path}: everybody may write here" in capsys.readouterr().err
+    root.chmod(0o700)
+    assert main(["status", "run", "--root", str(root)]) == 0, "nobody else comes here"
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["runs", "runs/run", "runs/run/run.json"])
+def test_what_somebody_else_put_into_a_root_is_refused(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chown(root / name, 65534, -1)
+    assert main(["resume", "run", "--root", str(root)]) == 2
+    assert f"{root / name}: belongs to " in capsys.readouterr().err
+
+
 @needs_root
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_root_of_somebody_else_is_refused(command: list[str], root: Path, capsys: pytest.CaptureFixture[str]) -> None:
