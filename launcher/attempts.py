@@ -38,6 +38,11 @@ class Beat:
     first_step: int | None = None
     first_time: float | None = None
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A figure of the heartbeat by its name, `step`, `total` and `time` among them."""
+        own = {"step": self.step, "total": self.total, "time": self.time}
+        return own.get(name, self.figures.get(name, default))
+
 
 @dataclass(frozen=True)
 class End:

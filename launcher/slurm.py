@@ -29,7 +29,10 @@ ENDED = frozenset(
 _STARTED = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")
 _EMPTY = ("", "None", "N/A", "(null)", "Unknown", "None assigned")
 #: Variables of the user's shell that would change what a command does or how it answers.
-_OURS = ("SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
+_OURS = ("SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_")
+#: Of Slurm's own those that say which controller is meant. The others are of a job that the shell stands in: sbatch
+#: would hand them on, and `SLURM_MEM_PER_CPU` beside the new job's own memory keeps every srun from starting.
+CONTROLLER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 #: What the commands say when slurmctld is down, does not answer or is too busy (slurm_errno.c).
 _SILENT = re.compile(
     r"Unable to contact slurm controller|timed out|[Cc]onnection (refused|failure)|Message (send|receive) failure"
@@ -103,7 +106,8 @@ def call(*argv: str, timeout: float = 10.0) -> Answer:
 
     Bytes that are no text are kept in its output as Python keeps them in names of files (`plain` is for people).
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+    inherited = {k: v for k, v in os.environ.items() if k in CONTROLLER or not k.startswith("SLURM_")}
+    environment = {k: v for k, v in inherited.items() if not k.startswith(_OURS)}
     environment["SLURM_BITSTR_LEN"] = "0"  # the indices of an array in full
     try:
         done = subprocess.run(
@@ -137,15 +141,29 @@ def rows(text: str, count: int, first: re.Pattern[str] = JOB_ID) -> Iterator[lis
             yield fields
 
 
+_ONE_JOB = re.compile(r"([0-9]{1,10})(?:[_+][0-9]{1,9})?")
+#: Numbers from here on stand for something else (NO_VAL in slurm.h).
+_NO_JOB = 0xFFFFFFFE
+
+
+def is_job_id(text: str) -> bool:
+    """Whether it is a number that a job can have, or that of an element or a part: `63`, `77_2`, `63+1`."""
+    match = _ONE_JOB.fullmatch(text)
+    return match is not None and 0 < int(match[1]) < _NO_JOB
+
+
 #: Linux takes no argument of more than 128 KiB.
 _LONGEST = 100_000
 
 
 def _lists(jobs: Iterable[str]) -> Iterator[list[str]]:
-    """Ids in order, as many at once as one argument may hold."""
+    """Ids in order, as many at once as one argument may hold.
+
+    What can be no id is left out: Slurm's commands refuse the whole list for one.
+    """
     piece: list[str] = []
     length = 0
-    for job in sorted(set(jobs)):
+    for job in sorted(filter(is_job_id, set(jobs))):
         if length + len(job) >= _LONGEST:
             yield piece
             piece, length = [], 0

@@ -112,6 +112,12 @@ class Step:
     first_node: int = 0
     het_group: int | None = None
 
+    def __post_init__(self) -> None:
+        least = {"nodes": 1, "ntasks": 1, "gpus": 0, "cpus": 1, "first_node": 0}
+        wrong = [(n, f"must be at least {v}, got {getattr(self, n)}") for n, v in least.items() if getattr(self, n) < v]
+        if wrong:
+            raise SpecError(wrong)
+
 
 @dataclass(frozen=True)
 class Limits:

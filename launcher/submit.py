@@ -252,15 +252,19 @@ def _note_scripts(root: Path, run: str, before: Set[str]) -> None:
 
 
 def _room(root: Path, profile: Profile) -> Room:
-    calls = 0 if profile.submit_rate is None else _calls_since(root, time.time() - 60)
+    calls = 0 if profile.submit_rate is None else _calls_in_minute(root, time.time())
     jobs = 0 if profile.max_submit is None else slurm.count_jobs(user_name())
     return room_now(profile, calls, jobs)
 
 
-def _calls_since(root: Path, start: float) -> int:
-    """Calls of sbatch for all runs of a root since a point in time; those for an array's elements are one."""
-    recent = [p for p in (root / "runs").glob(f"*/{JOBS}") if p.stat().st_mtime >= start]
-    return len({line.number for path in recent for _, line in read_lines(path) if line and line.time >= start})
+def _calls_in_minute(root: Path, now: float) -> int:
+    """Calls of sbatch for all runs of a root in the last minute; those for an array's elements are one.
+
+    Those of a later time are old: a clock was set back.
+    """
+    recent = [p for p in (root / "runs").glob(f"*/{JOBS}") if p.stat().st_mtime >= now - 60]
+    lines = [line for path in recent for _, line in read_lines(path) if line]
+    return len({line.number for line in lines if abs(now - line.time) <= 60})
 
 
 def _submit_stage(

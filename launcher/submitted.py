@@ -10,7 +10,6 @@ the job or done to it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -31,6 +30,8 @@ JOBS = "jobs.jsonl"
 SCRIPT = "job.sbatch"
 #: By how much clocks, time zones among them, may differ before a job is taken for one of an earlier time.
 _CLOCKS_S = 7200.0
+#: Later than any time that a clock shows, in seconds.
+_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _read_line(line: bytes) -> Submitted | None:
         found = decode(Submitted, {k: v for k, v in data.items() if k in names})
     except (ValueError, AttributeError, SpecError, RecursionError):
         return None
-    return found if slurm.JOB_ID.fullmatch(found.job) and math.isfinite(found.time) else None
+    return found if slurm.is_job_id(found.job) and 0 <= found.time < _NO_TIME else None
 
 
 def write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:

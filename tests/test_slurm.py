@@ -203,7 +203,9 @@ def test_a_command_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_the_users_shell_sets_for_slurm_decides_nothing(
     answers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SQUEUE_FORMAT", "SQUEUE_USERS", "SACCT_FORMAT", "SLURM_TIME_FORMAT", "SBATCH_PARTITION"):
+    shell = ("SQUEUE_FORMAT", "SQUEUE_USERS", "SACCT_FORMAT", "SLURM_TIME_FORMAT", "SBATCH_PARTITION")
+    surrounding_job = ("SLURM_MEM_PER_CPU", "SLURM_HOSTFILE", "SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_HET_SIZE")
+    for name in (*shell, *surrounding_job):
         monkeypatch.setenv(name, "other")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
     asked = answers("squeue", told("squeue.txt"))

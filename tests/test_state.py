@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher import store
+from launcher.attempts import Beat
 from launcher.run_record import RunRecord
 from launcher.slurm import Job
 from launcher.spec import Limits, encode
@@ -110,3 +111,9 @@ def test_what_finished_a_moment_ago_may_not_be_seen_yet(tmp_path: Path, record: 
     assert told(tmp_path, record, job).state in ("waiting", "interrupted")
     if told_by == "job":
         assert told(tmp_path, late, replace(job, ended=time.time() - 66)).state == "interrupted"
+
+
+def test_a_figure_of_a_heartbeat_is_asked_for_by_its_name() -> None:
+    beat = Beat(time=5.0, step=3, total=9, figures={"loss": 1.5, "step": "not this one"})
+    assert [beat.get(name) for name in ("step", "total", "time", "loss", "absent")] == [3, 9, 5.0, 1.5, None]
+    assert beat.get("absent", 0) == 0

@@ -178,10 +178,10 @@ def _finite(value: Any) -> Any:
 def _model(stages: Iterable[_Stage]) -> Row | None:
     """Name, family and number of parameters of the model that is trained, where one is."""
     for stage in stages:
-        if stage.spec.kind == "train":
-            model = stage.config["model"]
+        model = stage.config.get("model")
+        if stage.spec.kind == "train" and isinstance(model, Mapping):
             counted = stage.facts.get("parameters")
-            return {"name": model["name"], "family": model["family"], "parameters": counted}
+            return {"name": model.get("name"), "family": model.get("family"), "parameters": counted}
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.progress import PREFLIGHT_LEFT, PREFLIGHT_SEEN
 from launcher.spec import Preflight
+from launcher.supervisor.beats import RunningTime
 from launcher.supervisor.classify import Outcome, outcome
 from launcher.supervisor.processes import popen
 
@@ -22,6 +23,8 @@ _APPEARS_S = 5.0
 _IMAGE_S = 600.0
 #: Problems of one node that are told.
 _MOST = 20
+#: What srun says of a task that failed.
+_COMPLAINT = re.compile(r"srun: error: ([^\s:]+): tasks? [\d,-]+: (.+)")
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,15 @@ def look(
     findings = Findings(nodes, {})
     for name, argv in commands:
         limit_s = asked.deadline_s + (0.0 if name == "preflight" else _IMAGE_S)
-        said = _said(_run(name, argv, environment, folder, time.monotonic() + limit_s, stopped))
+        text, ended = _run(name, argv, environment, folder, limit_s, stopped)
+        said, refusal = _said(text), _srun_line(text) if ended else ""
+        silence = f"({refusal})" if refusal else f"in {limit_s:g} s"
         if name == "preflight":
-            findings = Findings(nodes, dict(_node_problems(nodes, said, folder, limit_s)))
+            findings = Findings(nodes, dict(_node_problems(nodes, said, folder, silence)))
         elif name == "cuda":
-            findings = Findings(nodes, {node: _answer(node, said, limit_s, " by CUDA") or [] for node in nodes})
+            findings = Findings(nodes, {node: _answer(node, said, f"by CUDA {silence}") or [] for node in nodes})
         else:
-            findings = _with_all_reduce(findings, asked, said)
+            findings = _with_all_reduce(findings, asked, said, silence)
         if stopped() or any(findings.problems.values()):
             break
     run = tuple(argv for _, argv in commands)
@@ -82,25 +87,34 @@ def _run(
     argv: tuple[str, ...],
     environment: Mapping[str, str],
     folder: Path,
-    end: float,
+    limit_s: float,
     stopped: Callable[[], bool],
-) -> str:
+) -> tuple[str, bool]:
+    """What the command said, and whether it ended by itself."""
     path = folder / f"{name}.log"
     with path.open("ab") as log:
         process = popen(argv, environment, folder, log, log)
-    while process.poll() is None and time.monotonic() < end and not stopped():
+    clock = RunningTime()  # a job may be suspended meanwhile
+    while process.poll() is None and clock() < limit_s and not stopped():
         time.sleep(0.05)
-    if process.poll() is None:
+    ended = process.poll() is not None
+    if not ended:
         os.killpg(process.pid, 9)
         process.wait()
-    return path.read_text(errors="replace", encoding="utf-8")
+    return path.read_text(errors="replace", encoding="utf-8"), ended
+
+
+def _srun_line(text: str) -> str:
+    """The last thing that srun itself said: why it could not start, perhaps."""
+    lines = [line.strip() for line in text.splitlines() if line.startswith("srun: ") and not _COMPLAINT.match(line)]
+    return lines[-1][:300] if lines else ""
 
 
 def _said(text: str) -> list[dict[str, Any]]:
     """What the tasks said, a JSON object a line, and what srun said of those that failed; other lines are noise."""
     found = []
     for line in text.splitlines():
-        complaint = re.match(r"srun: error: ([^\s:]+): tasks? [\d,-]+: (.+)", line)
+        complaint = _COMPLAINT.match(line)
         if complaint:
             found.append({"node": complaint[1], "problems": [f"the check could not run: {complaint[2]}"]})
         elif line.startswith("{"):
@@ -112,17 +126,17 @@ def _said(text: str) -> list[dict[str, Any]]:
 
 
 def _node_problems(
-    nodes: tuple[str, ...], said: list[dict[str, Any]], folder: Path, deadline_s: float
+    nodes: tuple[str, ...], said: list[dict[str, Any]], folder: Path, silence: str
 ) -> Iterator[tuple[str, list[str]]]:
     for node in nodes:
-        yield node, _answer(node, said, deadline_s) or _invisible(folder / PREFLIGHT_LEFT.format(node=node))
+        yield node, _answer(node, said, silence) or _invisible(folder / PREFLIGHT_LEFT.format(node=node))
 
 
-def _answer(node: str, said: list[dict[str, Any]], deadline_s: float, by: str = "") -> list[str]:
+def _answer(node: str, said: list[dict[str, Any]], silence: str) -> list[str]:
     """The problems that a node told; its silence is one."""
     answers = [s for s in said if s.get("node") == node]
     if not answers:
-        return [f"no answer{by} in {deadline_s:g} s"]
+        return [f"no answer {silence}"]
     return [str(p) for s in answers for p in s.get("problems", [])][:_MOST]
 
 
@@ -136,12 +150,12 @@ def _invisible(left: Path) -> list[str]:
     return []
 
 
-def _with_all_reduce(findings: Findings, asked: Preflight, said: list[dict[str, Any]]) -> Findings:
+def _with_all_reduce(findings: Findings, asked: Preflight, said: list[dict[str, Any]], silence: str) -> Findings:
     assert asked.all_reduce is not None
     measured = next((s for s in said if "bus_gbs" in s), None)
     if measured is None:
         failed = sorted({s["node"] for s in said if "node" in s})
-        ended = f"failed on {', '.join(failed)}" if failed else f"gave no answer in {asked.deadline_s + _IMAGE_S:g} s"
+        ended = f"failed on {', '.join(failed)}" if failed else f"gave no answer {silence}"
         return Findings(findings.nodes, findings.problems, common=f"the all-reduce {ended}; see all-reduce.log")
     floor, got = asked.all_reduce.floor_gbs, float(measured["bus_gbs"])
     words = f"all-reduce ({measured['mode']}): {got:.3g} GB/s bus bandwidth, below the floor of {floor:g}"

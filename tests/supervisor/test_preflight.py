@@ -9,6 +9,7 @@ import pytest
 
 from launcher.progress import PREFLIGHT_LEFT
 from launcher.spec import AllReduce, Preflight
+from launcher.supervisor.beats import RunningTime
 from launcher.supervisor.preflight import Findings, judge, look
 
 BOTH = ("n1", "n2")
@@ -60,6 +61,20 @@ def test_a_node_that_cannot_run_the_check_or_says_nothing_has_failed(tmp_path: P
     found = looked(tmp_path, failed, asked=Preflight(deadline_s=3.0))
     assert "could not run: Exited with exit code 1" in found.problems["n1"][0]
     assert found.problems["n2"] == ["no answer in 3 s"]
+
+
+def test_what_srun_says_of_itself_is_told_where_nobody_answers(tmp_path: Path) -> None:
+    words = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
+    found = looked(tmp_path, f"print({words!r})")
+    assert found.problems == {name: [f"no answer ({words})"] for name in BOTH}
+
+
+def test_a_check_that_stood_still_with_its_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspended for an hour: its deadline counts the time in which it could run."""
+    hands = iter(range(0, 10_000_000, 3600))
+    monkeypatch.setattr("launcher.supervisor.preflight.RunningTime", lambda: RunningTime(lambda: float(next(hands))))
+    slow = "import time\ntime.sleep(0.5)\n" + node("n1") + node("n2")
+    assert looked(tmp_path, slow, asked=Preflight(deadline_s=300.0)).problems == {"n1": [], "n2": []}
 
 
 def test_a_node_whose_writes_are_not_seen_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,8 +115,10 @@ if ! command -v sbatch >/dev/null; then
     echo "submit.sh: no sbatch here; run this on the cluster's login node" >&2
     exit 1
 fi
-# Variables that would change what the scripts say.
-unset "${!SBATCH_@}"
+# Variables that would change what the scripts say or squeue answers, and those of a job that this shell stands in.
+for name in "${!SBATCH_@}" "${!SQUEUE_@}" "${!SLURM_@}"; do
+    [[ $name =~ ^SLURM_(CONF|CLUSTERS|JWT)$ ]] || unset "$name"
+done
 if ! put run.json "$run/run.json"; then
     echo "submit.sh: cannot write under $run; nothing has been submitted" >&2
     exit 1
