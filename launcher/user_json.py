@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.files import read_bytes
+from launcher.files import pointer, read_bytes
 
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
@@ -27,7 +27,9 @@ _HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)
 
 
 def decode(content: bytes, where: str) -> str:
-    """The text of a file. Raises UserError where it is not UTF-8, naming the line."""
+    """The text of a file. Raises UserError where it is not UTF-8, naming the line, or stands for another file."""
+    if instead := pointer(content):
+        raise UserError(f"{where}: {instead}")
     try:
         return content.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:

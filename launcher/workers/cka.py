@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.files import MOST_ROWS, read_bytes
 from launcher.user_json import decode
 from launcher.workers.sampling import AS_TEXT
 from launcher.workers.weight_diff import run_by_hand
@@ -107,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(path: Path) -> list[str]:
     """One text a line. Raises UserError where there are fewer than four."""
     try:
-        texts = [line for line in decode(path.read_bytes(), str(path)).split("\n") if line.strip()]
+        texts = [
+            line for line in decode(read_bytes(path, MOST_ROWS, piped=True), str(path)).split("\n") if line.strip()
+        ]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if len(texts) < 4:

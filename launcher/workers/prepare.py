@@ -67,12 +67,13 @@ def check(config: PrepareConfig) -> None:
     """See, before the long work, that sets, sources and tokenizer can be made. Raises UserError with all problems."""
     from launcher.workers.problems import open_task
     from launcher.workers.text import read_documents
+    from launcher.workers.tokenizer import build
     from launcher.workers.tokens import check_vocab_size
 
     def tokenizer() -> None:
         check_vocab_size(config.tokenizer)
         if config.tokenizer.path is not None:
-            _find_tokenizer(config.tokenizer.path)
+            build(read_tokenizer_files(_find_tokenizer(config.tokenizer.path)), config.tokenizer.allowed_special)
 
     _all_problems(
         [
