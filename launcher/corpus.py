@@ -105,11 +105,14 @@ def look(path: Path) -> Corpus:
     for file in found.files:
         ending = os.path.splitext(file.name.lower())[1]
         if form(file)[0]:
-            read.append(file)
             if instead := _instead(file):
                 wrong[file] = instead
+            else:
+                read.append(file)
         elif ending in _REFUSED:
             wrong[file] = f"{ending} is not read; {_REFUSED[ending]}, or move it elsewhere"
+        elif ending == ".gz" and (inner := os.path.splitext(file.name.lower().removesuffix(".gz"))[1]) in _REFUSED:
+            wrong[file] = f"{inner}.gz is not read; {_REFUSED[inner]}, or move it elsewhere"
         elif ending == ".gz":
             wrong[file] = "what is in it cannot be told by its name; name it .jsonl.gz or .txt.gz, or move it elsewhere"
         else:
@@ -126,6 +129,8 @@ def _instead(file: Path) -> str | None:
     """Why a file is none that can be read, as far as can be seen without reading all of it."""
     if not file.is_file():
         return "not a regular file; name a file or a folder"
+    if not file.stat().st_size:
+        return "is empty; remove it"
     try:
         return pointer_at(file)
     except OSError as error:

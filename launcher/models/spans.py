@@ -53,8 +53,8 @@ def in_tar(path: Path) -> Files:
         raise UserError(f"{path}: {error.strerror}; make it readable, or copy it") from None
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{path}: not a whole uncompressed tar archive ({error}); gunzip it if it is compressed, and name the folder "
-            "where the checkpoint is one"
+            f"{path}: not a whole uncompressed tar archive ({error}); gunzip it if it is compressed, and name "
+            "the folder where the checkpoint is one"
         ) from None
     names = {m.name.removeprefix("./"): Span(path, m.offset_data, m.size, m.name.removeprefix("./")) for m in found}
     size = path.stat().st_size

@@ -108,11 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(path: Path) -> list[str]:
     """One text a line. Raises UserError where there are fewer than four."""
     try:
-        texts = [
-            line for line in decode(read_bytes(path, MOST_ROWS, piped=True), str(path)).split("\n") if line.strip()
-        ]
+        text = decode(read_bytes(path, MOST_ROWS, piped=True), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    texts = [line for line in text.split("\n") if line.strip()]
     if len(texts) < 4:
         raise UserError(f"{path}: {len(texts)} texts; CKA needs at least 4, and means little below a hundred")
     return texts

@@ -160,7 +160,10 @@ def _write_source(
     from launcher.workers.tokens import encode_documents, token_dtype, write_indexed
 
     prefix = job.output("tokens") / name
-    ids = encode_documents(tokenizer, text.documents, end_id)
+    try:
+        ids = encode_documents(tokenizer, text.documents, end_id)
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"sources.{name}: the tokenizer cannot cut its text into tokens: {error}") from None
     documents, tokens = write_indexed(prefix, ids, token_dtype(max(tokenizer.get_vocab().values()) + 1))
     special = spelled(tokenizer, text.documents, config.tokenizer.allowed_special)
     if special["as_text"]:
