@@ -47,6 +47,13 @@ def pointer_at(path: Path) -> str | None:
         return pointer(file.read(MOST_POINTER))
 
 
+def link_to_nothing(path: Path) -> str | None:
+    """What to say of a link whose target is absent, as caches of a hub are full of when a file was not fetched."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"a link to {path.readlink()}, which is not there; get the file again, or remove the link"
+
+
 def read_bytes(path: Path, most: int = MOST, *, piped: bool = False) -> bytes:
     """What a regular file holds; where `piped`, also what comes through a pipe, as from `<(program)`.
 

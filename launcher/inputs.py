@@ -127,8 +127,8 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
     path = checkpoint_path(ref, relative_to)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    form, files = look_at(path)
-    if form == "hf" and not any(name.endswith(".safetensors") for name in files):
+    form, _ = look_at(path)
+    if form == "hf" and not any(path.glob("*.safetensors")):
         raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
     return External(str(path), form, store.tree_fingerprint(path), _model_type(path))
 

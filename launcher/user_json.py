@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.files import pointer, read_bytes
+from launcher.files import link_to_nothing, pointer, read_bytes
 
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
@@ -92,6 +92,8 @@ def read_json(path: Path, most: int = _MOST) -> Any:
     try:
         content = read_bytes(path, most)
     except (FileNotFoundError, NotADirectoryError):
+        if gone := link_to_nothing(path):
+            raise UserError(f"{path}: {gone}") from None
         raise FileNotFoundError(2, "No such file or directory", str(path)) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

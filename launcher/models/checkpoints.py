@@ -26,7 +26,7 @@ from launcher.models.headers import (
 )
 from launcher.models.matching import match
 from launcher.models.shape import ModelShape
-from launcher.models.side_files import TEMPLATES
+from launcher.models.side_files import TEMPLATES, side_files
 from launcher.models.spans import Files, directly_in, in_tar
 
 #: Where the formats `megatron` and `nemo` keep config.json and the tokenizer.
@@ -48,6 +48,9 @@ def look_at(path: Path) -> tuple[Format, Files]:
         raise UserError(
             f"{path}: an iteration of a checkpoint of format megatron; name the folder with its {torch_dist.TRACKER}"
         )
+    for folder in (path, path / CARRIED):
+        if folder.is_dir():
+            side_files(folder)  # raises for what is named like a file that travels and is none
     if torch_dist.TRACKER in files:
         return "megatron", files
     if NEMO_CONFIG in files or f"{NEMO_WEIGHTS}/.metadata" in files or ".metadata" in files:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError, bounded
-from launcher.files import pointer, pointer_at
+from launcher.files import link_to_nothing, pointer, pointer_at
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import Shape
@@ -114,6 +114,8 @@ def read_headers(folder: Path) -> dict[str, Held]:
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the folder's index; empty where there is none. Raises UserError."""
     path = folder / INDEX
+    if nowhere := link_to_nothing(path):
+        raise UserError(f"{path}: {nowhere}")
     if not path.exists():
         return {}
     content = _read_small(path, _MOST_HEADER, "get the checkpoint again")
