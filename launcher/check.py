@@ -19,6 +19,7 @@ from launcher.configs import (
     TrainConfig,
 )
 from launcher.containers import image_warning
+from launcher.convert.nemo import nemo_config_problems
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
 from launcher.fit.host import node_bytes
@@ -63,7 +64,7 @@ def _checkpoint_problems(recipe: Recipe) -> Iterator[str]:
     """What the headers of checkpoints outside the store rule out, which jobs would say after the queue."""
     for stage, need in external_checkpoints(recipe):
         folder = checkpoint_path(need.ref, Path(recipe.path).parent)
-        if folder.is_dir():
+        if folder.exists():
             path = f"stages.{stage.name}.{need.where}"
             yield from (f"{recipe.where(path)}: {path}: {problem}" for problem in _obstacles(stage, need, folder))
 
@@ -72,6 +73,8 @@ def _obstacles(stage: Stage, need: Need, folder: Path) -> list[str]:
     form = format_of(folder)
     if form not in need.accepts:
         target = next((to for to in need.accepts if (form, to) in CONVERSIONS), None)
+    elif folder.is_file():
+        return [f"{folder}: an archive; unpack it (tar -xf) and name the folder, whose hf/ this stage reads"]
     elif form == "hf" and stage.kind != "merge":
         return unreadable(folder, to_train=stage.kind == "rl")
     else:
@@ -80,7 +83,7 @@ def _obstacles(stage: Stage, need: Need, folder: Path) -> list[str]:
         wanted = shape_of(stage.config.model.config) if isinstance(stage.config, TrainConfig) else None
     except UserError:  # told of the model itself
         wanted = None
-    return obstacles(folder, target, wanted)
+    return obstacles(folder, target, wanted) or (nemo_config_problems(folder) if form == "nemo" else [])
 
 
 def warnings_of(stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:

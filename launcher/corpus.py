@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.files import pointer_at
 from launcher.user_json import TOLD
 
 #: How a file is read, by the end of its name in small letters; each may be compressed by gzip (.gz).
@@ -104,9 +105,14 @@ def look(path: Path) -> Corpus:
     for file in found.files:
         ending = os.path.splitext(file.name.lower())[1]
         if form(file)[0]:
-            read.append(file)
+            if instead := _instead(file):
+                wrong[file] = instead
+            else:
+                read.append(file)
         elif ending in _REFUSED:
             wrong[file] = f"{ending} is not read; {_REFUSED[ending]}, or move it elsewhere"
+        elif ending == ".gz" and (inner := os.path.splitext(file.name.lower().removesuffix(".gz"))[1]) in _REFUSED:
+            wrong[file] = f"{inner}.gz is not read; {_REFUSED[inner]}, or move it elsewhere"
         elif ending == ".gz":
             wrong[file] = "what is in it cannot be told by its name; name it .jsonl.gz or .txt.gz, or move it elsewhere"
         else:
@@ -117,6 +123,18 @@ def look(path: Path) -> Corpus:
     if not read and not problems:
         problems = [f"{path}: {'holds' if path.is_dir() else 'is'} no {', '.join(sorted(FORMS))} file"]
     return Corpus(tuple(read), dict(sorted(passed.items())), tuple(problems))
+
+
+def _instead(file: Path) -> str | None:
+    """Why a file is none that can be read, as far as can be seen without reading all of it."""
+    if not file.is_file():
+        return "not a regular file; name a file or a folder"
+    if not file.stat().st_size:
+        return "is empty; remove it"
+    try:
+        return pointer_at(file)
+    except OSError as error:
+        return f"{error.strerror}; make it readable, or move it elsewhere"
 
 
 def told(passed: Mapping[Path, str], root: Path, most: int = 5) -> str:

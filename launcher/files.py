@@ -12,6 +12,8 @@ from launcher.errors import UserError
 
 #: Bytes of a file that people write: recipes, profiles, config.json.
 MOST = 16 << 20
+#: Bytes of a file of texts or problems, which are held in memory at once.
+MOST_ROWS = 4 << 30
 _PIPE_S = 10
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -19,6 +21,37 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+#: How the text begins that a clone holds in a file's place until the file itself is fetched.
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/": "Git LFS and not the file itself; get that with `git lfs pull`",
+    b"version https://hawser.github.com/spec/": "Git LFS and not the file itself; get that with `git lfs pull`",
+    b"/annex/objects/": "git-annex and not the file itself; get that with `git annex get`",
+}
+#: Bytes of the longest pointer.
+MOST_POINTER = 1024
+
+
+def pointer(content: bytes) -> str | None:
+    """What to say of a file that only stands for another, by its beginning."""
+    found = (words for begins, words in _POINTERS.items() if content.startswith(begins))
+    return next((f"a pointer of {words}" for words in found), None)
+
+
+def pointer_at(path: Path) -> str | None:
+    """The same of a file, of which the beginning is read where it is small enough."""
+    if not path.is_file() or path.stat().st_size > MOST_POINTER:
+        return None
+    with path.open("rb") as file:
+        return pointer(file.read(MOST_POINTER))
+
+
+def link_to_nothing(path: Path) -> str | None:
+    """What to say of a link whose target is absent, as caches of a hub are full of when a file was not fetched."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"a link to {path.readlink()}, which is not there; get the file again, or remove the link"
 
 
 def read_bytes(path: Path, most: int = MOST, *, piped: bool = False) -> bytes:

@@ -14,10 +14,8 @@ from launcher.configs import AnalyzeConfig, EvaluateConfig, PrepareConfig, RLCon
 from launcher.corpus import look, told
 from launcher.errors import UserError
 from launcher.files import read_bytes
-from launcher.models.checkpoints import CARRIED
-from launcher.models.headers import adapter_problem, read_config
+from launcher.models.checkpoints import carried_config, look_at
 from launcher.models.tokenizer_files import end_of, read_tokenizer_files
-from launcher.models.torch_dist import TRACKER
 from launcher.recipe import Recipe, Stage
 from launcher.references import checkpoint_path, is_external, is_on_hub
 from launcher.spec import Format
@@ -129,24 +127,20 @@ def read_checkpoint(ref: str, relative_to: Path) -> External:
     path = checkpoint_path(ref, relative_to)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    if (path / TRACKER).exists():
-        return External(str(path), "megatron", store.tree_fingerprint(path), _model_type(path / CARRIED))
-    if (path / "config.json").exists():
-        if not list(path.glob("*.safetensors")):
-            raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
-        return External(str(path), "hf", store.tree_fingerprint(path), _model_type(path))
-    raise UserError(
-        adapter_problem(path) or f"{path}: neither a Hugging Face folder (config.json) nor a Megatron one ({TRACKER})"
-    )
+    form, _ = look_at(path)
+    if form == "hf" and not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: has config.json but no .safetensors file; save it with safe serialization")
+    return External(str(path), form, store.tree_fingerprint(path), _model_type(path))
 
 
-def _model_type(folder: Path) -> str | None:
-    """The model type of a folder's config.json; None where there is none."""
-    if not (folder / "config.json").exists():
+def _model_type(path: Path) -> str | None:
+    """The model type of a checkpoint's config.json; None where there is none."""
+    config = carried_config(path)
+    if config is None:
         return None
-    found = read_config(folder).get("model_type")
+    found = config.get("model_type")
     if not isinstance(found, str):
-        raise UserError(f"{folder / 'config.json'}: not a model's config.json: it has no model_type")
+        raise UserError(f"{path}: its config.json is not a model's: it has no model_type")
     return found
 
 

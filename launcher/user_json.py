@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.files import read_bytes
+from launcher.files import link_to_nothing, pointer, read_bytes
 
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
@@ -22,12 +22,25 @@ TOLD = 20
 _MOST = 256 << 20
 #: Digits of the largest whole number that is also a floating-point number.
 _DIGITS = sys.float_info.max_10_exp
+#: How files begin that are something else than text in UTF-8, and what to do with them.
+_OTHERS = {
+    b"\xff\xfe": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\x1f\x8b": "compressed by gzip; unpack it, or of a corpus let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "parquet; write it as JSON",
+}
 #: Half of a pair of escapes that make one character.
 _HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]..")
 
 
 def decode(content: bytes, where: str) -> str:
-    """The text of a file. Raises UserError where it is not UTF-8, naming the line."""
+    """The text of a file. Raises UserError where it is not UTF-8, naming the line, or stands for another file."""
+    if instead := pointer(content):
+        raise UserError(f"{where}: {instead}")
+    if form := next((words for begins, words in _OTHERS.items() if content.startswith(begins)), None):
+        raise UserError(f"{where}:1: not text in UTF-8: it is {form}")
     try:
         return content.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
@@ -47,7 +60,7 @@ def parse(text: str, where: str, *, strict: bool = False) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
-        problem = "nested too deeply"
+        problem = "not JSON: nested too deeply"
     except UnicodeEncodeError:
         half = _HALF.search(text)
         place += f":{text.count(chr(10), 0, half.start()) + 1}" if half and several else ""
@@ -79,6 +92,8 @@ def read_json(path: Path, most: int = _MOST) -> Any:
     try:
         content = read_bytes(path, most)
     except (FileNotFoundError, NotADirectoryError):
+        if gone := link_to_nothing(path):
+            raise UserError(f"{path}: {gone}") from None
         raise FileNotFoundError(2, "No such file or directory", str(path)) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

@@ -84,5 +84,5 @@ def test_what_is_there_and_is_no_checkpoint_is_an_error(folder: Path) -> None:
     stage = "  mid:\n    kind: rl\n    backend: trl\n    prompts: prepare/p\n    max_steps: 1\n"
     (folder / "r.yaml").write_text(RECIPE + stage + "    checkpoint: ./text\n")
     (recipe,) = load_recipes(folder / "r.yaml")
-    with pytest.raises(UserError, match="neither a Hugging Face folder"):
+    with pytest.raises(UserError, match=r"no checkpoint: neither config.json \(hf\)"):
         resolve_inputs(recipe)

@@ -12,7 +12,7 @@ import torch
 
 from launcher.convert import nemo, run_config
 from launcher.convert.entry import Entry
-from launcher.convert.files import Member, in_folder, in_tar, leave_cache, pack
+from launcher.convert.files import Member, in_folder, leave_cache, pack
 from launcher.convert.folders import Checkpoint, Reader, Writer, copy_side_files, model_alone, open_checkpoint
 from launcher.convert.hf import HfReader, HfWriter
 from launcher.convert.links import Link, links
@@ -28,6 +28,7 @@ from launcher.errors import UserError, bounded
 from launcher.models.checkpoints import CARRIED
 from launcher.models.formats import Format
 from launcher.models.shape import ModelShape
+from launcher.models.spans import in_tar
 from launcher.models.torch_dist import RELEASE, TRACKER
 
 #: Bytes beside a tensor's own in any format, at most, and of the files around them.

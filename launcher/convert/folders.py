@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +13,18 @@ from torch import Tensor
 
 from launcher.convert import nemo
 from launcher.convert.entry import Entry, raw_bytes
-from launcher.convert.files import Files, Span, directly_in, in_tar
 from launcher.convert.hf import HfReader
 from launcher.convert.torch_dist import TorchDistReader
 from launcher.errors import UserError
 from launcher.models import headers
-from launcher.models.checkpoints import CARRIED, carried_in, format_of
+from launcher.models.checkpoints import CARRIED, carried_in, format_of, look_at, weights_in
 from launcher.models.formats import Format, tensors_of
-from launcher.models.headers import INDEX, Held, adapter_problem
+from launcher.models.headers import Held
 from launcher.models.matching import match
 from launcher.models.shape import ModelShape
 from launcher.models.side_files import TEMPLATES, is_side_file
-from launcher.models.torch_dist import RELEASE, TRACKER, checkpoint_dir
+from launcher.models.spans import Files, Span, directly_in
+from launcher.models.torch_dist import check_backend, checkpoint_dir
 
 
 class Reader(Protocol):
@@ -88,7 +86,7 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> Checkpoint
 
     `config_folder`: a folder with config.json and tokenizer, for a checkpoint that has none. Raises UserError.
     """
-    name, files = _look_at(path)
+    name, files = look_at(path)
     if config_folder is not None and not config_folder.is_dir():
         raise UserError(f"--config: {config_folder}: no such folder")
     side = (
@@ -167,57 +165,15 @@ class _Model:
         return self._reader.read_together([self._names[name] for name in names])
 
 
-def _look_at(path: Path) -> tuple[Format, Files]:
-    """The format of a checkpoint, and its files."""
-    if path.is_file():
-        return "nemo", in_tar(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
-    files = directly_in(path, CARRIED, nemo.WEIGHTS, TEMPLATES, f"{CARRIED}/{TEMPLATES}")
-    if ".metadata" in files and re.fullmatch(rf"{RELEASE}|iter_\d+", path.resolve().name):
-        raise UserError(f"{path}: an iteration of a checkpoint of format megatron; name the folder with its {TRACKER}")
-    if TRACKER in files:
-        return "megatron", files
-    if nemo.CONFIG in files or f"{nemo.WEIGHTS}/.metadata" in files or ".metadata" in files:
-        return "nemo", files
-    if "config.json" not in files and (problem := adapter_problem(path)):
-        raise UserError(problem)
-    if "config.json" in files or INDEX in files or any(name.endswith(".safetensors") for name in files):
-        return "hf", files
-    raise UserError(
-        f"{path}: no checkpoint: neither config.json (hf), {TRACKER} (megatron) nor {nemo.CONFIG} (nemo) is there"
-    )
-
-
 def _reader(name: Format, path: Path, files: Files) -> Reader:
     if name == "hf":
         return HfReader(path)
     if name == "megatron":
         folder = checkpoint_dir(path)
         return TorchDistReader(folder, directly_in(folder))
-    inside = f"{nemo.WEIGHTS}/"
-    weights = {n.removeprefix(inside): s for n, s in files.items() if n.startswith(inside)}
-    where = path / nemo.WEIGHTS if weights else path
-    weights = weights or {n: s for n, s in files.items() if "/" not in n}
-    _check_backend(where, weights)
+    where, weights = weights_in(path, files)
+    check_backend(where, weights)
     return TorchDistReader(where, weights, nemo.PREFIX)
-
-
-def _check_backend(where: Path, files: Files) -> None:
-    """Refuse what is no torch_dist: NeMo's older zarr, and single files, which are pickles."""
-    if "metadata.json" not in files:
-        pickle = next((n for n in files if n.endswith(".ckpt")), None)
-        kind = f"{pickle} is a pickle, which is never loaded" if pickle else "no metadata.json"
-        raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
-    try:
-        backend = json.loads(files["metadata.json"].read(headers.MOST_CONFIG))["sharded_backend"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        backend = "unknown"
-    if backend != "torch_dist":
-        raise UserError(
-            f"{files['metadata.json']}: format {backend}; only torch_dist is read "
-            "(NeMo has scripts/checkpoint_converters/convert_zarr_to_torch_dist.py)"
-        )
 
 
 def read_config(side: Files, where: Path) -> tuple[dict[str, object], ModelShape]:

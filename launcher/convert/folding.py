@@ -32,11 +32,6 @@ def factors(shape: ModelShape) -> dict[str, float]:
     }
 
 
-def folded_epsilon(shape: ModelShape) -> float:
-    """The norms' epsilon beside folded weights."""
-    return shape.norm_epsilon / shape.residual_multiplier**2
-
-
 def fold(row: TensorMap, shape: ModelShape, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The row's Hugging Face tensors with the multipliers in them, in fp32."""
     return [t.to(torch.float32, copy=True).mul_(factor) for t, factor in zip(tensors, _of(row, shape), strict=True)]

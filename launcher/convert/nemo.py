@@ -14,14 +14,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.convert.folding import folded_epsilon
 from launcher.errors import UserError
-from launcher.models.formats import nemo_problems, vocabulary_unit
+from launcher.models.checkpoints import carried_config, look_at
+from launcher.models.formats import (
+    NEMO_CONFIG,
+    NEMO_PREFIX,
+    NEMO_WEIGHTS,
+    folded_epsilon,
+    nemo_problems,
+    vocabulary_unit,
+)
+from launcher.models.headers import MOST_CONFIG, shape_in
 from launcher.models.shape import ModelShape
 
-CONFIG = "model_config.yaml"
-WEIGHTS = "model_weights"
-PREFIX = "model."
+CONFIG, WEIGHTS, PREFIX = NEMO_CONFIG, NEMO_WEIGHTS, NEMO_PREFIX
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
 
@@ -108,6 +114,19 @@ def model_config(shape: ModelShape, tokenizer: Path, initializer_range: float = 
         "target": _TARGET,
         "nemo_version": "2.1.0",
     }
+
+
+def nemo_config_problems(path: Path) -> list[str]:
+    """What the model_config.yaml of a checkpoint says otherwise than its config.json, by `check`."""
+    files, config = look_at(path)[1], carried_config(path)
+    if CONFIG not in files or config is None:
+        return []
+    try:
+        span = files[CONFIG]
+        check_config(span.read(MOST_CONFIG).decode(errors="replace"), str(span), shape_in(config, path))
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def check_config(text: str, where: str, shape: ModelShape) -> None:

@@ -35,12 +35,13 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
 from launcher.convert.entry import Entry, Shape
-from launcher.convert.files import Files, Member, begin_writing
+from launcher.convert.files import Member, begin_writing
 from launcher.convert.lanes import LANES
 from launcher.convert.metadata import parse_metadata
 from launcher.errors import UserError, bounded
 from launcher.models.headers import Held
 from launcher.models.shape import ModelShape
+from launcher.models.spans import Files
 from launcher.models.torch_dist import is_weight, layers_of
 
 #: What Megatron-LM reads beside the tensors.

@@ -13,6 +13,8 @@ from launcher.models.tensors import Shape, TensorMap
 Format = Literal["hf", "megatron", "nemo"]
 #: Tensor-parallel sizes of runs, by which NeMo and Megatron-LM pad the vocabularies of what they save.
 _TP = (1, 2, 4, 8, 16)
+#: Of a checkpoint of format nemo: what NeMo builds the model from, the weights, what their keys begin with.
+NEMO_CONFIG, NEMO_WEIGHTS, NEMO_PREFIX = "model_config.yaml", "model_weights", "model."
 #: NeMo has llama3 scaling built in for this factor alone.
 _NEMO_FACTOR = 8.0
 
@@ -68,6 +70,11 @@ def output_copy(shape: ModelShape, form: Format) -> tuple[str, str] | None:
     if not shape.share_embeddings_and_output_weights:
         return None
     return ("lm_head.weight" if form == "hf" else "output_layer.weight"), names_of(tensor_map(shape)[0], form)[0]
+
+
+def folded_epsilon(shape: ModelShape) -> float:
+    """The norms' epsilon beside weights that Granite's multipliers are folded into."""
+    return shape.norm_epsilon / shape.residual_multiplier**2
 
 
 def nemo_problems(shape: ModelShape, fold: bool) -> list[str]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError, bounded
+from launcher.files import link_to_nothing, pointer, pointer_at
 from launcher.models.families import shape_of
 from launcher.models.shape import ModelShape
 from launcher.models.tensors import Shape
-from launcher.user_json import decode
+from launcher.user_json import decode, parse
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,10 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def parse_config(content: bytes, path: Path) -> dict[str, Any]:
     """The content of a config.json; a byte-order mark before it does no harm. Raises UserError."""
-    try:
-        config = json.loads(decode(content, str(path))) if len(content) <= MOST_CONFIG else None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); get the file again") from None
+    config = parse(decode(content, str(path)), str(path)) if len(content) <= MOST_CONFIG else None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a config.json of a model; get the file again")
     return config
@@ -116,10 +114,15 @@ def read_headers(folder: Path) -> dict[str, Held]:
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the folder's index; empty where there is none. Raises UserError."""
     path = folder / INDEX
+    if nowhere := link_to_nothing(path):
+        raise UserError(f"{path}: {nowhere}")
     if not path.exists():
         return {}
+    content = _read_small(path, _MOST_HEADER, "get the checkpoint again")
+    if instead := pointer(content):
+        raise UserError(f"{path}: {instead}")
     try:
-        places = json.loads(_read_small(path, _MOST_HEADER, "get the checkpoint again"))["weight_map"]
+        places = json.loads(content)["weight_map"]
         names = set(places.values())
         wrong = sorted(name for name in names if Path(name).name != name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -172,6 +175,8 @@ def read_header(path: Path) -> dict[str, Held]:
     """The tensors of one safetensors file by its header; its size is compared. Raises UserError."""
     try:
         size = path.stat().st_size
+        if instead := pointer_at(path):
+            raise UserError(f"{path}: {instead}")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:

@@ -7,6 +7,9 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from launcher.errors import UserError
+from launcher.files import link_to_nothing
+
 #: The folder of further chat templates, of which every .jinja file is one.
 TEMPLATES = "additional_chat_templates"
 #: All that a tokenizer is made of, whatever library wrote it. Paths inside the folder.
@@ -45,10 +48,13 @@ def is_side_file(name: str) -> bool:
 
 
 def side_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that are carried along, by their paths inside it."""
+    """The files of a folder that are carried along, by their paths inside it. Raises UserError for one that is none."""
     found = [*folder.iterdir(), *((folder / TEMPLATES).iterdir() if (folder / TEMPLATES).is_dir() else ())]
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
-    return {name: path for name, path in names.items() if is_side_file(name)}
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+    wanted = {name: path for name, path in names.items() if is_side_file(name) and not path.is_dir()}
+    if wrong := [path for path in wanted.values() if not path.is_file()]:
+        raise UserError(f"{path}: {link_to_nothing(path) or 'not a regular file; take it away'}" for path in wrong)
+    return wanted
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

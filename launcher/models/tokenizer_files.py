@@ -124,6 +124,11 @@ def end_of(files: TokenizerFiles) -> tuple[str, int]:
         raise UserError(f'{where}: names no eos_token, which ends every document; add "eos_token": "TOKEN" there')
     if found not in files.ids:
         raise UserError(f"{where}: eos_token {found} is not in tokenizer.json; name one that is")
+    if found.isalnum() and found in _pieces(files.json):
+        raise UserError(
+            f"{where}: eos_token {found} is a plain word, which would end a document wherever a text has it; name a "
+            "token that no text spells, such as <eos>"
+        )
     return found, files.ids[found]
 
 
@@ -136,6 +141,12 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """Token to id, of a tokenizer.json; empty where there is none. Raises UserError."""
     data = read_object(folder / "tokenizer.json")
     return {} if data is None else vocabulary_of(data, folder)
+
+
+def _pieces(data: Mapping[str, Any]) -> set[str]:
+    """What the model of a tokenizer.json can make of plain text."""
+    vocab = data["model"]["vocab"]
+    return set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
 
 
 def vocabulary_of(data: Mapping[str, Any], folder: Path) -> dict[str, int]:

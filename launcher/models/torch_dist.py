@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 
 from launcher.errors import UserError, bounded
 from launcher.models import pickles
-from launcher.models.headers import Held
+from launcher.models.headers import MOST_CONFIG, Held
+from launcher.models.spans import Files, directly_in
 from launcher.models.tensors import Shape
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -64,19 +66,40 @@ def layers_of(key: str, size: Shape, prefix: str, where: Path) -> Iterator[tuple
     yield from ((f"decoder.layers.{layer}.{stacked[1]}", size[1:], layer) for layer in range(size[0]))
 
 
-def read_held(folder: Path) -> dict[str, Held]:
+def check_backend(where: Path, files: Files) -> None:
+    """Refuse what is no torch_dist: NeMo's older zarr, and single files, which are pickles."""
+    if "metadata.json" not in files:
+        pickle = next((n for n in files if n.endswith(".ckpt")), None)
+        kind = f"{pickle} is a pickle, which is never loaded" if pickle else "no metadata.json"
+        raise UserError(f"{where}: {kind}; save the checkpoint in torch_dist format")
+    try:
+        backend = json.loads(files["metadata.json"].read(MOST_CONFIG))["sharded_backend"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        backend = "unknown"
+    if backend != "torch_dist":
+        raise UserError(
+            f"{files['metadata.json']}: format {backend}; only torch_dist is read "
+            "(NeMo has scripts/checkpoint_converters/convert_zarr_to_torch_dist.py)"
+        )
+
+
+def read_held(folder: Path, files: Files | None = None, prefix: str = "") -> dict[str, Held]:
     """The model's tensors in the folder of an iteration, by its `.metadata`; its files are looked at. Raises UserError.
 
-    Nothing is returned where it is too large to be looked at in passing.
+    `files` are those of a folder inside an archive. Nothing is returned where `.metadata` is too large to be looked at
+    in passing.
     """
     path = folder / ".metadata"
-    if path.stat().st_size > _MOST_METADATA:
+    files = directly_in(folder) if files is None else files
+    if ".metadata" not in files:
+        raise UserError(f"{path}: not there; get the checkpoint again")
+    if files[".metadata"].size > _MOST_METADATA:
         return {}
     try:
-        found = pickles.load(path.read_bytes(), _ADMITTED).__dict__
+        found = pickles.load(files[".metadata"].read(), _ADMITTED).__dict__
         tensors, places = found["state_dict_metadata"], found["storage_data"]
-        held = dict(_held(tensors, folder))
-        problems = list(_broken_files(folder, places))
+        held = dict(_held(tensors, folder, prefix))
+        problems = list(_broken_files(folder, places, files))
     except UserError:
         raise
     except Exception as error:  # whatever broken bytes lead an unpickler to
@@ -87,15 +110,15 @@ def read_held(folder: Path) -> dict[str, Held]:
     return held
 
 
-def _held(tensors: Any, folder: Path) -> Iterator[tuple[str, Held]]:
+def _held(tensors: Any, folder: Path, prefix: str) -> Iterator[tuple[str, Held]]:
     for key, value in tensors.items():
-        if isinstance(value, _TensorRecord) and is_weight(key, ""):
+        if isinstance(value, _TensorRecord) and is_weight(key, prefix):
             dtype, size = value.__dict__["properties"].state[0], tuple(value.__dict__["size"])
-            for name, shape, _ in layers_of(key, size, "", folder):
+            for name, shape, _ in layers_of(key, size, prefix, folder):
                 yield name, Held(str(dtype), shape)
 
 
-def _broken_files(folder: Path, places: Any) -> Iterator[str]:
+def _broken_files(folder: Path, places: Any, files: Files) -> Iterator[str]:
     ends: dict[str, int] = {}
     for info in places.values():
         name = str(info.__dict__["relative_path"])
@@ -104,10 +127,10 @@ def _broken_files(folder: Path, places: Any) -> Iterator[str]:
         file = folder / name
         if Path(name).name != name:
             yield f"{folder / '.metadata'}: names a file outside its folder, {name}"
-        elif not file.is_file():
+        elif name not in files:
             yield f"{file}: not there, though .metadata names it; get the file again"
-        elif file.stat().st_size < end:
-            yield f"{file}: {file.stat().st_size} bytes, {end} by .metadata: cut short; get the file again"
+        elif files[name].size < end:
+            yield f"{file}: {files[name].size} bytes, {end} by .metadata: cut short; get the file again"
 
 
 class _Record:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.errors import UserError
+from launcher.files import MOST_ROWS, read_bytes
 from launcher.user_json import decode
 from launcher.workers.sampling import AS_TEXT
 from launcher.workers.weight_diff import run_by_hand
@@ -110,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(path: Path) -> list[str]:
     """One text a line. Raises UserError where there are fewer than four."""
     try:
-        texts = [line for line in decode(path.read_bytes(), str(path)).split("\n") if line.strip()]
+        text = decode(read_bytes(path, MOST_ROWS, piped=True), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    texts = [line for line in text.split("\n") if line.strip()]
     if len(texts) < 4:
         raise UserError(f"{path}: {len(texts)} texts; CKA needs at least 4, and means little below a hundred")
     return texts

@@ -73,12 +73,13 @@ def check(config: PrepareConfig) -> None:
     """See, before the long work, that sets, sources and tokenizer can be made. Raises UserError with all problems."""
     from launcher.workers.problems import open_task
     from launcher.workers.text import read_documents
+    from launcher.workers.tokenizer import build
     from launcher.workers.tokens import check_vocab_size
 
     def tokenizer() -> None:
         check_vocab_size(config.tokenizer)
         if config.tokenizer.path is not None:
-            _find_tokenizer(config.tokenizer.path)
+            build(read_tokenizer_files(_find_tokenizer(config.tokenizer.path)), config.tokenizer.allowed_special)
 
     _all_problems(
         [
@@ -173,7 +174,10 @@ def _write_source(
     from launcher.workers.tokens import encode_documents, token_dtype, write_indexed
 
     prefix = job.output("tokens") / name
-    ids = encode_documents(tokenizer, text.documents, end_id)
+    try:
+        ids = encode_documents(tokenizer, text.documents, end_id)
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"sources.{name}: the tokenizer cannot cut its text into tokens: {error}") from None
     documents, tokens = write_indexed(prefix, ids, token_dtype(max(tokenizer.get_vocab().values()) + 1))
     special = spelled(tokenizer, text.documents, config.tokenizer.allowed_special)
     if special["as_text"]:

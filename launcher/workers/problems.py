@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.configs import GeneratedSet
 from launcher.errors import UserError
+from launcher.files import MOST_ROWS, read_bytes
 from launcher.user_json import bounded, decode, rows
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -138,7 +139,7 @@ def problem_text(problem: Problem, terse: bool = False) -> str:
 def read_problems(path: Path) -> list[dict[str, Any]]:
     """The problems of a SET.jsonl. Raises UserError naming every line that is none."""
     try:
-        text = decode(path.read_bytes(), str(path))
+        text = decode(read_bytes(path, MOST_ROWS), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     problems: list[dict[str, Any]] = []

@@ -19,6 +19,7 @@ from typing import Any
 from launcher.configs import AnySource, DatasetSource, FilesSource, ProblemsSource, StdlibSource
 from launcher.corpus import form, look, shown, told
 from launcher.errors import UserError
+from launcher.files import pointer
 from launcher.user_json import TOLD, bounded, decode, parse, rows
 from launcher.workers.problems import Problem, problem_text
 
@@ -143,7 +144,8 @@ def _read_file(path: Path, problems: list[str]) -> list[str]:
         return []
     try:
         content = path.read_bytes()
-        text = decode(gzip.decompress(content) if packed else content, str(path))
+        whole = content if pointer(content) or not packed else gzip.decompress(content)
+        text = decode(whole, str(path))
     except UserError as error:
         problems += error.problems
         return []

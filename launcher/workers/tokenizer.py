@@ -5,6 +5,7 @@ Nothing is truncated, padded or added to a text, and special tokens that a text 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -12,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.pre_tokenizers import Split
 
 from launcher.configs import ALLOWED_SPECIAL
 from launcher.errors import UserError
@@ -41,8 +44,41 @@ def build(files: TokenizerFiles, allowed: Sequence[str] = ALLOWED_SPECIAL) -> To
             f"{where}: lacks {', '.join(wrong[:5])}, which cannot have the ids that the files beside it name; "
             "save the tokenizer again"
         )
+    named = [t for t in files.named.values() if t not in allowed and tokenizer.token_to_id(t) is not None]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in dict.fromkeys(named)])
     tokenizer.encode_special_tokens = True
+    _keep_apart(tokenizer, files)
     return tokenizer
+
+
+def _keep_apart(tokenizer: Tokenizer, files: TokenizerFiles) -> None:
+    """Where the model itself makes a special token of text that spells it, as one of whole words does: cut such text
+    behind its first character. Raises UserError where that is of no help."""
+    model = files.json["model"]
+    unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+    special = {t.content: n for n, t in tokenizer.get_added_tokens_decoder().items() if t.special and n != unknown}
+    made = [t for t, number in special.items() if _makes(tokenizer, t, number)]
+    if not made:
+        return
+    cuts = [Split(Regex(f"{_literal(t[0])}(?={_literal(t[1:])})"), "merged_with_previous") for t in made if t[1:]]
+    tokenizer.pre_tokenizer = PreTokenizers([*([tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []), *cuts])
+    if still := [t for t in made if _makes(tokenizer, t, special[t])]:
+        raise UserError(
+            f"{files.folder / 'tokenizer.json'}: text that spells {still[0]} becomes that special token and can be "
+            "nothing else; give the token a longer name that no text has"
+        )
+
+
+def _makes(tokenizer: Tokenizer, text: str, number: int) -> bool:
+    for inside in (text, f"a {text} a", f"a{text}a"):
+        with contextlib.suppress(Exception):  # of a text that such a tokenizer cannot cut at all
+            if number in tokenizer.encode(inside, add_special_tokens=False).ids:
+                return True
+    return False
+
+
+def _literal(text: str) -> str:
+    return "".join(f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def load(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:

@@ -271,6 +271,6 @@ def test_a_trainer_reads_what_it_starts_from_first(hf_checkpoint: Checkpoints, t
 
 
 def open_files(folder: Path) -> Any:
-    from launcher.convert.files import directly_in
+    from launcher.models.spans import directly_in
 
     return directly_in(folder)
