@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from launcher.spec import Family, Format, SpecError, encode
 
 #: Sources and problem sets are files of their names: no separator, no leading dot.
-_ITEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+ITEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
 def option(default: Any, doc: str, *, identity: bool = True) -> Any:
@@ -30,7 +30,7 @@ def option(default: Any, doc: str, *, identity: bool = True) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def _adam_checks(config: Any) -> tuple[tuple[bool, str, str], ...]:
+def adam_checks(config: Any) -> tuple[tuple[bool, str, str], ...]:
     """Checks of the keys that AdamW has in training and in RL."""
     betas, least = ("adam_beta1", "adam_beta2"), ("weight_decay", "clip_grad")
     values = {name: getattr(config, name) for name in (*betas, *least)}
@@ -41,7 +41,7 @@ def _adam_checks(config: Any) -> tuple[tuple[bool, str, str], ...]:
     )
 
 
-def _refuse(*checks: tuple[bool, str, str]) -> None:
+def refuse_wrong(*checks: tuple[bool, str, str]) -> None:
     """Raise SpecError for every (wrong, field, message) that is wrong."""
     problems = [(name, message) for wrong, name, message in checks if wrong]
     if problems:
@@ -62,7 +62,7 @@ class Component:
 
     def __post_init__(self) -> None:
         counts = ("ntasks_per_node", "cpus_per_task")
-        _refuse(
+        refuse_wrong(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in counts),
             (self.nodes < 0, "nodes", f"must not be negative, got {self.nodes}"),
             (self.gpus_per_node < 0, "gpus_per_node", f"must not be negative, got {self.gpus_per_node}"),
@@ -92,7 +92,7 @@ class Resources:
 
     def __post_init__(self) -> None:
         counts = ("nodes", "ntasks_per_node", "cpus_per_task")
-        _refuse(
+        refuse_wrong(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in counts),
             (self.gpus_per_node < 0, "gpus_per_node", f"must not be negative, got {self.gpus_per_node}"),
             *(
@@ -124,7 +124,7 @@ class ModelConfig:
     init_method_std: float = option(0.02, "Standard deviation of random initial matrices.")
 
     def __post_init__(self) -> None:
-        _refuse((self.init_method_std <= 0, "init_method_std", f"must be above 0, got {self.init_method_std}"))
+        refuse_wrong((self.init_method_std <= 0, "init_method_std", f"must be above 0, got {self.init_method_std}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- prepare
@@ -149,7 +149,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         names = ("special_tokens", "allowed_special")
-        _refuse(
+        refuse_wrong(
             *(("" in getattr(self, name), name, "holds an empty token") for name in names),
             *(
                 (any("\ud800" <= c <= "\udfff" for token in getattr(self, name) for c in token), name, _HALF)
@@ -174,7 +174,7 @@ class ProblemSetConfig:
     exclude: tuple[str, ...] = option((), "Sets whose problems (by normalised text) are left out of this one.")
 
     def __post_init__(self) -> None:
-        _refuse((self.count < 1, "count", f"must be at least 1, got {self.count}"))
+        refuse_wrong((self.count < 1, "count", f"must be at least 1, got {self.count}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         low, high = self.share
-        _refuse(
+        refuse_wrong(
             (not 0 <= low < high <= 1, "share", f"must be two rising numbers within 0..1, got [{low}, {high}]"),
             (
                 self.max_bytes is not None and self.max_bytes < 1,
@@ -239,7 +239,7 @@ class ProblemsSource(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _refuse((not 0 <= self.terse_share <= 1, "terse_share", f"must be within 0..1, got {self.terse_share}"))
+        refuse_wrong((not 0 <= self.terse_share <= 1, "terse_share", f"must be within 0..1, got {self.terse_share}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +271,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         known = ", ".join(self.problems) or "none"
-        _refuse(
+        refuse_wrong(
             *(
-                (not _ITEM_NAME.fullmatch(name), f"{key}.{name}", "a name is letters, digits and . _ -, at most 60")
+                (not ITEM_NAME.fullmatch(name), f"{key}.{name}", "a name is letters, digits and . _ -, at most 60")
                 for key, named in (("sources", self.sources), ("problems", self.problems))
                 for name in named
             ),
@@ -325,7 +325,7 @@ class Parallelism:
 
     def __post_init__(self) -> None:
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        _refuse(*((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in names))
+        refuse_wrong(*((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,11 +399,11 @@ class TrainConfig:
             "eval_interval",
             "eval_iters",
         )
-        _refuse(
+        refuse_wrong(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (not self.data, "data", "names no source"),
             *((w <= 0, f"data.{n}", f"weight must be above 0, got {w}") for n, w in self.data.items()),
-            *_adam_checks(self),
+            *adam_checks(self),
             (self.fp8_format is not None and self.precision != "bf16", "fp8_format", "needs precision bf16"),
             (self.adam_eps <= 0, "adam_eps", f"must be above 0, got {self.adam_eps}"),
             (bool(self.entrypoint_args) and not self.entrypoint, "entrypoint_args", "has no effect without entrypoint"),
@@ -462,7 +462,7 @@ class MergeConfig:
     def __post_init__(self) -> None:
         named, weights = self.checkpoints, self.weights
         counts = f"{len(weights)} for {len(named)} checkpoints; one for each"
-        _refuse(
+        refuse_wrong(
             (len(named) < 2, "checkpoints", f"names {len(named)}; two or more are added up"),
             (len(set(named)) < len(named), "checkpoints", "names one twice"),
             (len(weights) != len(named), "weights", counts),
@@ -500,13 +500,13 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "prompts_per_step", "max_completion_length", "save_interval")
-        _refuse(
+        refuse_wrong(
             *((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive),
             (self.num_generations < 2, "num_generations", "GRPO compares completions: at least 2"),
             (self.temperature <= 0, "temperature", f"must be above 0, got {self.temperature}"),
             (self.warmup_steps < 0, "warmup_steps", f"must not be negative, got {self.warmup_steps}"),
             (self.beta < 0, "beta", f"must not be negative, got {self.beta}"),
-            *_adam_checks(self),
+            *adam_checks(self),
         )
 
 
@@ -519,7 +519,7 @@ class TrlRL(RLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _refuse((self.num_iterations < 1, "num_iterations", f"must be at least 1, got {self.num_iterations}"))
+        refuse_wrong((self.num_iterations < 1, "num_iterations", f"must be at least 1, got {self.num_iterations}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,7 +535,7 @@ class MegatronRL(RLConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = ("max_prompt_length", "micro_batch_size")
-        _refuse(*((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive))
+        refuse_wrong(*((getattr(self, n) < 1, n, f"must be at least 1, got {getattr(self, n)}") for n in positive))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,7 +557,7 @@ class NemoRL(MegatronRL):
     def __post_init__(self) -> None:
         super().__post_init__()
         cap = self.importance_cap
-        _refuse((cap is not None and cap < 1, "importance_cap", f"must be at least 1, got {cap}"))
+        refuse_wrong((cap is not None and cap < 1, "importance_cap", f"must be at least 1, got {cap}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -593,7 +593,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        _refuse(
+        refuse_wrong(
             (not self.checkpoints, "checkpoints", "names no checkpoint"),
             (not self.benchmarks, "benchmarks", "names no problem set"),
             (not self.temperatures, "temperatures", "names no temperature"),
@@ -627,7 +627,7 @@ class AnalyzeConfig:
     num_texts: int = option(200, "Texts for CKA, of each distribution.")
 
     def __post_init__(self) -> None:
-        _refuse(
+        refuse_wrong(
             (not self.pairs, "pairs", "names no pair"),
             (not self.thresholds, "thresholds", "names no threshold"),
             (any(t <= 0 for t in self.thresholds), "thresholds", "must be above 0"),

@@ -136,7 +136,7 @@ def sync_tree(folder: Path) -> None:
     """Push every file and folder under `folder` to disk, so that a rename after it cannot outrun its content."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in [*names, "."]:
-            _sync(Path(parent, name))
+            sync(Path(parent, name))
 
 
 # ----------------------------------------------------------------------------------------------------------- receipts
@@ -261,10 +261,10 @@ def seal(root: Path, artifact: str, receipt: Receipt) -> None:
         if target.exists():
             os.replace(target, f"{target}.damaged.{time.time_ns()}")
         os.replace(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
