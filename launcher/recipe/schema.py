@@ -194,7 +194,7 @@ def _kind_reference(hint: Any) -> list[str]:
 
 _INTRODUCTION = """# Recipe reference
 
-Made from `launcher/configs.py` by `make golden`; `prism-launch schema` prints the same as JSON schema, for editors.
+Made from `launcher/configs/` by `make golden`; `prism-launch schema` prints the same as JSON schema, for editors.
 
 A recipe is YAML whose plain words mean what YAML 1.2 says: only `true` and `false` are booleans, `1e-5` is a number and
 `4:00:00` is a time. `--set KEY=VALUE` changes one value by its dotted path; `midtrain.lr` is short for

@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.local import cancel_run, stop_owners
 from launcher.run_record import claimed, write_run
 from launcher.state import stage_states
-from launcher.store import Owner
+from launcher.store import Owner, claims
 from tests.left_attempts import leave_attempt
 from tests.supervisor.counting import counting_run
 
@@ -60,7 +60,7 @@ def test_an_id_that_is_none_is_nobodys(tmp_path: Path, pid: int) -> None:
 def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where /proc is not mounted; the system's other calls say what they say."""
     for name, nothing in (("process_start", None), ("_boot_id", ""), ("_pid_namespace", "")):
-        monkeypatch.setattr(store, name, lambda *_, nothing=nothing: nothing)
+        monkeypatch.setattr(claims, name, lambda *_, nothing=nothing: nothing)
 
 
 @pytest.mark.usefixtures("no_proc")

@@ -1,0 +1,87 @@
+"""All that lies under the store's root: where it lies, how it is written and read back. Standard library only."""
+
+from __future__ import annotations
+
+from launcher.store.claims import (
+    Owner,
+    claim,
+    claim_holder,
+    is_alive,
+    new_attempt,
+    process_start,
+    release,
+    this_process,
+)
+from launcher.store.files import (
+    list_files,
+    read_json,
+    read_rows,
+    sha256_of,
+    sync,
+    sync_tree,
+    tree_fingerprint,
+    write_atomic,
+    write_json,
+)
+from launcher.store.paths import (
+    PROGRESS,
+    RECEIPT,
+    claim_dir,
+    driver_claim,
+    partial_dir,
+    run_dir,
+    stage_dir,
+    working_path,
+)
+from launcher.store.receipt import RECEIPT_SCHEMA, Receipt, damaged_files, read_receipt, read_unsealed, receipts, seal
+from launcher.store.sharing import (
+    is_shared,
+    keep_shared,
+    open_root,
+    refuse_foreign,
+    refuse_foreign_run,
+    share,
+    share_tree,
+)
+
+__all__ = [
+    "Owner",
+    "PROGRESS",
+    "RECEIPT",
+    "RECEIPT_SCHEMA",
+    "Receipt",
+    "claim",
+    "claim_dir",
+    "claim_holder",
+    "damaged_files",
+    "driver_claim",
+    "is_alive",
+    "is_shared",
+    "keep_shared",
+    "list_files",
+    "new_attempt",
+    "open_root",
+    "partial_dir",
+    "process_start",
+    "read_json",
+    "read_receipt",
+    "read_rows",
+    "read_unsealed",
+    "receipts",
+    "refuse_foreign",
+    "refuse_foreign_run",
+    "release",
+    "run_dir",
+    "seal",
+    "sha256_of",
+    "share",
+    "share_tree",
+    "stage_dir",
+    "sync",
+    "sync_tree",
+    "this_process",
+    "tree_fingerprint",
+    "working_path",
+    "write_atomic",
+    "write_json",
+]
