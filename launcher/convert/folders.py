@@ -15,7 +15,7 @@ from launcher.convert import nemo
 from launcher.convert.entry import Entry, raw_bytes
 from launcher.convert.hf import HfReader
 from launcher.convert.torch_dist import TorchDistReader
-from launcher.errors import UserError
+from launcher.errors import UserError, listed
 from launcher.models import headers
 from launcher.models.checkpoints import CARRIED, carried_in, format_of, look_at, weights_in
 from launcher.models.formats import Format, tensors_of
@@ -111,7 +111,15 @@ def model_alone(found: Checkpoint) -> Checkpoint:
     fit = match(found.reader.held, found.shape, found.format, found.reader.where, found.config)
     if fit.copy:
         _check_copy(found.reader, *fit.copy, found.shape.vocab_size)
-    return replace(found, reader=_Model(found.reader, fit.names), notes=fit.notes)
+    notes = (*fit.notes, *_other_files(found))
+    return replace(found, reader=_Model(found.reader, fit.names), notes=notes)
+
+
+def _other_files(found: Checkpoint) -> list[str]:
+    """A note on files of tensors in a Hugging Face folder that are none of the model's."""
+    read = {path.name for path in found.reader.paths}
+    others = sorted(p.name for p in found.where.glob("*.safetensors") if p.name not in read)
+    return [f"files of tensors beside the model were not read: {listed(others)}"] if others else []
 
 
 def _check_copy(reader: Reader, copy: str, original: str, rows: int) -> None:

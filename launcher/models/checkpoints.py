@@ -38,8 +38,7 @@ def look_at(path: Path) -> tuple[Format, Files]:
     if path.is_file():
         return "nemo", in_tar(path)
     if not path.is_dir():
-        what = "neither a folder nor a file" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {what}; name the checkpoint's folder")
+        raise UserError(f"{path}: {'neither a folder nor a file' if path.exists() else 'no such folder'}")
     try:
         files = directly_in(path, CARRIED, NEMO_WEIGHTS, TEMPLATES, f"{CARRIED}/{TEMPLATES}")
     except OSError as error:

@@ -94,6 +94,11 @@ def read_headers(folder: Path) -> dict[str, Held]:
     """Every tensor that a Hugging Face folder holds. Raises UserError with all problems."""
     index = read_index(folder)
     files = dict.fromkeys(index.values()) if index else [_single(folder)]
+    if SINGLE not in files and (folder / SINGLE).exists():
+        raise UserError(
+            f"{folder}: holds {SINGLE}, which transformers loads, and {INDEX}, by which others load other files; "
+            "remove the one that is not the model"
+        )
     headers = {name: read_header(folder / name) for name in files}
     problems = [
         f"{folder / name}: {key} is not there, though {INDEX} says so"
@@ -101,7 +106,7 @@ def read_headers(folder: Path) -> dict[str, Held]:
         if key not in headers[name]
     ]
     problems += [  # one that the index leaves out is loaded by transformers like the others
-        f"{folder / name}: {key} is there, though {INDEX} names {index[key]} for it"
+        f"{folder / name}: {key} is there, though {INDEX} names {index[key]} for it; save the checkpoint again"
         for name, header in headers.items()
         for key in header
         if index.get(key, name) != name

@@ -97,6 +97,11 @@ def match(
     ]
     if problems:
         raise UserError(bounded(problems, where))
+    if (config or {}).get("quantization_config"):
+        raise UserError(
+            f"{where}: its tensors are plain, and config.json has a quantization_config, by which programs would take "
+            "them for others; take that key out"
+        )
     return Match(names, second, tuple(_notes(kinds, second, names)))
 
 

@@ -154,7 +154,10 @@ def vocabulary_of(data: Mapping[str, Any], folder: Path) -> dict[str, int]:
     try:
         vocab = data["model"]["vocab"]
         ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-        return ids | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        ids |= {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        if all(type(number) is int for number in ids.values()):
+            return ids
+        raise ValueError
     except (KeyError, TypeError, ValueError):
         problem = "no vocabulary in it; is it a tokenizer of Hugging Face?"
         raise UserError(f"{folder / 'tokenizer.json'}: {problem}") from None

@@ -30,8 +30,12 @@ _MAX_DEPTH = 64
 #: Digits of a whole number: products of several such numbers are still floating-point numbers.
 _MAX_DIGITS = 40
 #: Blanks that are none for YAML, and characters that are not seen at all.
-_UNSEEN = re.compile("[\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]")
+_UNSEEN = re.compile(
+    "[\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff"
+    "\u034f\u115f\u1160\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e01ef]"
+)
 _QUOTES = re.compile("[\u2018-\u201f\uff02\uff07]")
+_COLONS = re.compile("[\u02d0\u2236\ua789\ufe13\ufe55\uff1a]")
 #: What YAML takes nowhere.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -125,6 +129,9 @@ def _explained(text: str, shown: str, line: int, message: str) -> str:
             return f"{shown}:{number + 1}: {message}: {where}; type a plain space, or remove it"
         if found := _QUOTES.search(code):
             where = f"column {found.start() + 1} holds a {name_of(found[0])}, which is no quote"
+            return f"{shown}:{number + 1}: {message}: {where}; type a plain one"
+        if found := _COLONS.search(code):
+            where = f"column {found.start() + 1} holds a {name_of(found[0])}, which is no colon"
             return f"{shown}:{number + 1}: {message}: {where}; type a plain one"
     return f"{shown}:{line + 1}: {message}"
 

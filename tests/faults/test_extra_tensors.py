@@ -18,6 +18,7 @@ from launcher.convert.__main__ import main, run
 from launcher.convert.folders import open_checkpoint
 from launcher.convert.torch_dist import TorchDistReader, TorchDistWriter
 from launcher.errors import UserError
+from launcher.models.checkpoints import obstacles
 from launcher.models.torch_dist import checkpoint_dir
 
 Checkpoints = Callable[..., Path]
@@ -274,3 +275,27 @@ def open_files(folder: Path) -> Any:
     from launcher.models.spans import directly_in
 
     return directly_in(folder)
+
+
+def test_one_file_and_an_index_of_others_are_two_models(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_checkpoint("llama"), folder)
+    found = load_file(folder / "model.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(found, "model-00001-of-00001.safetensors")}))
+    assert len(obstacles(folder)) == 1 and "remove the one that is not the model" in obstacles(folder)[0]
+    (folder / "model.safetensors").unlink()
+    assert obstacles(folder) == []
+    save_file({"x": torch.ones(2)}, folder / "consolidated.safetensors")
+    notes = run(folder, tmp_path / "made", "megatron")["notes"]
+    assert notes == ["files of tensors beside the model were not read: consolidated.safetensors"]
+
+
+def test_plain_tensors_under_a_config_of_few_bits_are_refused(tmp_path: Path, hf_checkpoint: Checkpoints) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_checkpoint("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (problem,) = obstacles(folder)
+    assert "its tensors are plain, and config.json has a quantization_config" in problem

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from tiny_files import END, prepare, write_tokenizer
 from worker_stages import WorkerStage, make_stage, write_model
 
 from launcher import cli
+from launcher.convert.__main__ import run
+from launcher.errors import UserError
+from launcher.models.checkpoints import obstacles
 from launcher.models.side_files import copy_tokenizer, is_side_file, is_tokenizer_file, side_files
 from launcher.workers.megatron import hf_files
 
@@ -176,3 +181,18 @@ def test_rl_trains_as_the_stage_says_and_keeps_the_files(plain: Path, odd: Path,
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (saved / name).read_bytes() == (odd / name).read_bytes()
     assert "tokenizer.json: truncation to 2 tokens" in made["odd"].record()["settings"]["set_aside"]
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_link_to_nothing_is_named_and_not_left_out(
+    tmp_path: Path, hf_checkpoint: Callable[..., Path], name: str
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_checkpoint("llama"), folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/4d4d")
+    assert obstacles(folder) == [
+        f"{folder / name}: a link to ../blobs/4d4d, which is not there; get the file again, or remove the link"
+    ]
+    with pytest.raises(UserError, match="a link to ../blobs/4d4d"):
+        run(folder, tmp_path / "made", "megatron")
