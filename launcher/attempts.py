@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher import store
+from launcher.errors import bounded
 from launcher.spec import SpecError, StageSpec, decode
 from launcher.store import Owner
 
 EVENTS = "events.jsonl"
 #: Bytes that are read at the beginning and at the end of a longer file of events.
 _EDGE = 1 << 20
-#: Of how much damage to a stage's files it is told.
-_TOLD = 20
 #: Later than any time that a clock shows, in seconds: what is not below is damage.
 _NO_TIME = 1e11
 
@@ -99,10 +98,10 @@ def attempts(root: Path, run: str, stage: str) -> list[tuple[Attempt, str]]:
 def read_attempts(root: Path, run: str, stage: str) -> tuple[list[tuple[Attempt, str]], list[str]]:
     """Every attempt at a stage with its fingerprint, the oldest first; and what is damaged, each with its path."""
     damage: list[str] = []
-    paths = sorted(store.stage_dir(root, run, stage).glob(f"*/{EVENTS}"))
+    folder = store.stage_dir(root, run, stage)
+    paths = sorted(folder.glob(f"*/{EVENTS}"))
     found = [attempt for path in paths if (attempt := _read_attempt(path, damage)) is not None]
-    more = [f"and {len(damage) - _TOLD} more damaged files"] if len(damage) > _TOLD else []
-    return _in_order(found), damage[:_TOLD] + more
+    return _in_order(found), bounded(damage, folder, "more damaged files")
 
 
 def attempts_at(root: Path, spec: StageSpec) -> list[Attempt]:

@@ -16,16 +16,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launcher import __version__
-from launcher.errors import PrismError, UserError
-from launcher.terminal import plain_output, raw_output
+from launcher.errors import MOST_SHOWN, PrismError, UserError
+from launcher.terminal import let_output_go, plain_output, raw_output
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-#: Problems that are printed one by one; a list that is longer hides its beginning.
-_SHOWN = 20
-#: Characters of one of them: a value that is wrong may be of any length.
+#: Characters of a problem: a value that is wrong may be of any length.
 _LONGEST = 2000
 
 
@@ -44,17 +42,16 @@ def _main(argv: Sequence[str] | None) -> int:
         return code
     except PrismError as error:
         problems = [_bounded(line) for line in (error.problems if isinstance(error, UserError) else (str(error),))]
-        for line in problems[:_SHOWN]:
+        for line in problems[:MOST_SHOWN]:
             print(f"prism-launch: {line}" if len(problems) == 1 else line, file=sys.stderr)
         if len(problems) > 1:
-            first = f", the first {_SHOWN} shown" if len(problems) > _SHOWN else ""
+            first = f", the first {MOST_SHOWN} shown" if len(problems) > MOST_SHOWN else ""
             print(f"prism-launch: {len(problems)} problems{first}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): that is no failure, and the interpreter must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_output_go()
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else "" if _in_a_folder() else "the current folder is gone: "

@@ -29,14 +29,14 @@ class WorldError(PrismError):
 
 
 #: Lines of one kind that are shown.
-_MOST_SHOWN = 20
+MOST_SHOWN = 20
 
 
-def bounded(problems: Iterable[str], where: object) -> list[str]:
-    """The first of many problems, and how many more there are at `where`."""
+def bounded(problems: Iterable[str], where: object, more: str = "more") -> list[str]:
+    """The first of many problems, and how many `more` there are at `where`."""
     found = list(problems)
-    left = len(found) - _MOST_SHOWN
-    return found[:_MOST_SHOWN] + [f"{where}: {left} more"] * (left > 0)
+    left = len(found) - MOST_SHOWN
+    return found[:MOST_SHOWN] + [f"{where}: {left:,} {more}"] * (left > 0)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher import slurm, store
 from launcher.cluster import Profile, alternatives
 from launcher.configs import Resources
-from launcher.errors import UserError, WorldError
+from launcher.errors import UserError, WorldError, listed
 from launcher.run_record import PlannedStage, RunRecord
 from launcher.sbatch import scripts_of
 from launcher.site.ask import is_away, may_start_later, parse_gres
@@ -27,8 +27,6 @@ from launcher.units import format_duration, parse_duration
 from launcher.users import user_name
 
 Problems = Iterator[tuple[str, str]]
-#: Most nodes or stages that one message names.
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def waits_because(request: Request, site: Site) -> str | None:
         if partition.state == "DOWN":
             reasons.append(f"partition {name} is DOWN")
         elif away and len(fitting) < request.nodes:
-            reasons.append(f"of partition {name}, {_some(away)} {'is' if len(away) == 1 else 'are'} out of service")
+            reasons.append(f"of partition {name}, {listed(away)} {'is' if len(away) == 1 else 'are'} out of service")
         else:
             return None
     return "; ".join(reasons) or None
@@ -469,11 +467,7 @@ def refuse_impossible(root: Path, records: Sequence[RunRecord], profile: Profile
         raise UserError(dict.fromkeys(problems))
     told = {**{name: f"sbatch --test-only: {why}" for name, why in later.items()}, **waiting}
     by_reason = {why: [f"stages.{name}" for name in told if told[name] == why] for why in told.values()}
-    return tuple(f"{_some(names)}: waits in the queue, cannot start now: {why}" for why, names in by_reason.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return tuple(f"{listed(names)}: waits in the queue, cannot start now: {why}" for why, names in by_reason.items())
 
 
 def _reserved(profile: Profile) -> bool:

@@ -86,6 +86,11 @@ def raw_output() -> Iterator[None]:
         yield
 
 
+def let_output_go() -> None:
+    """For a reader of our output that has gone (`| head`): no failure, and nothing for the interpreter to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def raw(stream: Any) -> Any:
     """The stream behind a plain one, for what we draw on a terminal ourselves."""
     return stream.stream if isinstance(stream, _PlainStream) else stream

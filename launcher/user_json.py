@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher import errors
 from launcher.errors import UserError
 from launcher.files import link_to_nothing, pointer, read_bytes
 
 BOM = "\ufeff"
 #: Wrong lines of a file that are named one by one: there may be millions.
-TOLD = 20
+TOLD = errors.MOST_SHOWN
 #: Bytes of a whole file: the largest tokenizer.json have some 40 MB.
 _MOST = 256 << 20
 #: Digits of the largest whole number that is also a floating-point number.
@@ -130,5 +131,4 @@ def rows(text: str, where: str, problems: list[str]) -> Iterator[tuple[str, Any]
 
 def bounded(problems: list[str], where: str) -> list[str]:
     """The first problems of a file, and how many more there are."""
-    more = len(problems) - TOLD
-    return [*problems[:TOLD], *([f"{where}: {more:,} more lines are wrong"] if more > 0 else [])]
+    return errors.bounded(problems, where, "more lines are wrong")

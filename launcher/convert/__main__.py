@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.errors import PrismError, UserError
-from launcher.terminal import plain_output, raw
+from launcher.terminal import let_output_go, plain_output, raw
 
 if TYPE_CHECKING:
     from launcher.models.formats import Format
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         record = _merge(args) if merging else _convert(args)
         _print(args.target, record, args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        let_output_go()
     except PrismError as error:
         for line in str(error).splitlines():
             print(f"prism-launch: {line}", file=sys.stderr)

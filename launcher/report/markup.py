@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
+from launcher.terminal import plain
+
 
 def text(value: object) -> str:
-    """A value as text in HTML, also inside an attribute's quotes."""
-    return html.escape(str(value), quote=True)
+    """A value as text in HTML, also inside an attribute's quotes; no character of it turns what stands beside it."""
+    return html.escape(plain(str(value)), quote=True)
 
 
 def paragraph(words: str, kind: str = "") -> str:

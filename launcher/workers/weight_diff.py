@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import PrismError, UserError
 from launcher.models.headers import SINGLE, Held, adapter_problem, read_config, read_header, read_index
 from launcher.models.matching import harmless, notes_on
-from launcher.terminal import plain_output
+from launcher.terminal import let_output_go, plain_output
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -329,12 +329,21 @@ def _print(weights: Iterable[dict[str, Any]], modules: Iterable[dict[str, Any]])
 
 def run_by_hand(program: Callable[[], int]) -> int:
     """Run a program of this package from the command line; a user's mistake is text and exit code 2."""
+    with plain_output():
+        return _run_by_hand(program)
+
+
+def _run_by_hand(program: Callable[[], int]) -> int:
     try:
-        with plain_output():
-            return program()
+        code = program()
+        sys.stdout.flush()
+        return code
     except PrismError as error:
         print(f"prism-launch: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        let_output_go()
+        return 0
     except OSError as error:
         print(f"prism-launch: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         return 2 if isinstance(error, PermissionError) else 1

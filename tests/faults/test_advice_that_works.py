@@ -1,4 +1,4 @@
-"""A mend was advised that does not mend."""
+"""A mend that a message advises mends."""
 
 from __future__ import annotations
 

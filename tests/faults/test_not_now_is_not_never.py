@@ -1,4 +1,4 @@
-"""What cannot start now was taken for what can never start."""
+"""What cannot start now is queued, and is not refused as what can never start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A number where a profile or recipe wants text was shown as it was read, with no mend."""
+"""A number where a profile or recipe wants text is shown as it is written, with the quotes that mend it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value that Slurm reads as a list was looked up as one name."""
+"""A value that Slurm reads as a list is looked up name by name."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from launcher import terminal
 from launcher.cli import main
+from launcher.interpreter import module_command, module_environment
+from launcher.report import markup
 from launcher.report.write import _write_csv
 from launcher.run_record import write_run
 from launcher.terminal import plain, plain_output
@@ -78,6 +82,22 @@ def test_errors_and_the_keys_of_a_recipe_are_plain(tmp_path: Path, capsys: pytes
     assert main(["status", HOSTILE, "--root", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert not steers(out + err) and "a\\x1b]0;owned" in err and "x\\x1b[2J" in err
+
+
+@pytest.mark.parametrize("program", ["workers.weight_diff", "workers.cka", "convert"])
+def test_what_programs_by_hand_say_of_names_is_plain(program: str, tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE.replace("/", "")
+    folder.mkdir()
+    more = {"workers.cka": ("--texts", str(folder)), "convert": ("--to", "hf")}.get(program, ())
+    words = module_command(f"launcher.{program}", str(folder), str(folder), *more)
+    done = subprocess.run(words, env=module_environment(os.environ), capture_output=True, text=True)
+    assert done.returncode == 2 and "\\x1b]0;owned" in done.stderr
+    assert not steers(done.stdout + done.stderr)
+
+
+def test_a_page_shows_no_text_in_another_direction() -> None:
+    shown = markup.table("a\u202e", ["b\x9b"], [["c\u2066"]]) + markup.bullets(["d\x1b"])
+    assert all(f"{piece}<" in shown for piece in ("a\\u202e", "b\\x9b", "c\\u2066", "d\\x1b"))
 
 
 def test_names_that_are_not_utf_8_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

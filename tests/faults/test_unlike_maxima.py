@@ -1,4 +1,4 @@
-"""A maximum was taken over unlike things."""
+"""A maximum is taken over like things alone: whole GPUs and MIG slices are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's name was asked for in several ways, and one that has none ended in a traceback."""
+"""A user without a name is known by number, in every command."""
 
 from __future__ import annotations
 
