@@ -50,6 +50,17 @@ def test_what_transformer_engine_fuses_needs_no_apex(pipeline: int) -> None:
     assert ("deallocate_pipeline_outputs" in on) == (pipeline > 1)
 
 
+@pytest.mark.usefixtures("with_engine")
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_is_not_deterministic_is_not_fused_where_bits_must_be_the_same(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "TransformerConfig", types.SimpleNamespace)  # the real one looks for the kernels
+    config = model.transformer_config(PLAIN, precision="bf16", deterministic_mode=asked)
+    assert config.cross_entropy_loss_fusion == (not asked)
+    assert layers.fusions(PLAIN, deterministic=asked)["cross_entropy_loss_fusion"] == (not asked)
+
+
 def test_the_plain_output_layer_is_built_beside_fused_ones() -> None:
     """megatron-core refuses to build its own linear layers with the fusion on where Apex is missing."""
     config = model.transformer_config(PLAIN)

@@ -70,9 +70,19 @@ _LOOK_S = 1.0
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint to resume from, or None."""
+    """The newest whole checkpoint to resume from, or None, as this node sees the folder."""
     whole = [p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)]
     return max(whole, key=_iteration, default=None)
+
+
+def newest_for_all(folder: Path) -> Path | None:
+    """The newest whole checkpoint, the same on every rank; all ranks call it.
+
+    Rank 0's word: on a network file system others may not see yet what it sees, and would go on from another one.
+    """
+    found = newest(folder) if dist.get_rank() == 0 else None
+    [iteration] = sum_over_ranks([0.0 if found is None else float(_iteration(found))])
+    return folder / f"iter_{int(iteration):07d}" if iteration else None
 
 
 def _iteration(path: Path) -> int:

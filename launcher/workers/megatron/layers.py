@@ -54,7 +54,11 @@ def kernels() -> Literal["transformer-engine", "torch", "reference"]:
 
 
 def fusions(
-    shape: ModelShape, parallelism: Parallelism = ALONE, precision: Literal["bf16", "fp32"] = "bf16"
+    shape: ModelShape,
+    parallelism: Parallelism = ALONE,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    *,
+    deterministic: bool = False,
 ) -> dict[str, bool]:
     """What megatron-core fuses on a GPU, as Megatron-LM's own scripts have it; fields of TransformerConfig.
 
@@ -68,8 +72,8 @@ def fusions(
     return {
         "bias_activation_fusion": compiler and shape.gated_linear_unit and shape.activation == "silu",
         "bias_dropout_fusion": compiler,
-        # megatron-core's rounds the gradient to bf16, whatever the logits are.
-        "cross_entropy_loss_fusion": compiler and precision == "bf16",
+        # megatron-core's rounds the gradient to bf16, whatever the logits are; Megatron-LM calls it not deterministic.
+        "cross_entropy_loss_fusion": compiler and precision == "bf16" and not deterministic,
         "apply_rope_fusion": fused,
         "gradient_accumulation_fusion": fused or _has_apex(),
         "use_mamba_mem_eff_path": mamba_triton.has_fused_kernel(),
@@ -77,11 +81,14 @@ def fusions(
     }
 
 
-def kernel_fields(shape: ModelShape, parallelism: Parallelism, precision: Literal["bf16", "fp32"]) -> dict[str, Any]:
+def kernel_fields(
+    shape: ModelShape, parallelism: Parallelism, precision: Literal["bf16", "fp32"], *, deterministic: bool = False
+) -> dict[str, Any]:
     """The fields of TransformerConfig that say by what a model is computed, and not what."""
     # Passed from rank to rank, its default, Transformer Engine cannot keep keys inside a window.
     gathers = shape.window_size is not None and parallelism.context_parallel_size > 1
-    return {**fusions(shape, parallelism, precision), **({"cp_comm_type": "all_gather"} if gathers else {})}
+    fused = fusions(shape, parallelism, precision, deterministic=deterministic)
+    return {**fused, **({"cp_comm_type": "all_gather"} if gathers else {})}
 
 
 def _has_apex() -> bool:

@@ -232,7 +232,7 @@ def _sums(losses: list[Tensor]) -> list[float]:
 
 def resume(job: StageJob, trainer: Trainer, folder: Path) -> int:
     """Go back to the newest checkpoint of an earlier attempt; returns the steps done."""
-    path = checkpoint.newest(folder)
+    path = checkpoint.newest_for_all(folder)
     if path is None:
         done = 0
     else:

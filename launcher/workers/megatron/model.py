@@ -91,7 +91,7 @@ def transformer_config(
         # because it is what marks tensor-parallel parameters, which the norm of the gradient goes by
         perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        **layers.kernel_fields(shape, parallelism, precision),
+        **layers.kernel_fields(shape, parallelism, precision, deterministic=fields.get("deterministic_mode", False)),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **(_RECOMPUTE[parallelism.recompute] if not _recomputes_itself(shape, parallelism) else {}),

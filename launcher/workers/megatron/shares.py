@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from launcher.workers.megatron.model import sharding_metadata
 #: Raised whenever older progress could not be read as it was meant.
 VERSION = 1
 INDEX = "progress.json"
+#: What is there, and no index, in progress of megatron-core's format, as older versions wrote it.
+_OLDER = ".metadata"
 #: Bytes copied to or from a GPU at a time; a power of two, to which pinned memory is rounded up.
 CHUNK = 1 << 28
 _OPEN_FILES = 32
@@ -371,6 +374,11 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not (path / _OLDER).exists():
+            raise UserError(
+                f"{path / INDEX}: not seen on {socket.gethostname()}; a shared file system may be late, so run again; "
+                f"where the file is lost, remove {path}, and the stage goes on from the checkpoint before"
+            ) from None
         raise UserError(
             f"{path}: this progress was written by an older version, whose optimizer state is misplaced wherever it "
             f"had several buckets, so it is not resumed from; {restart}"

@@ -55,7 +55,7 @@ def train(job: StageJob) -> None:
         numerics.ready(config, shape)
         fields = numerics.numeric_fields(config)
         module = build_model(shape, layout, config.precision, document_masking=config.document_masking, **fields)
-        newest = checkpoint.newest(progress / "checkpoints")
+        newest = checkpoint.newest_for_all(progress / "checkpoints")
         if newest is None:
             _set_weights(module, shape, config, start, job.spec.seed)
         freeze(module, config.trainable)
@@ -144,6 +144,7 @@ def _speed(job: StageJob, resumed: Path | None) -> float | None:
 
 def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int) -> dict[str, Any]:
     layout = chosen_layout(config)
+    fused = fusions(shape, layout, config.precision, deterministic=config.deterministic_mode)
     return {
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
         "cpu_mode": cpu_mode.active(),
@@ -159,7 +160,7 @@ def _facts(config: TrainConfig, shape: ModelShape, blend: Blend, world_size: int
             "recompute": layout.recompute,
         },
         "kernels": kernels(),
-        "fusions": sorted(name for name, on in fusions(shape, layout, config.precision).items() if on),
+        "fusions": sorted(name for name, on in fused.items() if on),
         "fp8": config.fp8_format and f"{config.fp8_format}, {config.fp8_recipe}",
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }
