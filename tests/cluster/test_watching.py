@@ -147,10 +147,16 @@ def test_a_look_is_one_question_to_a_real_controller(on: OnSlurm, monkeypatch: p
     monkeypatch.setattr(slurm, "call", call)
     looks = []
 
+    before: Any = None
+
     def ask(ended: Any) -> Any:
+        nonlocal before
         looks.append(len(asked))
-        return stage_jobs(on.root, record, ended)
+        before = stage_jobs(on.root, record, ended, before)
+        return before
 
     assert watch_run(on.root, record, ask, 0.5).state == "done"
     each = [asked[i:j] for i, j in zip(looks, [*looks[1:], len(asked)], strict=True)]
-    assert len(each) > 2 and all(questions in (["squeue"], ["squeue", "sacct"], []) for questions in each)
+    first, *others = each
+    assert first == ["squeue", "squeue"], "what is there, and which scripts are the run's"
+    assert len(others) > 1 and all(questions in (["squeue"], ["squeue", "sacct"], []) for questions in others)

@@ -78,7 +78,7 @@ def test_agreement_is_exact_between_a_cpu_and_itself(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_timed_beside_training_and_in_its_stead(tmp_path: Path) -> None:
     figures = {f.what: f.value for f in gpu.measure_stall(rehearsal(tmp_path))}
-    assert figures["bytes"] > 4 * 4 * 0.4e6, "weights, and master weights and two moments of each"
+    assert figures["bytes"] > 3 * 4 * 0.4e6, "master weights and two moments of each"
     assert all(float(figures[what]) > 0 for what in ("start", "finish", "synchronous"))
 
 

@@ -64,7 +64,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {}}', '{"model": {"vocab": 3}}', "\x00\xff"])
 def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"tokenizer\.json: "):
+    with pytest.raises(UserError, match=r"tokenizer\.json:"):
         hf_files.check_tokenizers({"a": tmp_path}, 512)
 
 
@@ -85,5 +85,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tmp_path
     with pytest.raises(UserError, match=r"config\.json: model type gpt2 is not covered"):
         hf_files.check_start(tmp_path, wanted)
     path.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        hf_files.check_start(tmp_path, wanted)
+    path.write_text("[]")
     with pytest.raises(UserError, match=r"config\.json: not a JSON object"):
         hf_files.check_start(tmp_path, wanted)

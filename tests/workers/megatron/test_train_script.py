@@ -21,7 +21,7 @@ from launcher.convert.conversion import convert
 from launcher.errors import UserError
 from launcher.models.families import shape_of
 from launcher.spec import SpecError, decode
-from launcher.stages import train as train_stage
+from launcher.stages import kinds
 from launcher.workers.megatron_arguments import Paths, script_arguments
 from launcher.workers.train_script import read_line
 
@@ -171,12 +171,12 @@ def test_a_line_of_the_log() -> None:
 
 
 def test_the_stage_starts_the_script_worker() -> None:
-    (step,) = train_stage.steps(config("llama-tiny"), Resources())
+    (step,) = kinds()["train"].steps(config("llama-tiny"), Resources())
     assert "launcher.workers.train_script" in step.argv
 
 
 def test_libraries_find_deterministic_mode_in_the_environment_when_they_start() -> None:
-    (plain,) = train_stage.steps(config("llama-tiny"), Resources())
-    (step,) = train_stage.steps(config("llama-tiny", deterministic_mode=True), Resources())
+    (plain,) = kinds()["train"].steps(config("llama-tiny"), Resources())
+    (step,) = kinds()["train"].steps(config("llama-tiny", deterministic_mode=True), Resources())
     assert plain.env == {} and step.env["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
     assert step.env["NCCL_ALGO"] == "Ring" and step.env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
