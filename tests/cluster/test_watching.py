@@ -145,11 +145,13 @@ def test_a_look_is_one_question_to_a_real_controller(on: OnSlurm, monkeypatch: p
     record = on.plan(*((name, (), {"until": 20, "sleep": 0.1}) for name in "abcd"))
     on.submit(record)
     monkeypatch.setattr(slurm, "call", call)
-    looks = []
+    looks: list[int] = []
+    answers = [stage_jobs(on.root, record)]
 
     def ask(ended: Any) -> Any:
         looks.append(len(asked))
-        return stage_jobs(on.root, record, ended)
+        answers.append(stage_jobs(on.root, record, ended, answers[-1]))
+        return answers[-1]
 
     assert watch_run(on.root, record, ask, 0.5).state == "done"
     each = [asked[i:j] for i, j in zip(looks, [*looks[1:], len(asked)], strict=True)]
