@@ -328,6 +328,11 @@ def alternatives(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
 
 
+def listed(text: str | None) -> str | None:
+    """Such a value as Slurm reads it, which takes no blank beside a comma; None where it names nothing."""
+    return ",".join(alternatives(text)) or None
+
+
 def _limit_problems(resources: Resources, profile: Profile) -> Problems:
     """What no partition allows that the stage may go to; each of several says why not."""
     names = alternatives(profile.partition_of(resources))

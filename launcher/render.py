@@ -141,7 +141,7 @@ send() {  # SCRIPT and the stages that it reads; sets id. It waits for the job `
     file=$here/$script.sbatch
     said=$(sbatch --parsable ${after:+--dependency="$after"} --kill-on-invalid-dep=yes "$file") && code=0 || code=$?
     id=${said%%;*}
-    [[ $code = 0 && $id =~ ^[0-9]+$ ]] && return
+    [[ $code = 0 && $id =~ ^[1-9][0-9]{0,9}$ ]] && return
     id=$(queued "$file")  # something stands beside the number, or in its place
     [[ -n $id || $code != 0 ]] || id=$(numbers <<< "$said" | tail -n 1)
     [[ -n $id || $code = 0 ]] || stop "$script" "sbatch refused it, as it says above"
@@ -159,7 +159,8 @@ queued() {  # SCRIPT: the newest job of it that Slurm has and that was not known
 }
 
 numbers() {  # of jobs, in what sbatch says: a line of its own, `;CLUSTER` in a federation, or a sentence
-    sed -nE 's/^[[:space:]]*([0-9]+)(;[^;[:space:]]*)?[[:space:]]*$/\1/p; s/.*Submitted batch job ([0-9]+).*/\1/p'
+    sed -nE 's/^[[:space:]]*([1-9][0-9]{0,9})(;[^;[:space:]]*)?[[:space:]]*$/\1/p
+        s/.*Submitted batch job ([0-9]+).*/\1/p'
 }
 
 ready() {  # STAGE

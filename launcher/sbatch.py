@@ -18,7 +18,7 @@ from typing import Any
 from submitit.slurm.slurm import _as_sbatch_flag, _make_sbatch_string
 
 from launcher import store
-from launcher.cluster import Profile, code_folder
+from launcher.cluster import Profile, code_folder, listed
 from launcher.configs import Resources
 from launcher.containers import RUNTIMES
 from launcher.errors import UserError
@@ -41,6 +41,8 @@ from launcher.units import parse_duration, slurm_duration
 
 #: In an #SBATCH line a new line ends the directive and starts a command, and sbatch reads a backslash itself.
 _REFUSED = re.compile(r"[\x00-\x1f\x7f\\]")
+#: Options of a profile's `sbatch:` that are lists of names.
+_LISTS = ("clusters", "exclude", "licenses", "nodelist", "reservation")
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def _text(
 ) -> str:
     """submitit's text with our lines before its command; `stage_json` stands in it as it is."""
     spec = stage.spec
-    further = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    named = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    further = {name: (name in _LISTS and listed(str(value))) or value for name, value in named.items()}
     main, *others = (_resources(part, profile) for part in stage.job_parts.values())
     header = {**main, "job_name": f"{spec.run}.{name}"}
     for values in (header, *others):
@@ -216,9 +219,9 @@ def _resources(resources: Resources, profile: Profile) -> dict[str, Any]:
         "gres": f"gpu:{typed}" if gpus and profile.gpu_request == "gres" else None,
         "mem": resources.mem or profile.mem,
         "time": slurm_duration(parse_duration(profile.time_of(resources))),
-        "partition": profile.partition_of(resources),
+        "partition": listed(profile.partition_of(resources)),
         "account": resources.account or profile.account,
-        "qos": resources.qos or profile.qos,
+        "qos": listed(resources.qos or profile.qos),
         "constraint": profile.constraint,
         "exclusive": profile.exclusive or None,
     }

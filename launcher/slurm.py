@@ -250,8 +250,17 @@ def job_states(jobs: Iterable[str]) -> Mapping[str, Job]:
         missing = [job for job in some if job not in found]
         # An answer of which nothing could be read tells nothing either of what is missing in it.
         is_told = bool(told) or not answer.ok or not answer.out.strip()
-        found |= {name: _not_alive(job) if is_told else job for name, job in _in_accounts(missing).items()}
+        past = _in_accounts(missing)
+        found |= {name: _not_alive(job) if is_told or _is_unknown(job) else job for name, job in past.items()}
     return found
+
+
+def _is_unknown(job: Job) -> bool:
+    """Whether the controller says that it does not know a job that lives by accounting."""
+    if not job.is_active:
+        return False
+    answer = call("scontrol", "show", "job", "--oneliner", job.id, timeout=5.0)
+    return not answer.ok and "Invalid job id" in answer.err
 
 
 def _in_accounts(jobs: Sequence[str]) -> dict[str, Job]:
@@ -358,7 +367,7 @@ def submit(script: str, *options: str, known: Container[str] = ()) -> str:
 def parse_submitted(text: str) -> tuple[str, ...]:
     """Numbers of jobs in what sbatch printed: lines that are one, with `;CLUSTER` in a federation, or its sentence."""
     alone = re.findall(r"^[ \t]*([0-9]+)(?:;[^;\s]*)?[ \t\r]*$", text, re.MULTILINE)
-    return tuple(alone + re.findall(r"Submitted batch job ([0-9]+)", text))
+    return tuple(filter(is_job_id, alone + re.findall(r"Submitted batch job ([0-9]+)", text)))
 
 
 def _new_jobs(script: str, known: Container[str]) -> Sequence[str]:

@@ -74,3 +74,13 @@ def test_a_suspended_job_is_shown_as_such(site: StandIn, state: str, begun: bool
     assert "suspended" in site.prism("status").stdout or state != "SUSPENDED"
     assert store.read_receipt(site.root, record.stages[0].spec.artifact) is None
     assert submit_run(site.root, record, site.profile) == {}, "it goes on by itself"
+
+
+@pytest.mark.parametrize(
+    ("word", "state"), [("slurm_load_jobs error: Invalid job id specified", "GONE"), ("timed out", "RUNNING")]
+)
+def test_where_squeue_only_greets_the_controller_is_asked_by_name(site: StandIn, word: str, state: str) -> None:
+    site.put("squeue", 'echo "Welcome to the Example Computer"')
+    site.put("scontrol", f'echo "{word}" >&2; exit 1')
+    site.accounts("101|RUNNING|n1|Unknown|None")
+    assert slurm.job_states(["101"])["101"].state == state

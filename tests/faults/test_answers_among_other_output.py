@@ -23,6 +23,7 @@ WRAPPERS = {
     "is not parsable": 'echo "Submitted batch job $(real "$@")"',
     "has its own words": 'echo "Job <$(real "$@")> is in the queue"',
     "says it on stderr": 'real "$@" >&2',
+    "says a number that no job has": 'real "$@" > /dev/null; echo 0',
     "says nothing": 'real "$@" > /dev/null',
     "fails after": 'real "$@"; echo "accounting: no such project" >&2; exit 3',
     "is cut off after": 'real "$@" > /dev/null; echo "sbatch: error: Socket timed out on send/recv" >&2; exit 1',

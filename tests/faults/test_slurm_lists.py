@@ -20,6 +20,8 @@ from launcher.limits import (
     request_problems,
     waits_because,
 )
+from launcher.submit import submit_run
+from tests.faults.slurm_stand_in import StandIn
 from tests.supervisor.counting import counting_run
 
 PARTITIONS = """\
@@ -110,3 +112,14 @@ def test_a_profiles_own_limits(tmp_path: Path, resources: Resources, found: list
 def test_a_profile_names_each_partition_of_a_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"partition: c is not under partitions"):
         load_profile(profile(tmp_path, f"partition: b,c\n{LIMITS}"))
+
+
+def test_no_blank_stands_beside_a_comma_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` reads names between commas; sbatch refuses `--partition='batch, low'`."""
+    site = StandIn(tmp_path, monkeypatch)
+    lists = 'partition: "batch, low "\nqos: "long ,normal"\nsbatch: {reservation: "r1, r2", comment: "one, two"}\n'
+    site.site.write_text(site.site.read_text() + lists)
+    submit_run(site.root, site.plan(), site.profile)
+    options = [line.partition(" --")[2] for line in Path(site.script("a")).read_text().splitlines()]
+    expected = {"partition=batch,low", "qos=long,normal", "reservation=r1,r2", "comment='one, two'"}
+    assert expected <= set(options)
