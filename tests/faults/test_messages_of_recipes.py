@@ -36,6 +36,9 @@ def said(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, *words: 
         (" \u202e", "", "RIGHT-TO-LEFT OVERRIDE (U+202E)", 11),
         (" ", "\u00ad", "SOFT HYPHEN (U+00AD)", 18),
         (" “", ": x”", "LEFT DOUBLE QUOTATION MARK (U+201C)", 11),
+        (" ", "\ufe0f", "VARIATION SELECTOR-16 (U+FE0F)", 18),
+        (" ", "\U000e0041", "TAG LATIN CAPITAL LETTER A (U+E0041)", 18),
+        ("\uff1a", "", "FULLWIDTH COLON (U+FF1A)", 10),
         (" ", "\x07", "control character (U+0007)", 18),
     ],
 )
