@@ -5,6 +5,7 @@ Stages that can fail side by side share a test: most of its time is Slurm's own,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from launcher.attempts import attempts, newest_attempt
 from launcher.cluster import place_record
 from launcher.devcluster import nodes
 from launcher.devcluster.cluster import DevCluster
+from launcher.errors import WorldError
 from launcher.run_record import RunRecord, write_run
 from launcher.spec import Limits
 from launcher.state import StageState, stage_states
@@ -275,7 +277,15 @@ def test_jobs_that_nobody_remembers(on: OnSlurm, tmp_path: Path) -> None:
             assert (states["good"], states["bad"]) == ("done", "failed")
             assert told(on, record)["bad"].message == "data.jsonl:3: not text; mend it"
             script = store.stage_dir(on.root, "run", "reader") / "job.sbatch"
-            late = slurm.submit(str(script), f"--dependency=afterok:{jobs['bad']}")
+            taken: list[str] = []
+
+            def is_taken() -> bool:
+                with contextlib.suppress(WorldError):  # for some seconds Slurm calls this a dependency problem
+                    taken.append(slurm.submit(str(script), f"--dependency=afterok:{jobs['bad']}"))
+                return bool(taken)
+
+            until(is_taken, 60.0, "a dependency on a job that is forgotten")
+            (late,) = taken
             until(lambda: bool(on.lives("reader")) and ended(on, "reader"), 60.0, "the reader's end")
             assert (
                 "input bad is not whole; `prism-launch run` makes it anew" in on.end(f"{late}.0", "reader")["message"]
