@@ -19,7 +19,6 @@ from launcher.configs import (
     TrainConfig,
 )
 from launcher.containers import image_warning
-from launcher.convert.nemo import nemo_config_problems
 from launcher.errors import UserError
 from launcher.fit.gpus import GPUS
 from launcher.fit.host import node_bytes
@@ -83,7 +82,11 @@ def _obstacles(stage: Stage, need: Need, folder: Path) -> list[str]:
         wanted = shape_of(stage.config.model.config) if isinstance(stage.config, TrainConfig) else None
     except UserError:  # told of the model itself
         wanted = None
-    return obstacles(folder, target, wanted) or (nemo_config_problems(folder) if form == "nemo" else [])
+    if form != "nemo":
+        return obstacles(folder, target, wanted)
+    from launcher.convert.nemo import nemo_config_problems  # seldom wanted, and loads what no other check does
+
+    return obstacles(folder, target, wanted) or nemo_config_problems(folder)
 
 
 def warnings_of(stages: tuple[PlannedStage, ...], profile: Profile) -> list[str]:
