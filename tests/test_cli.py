@@ -185,8 +185,8 @@ def test_interrupting_a_run_of_a_matrix_begins_no_further_one(tmp_path: Path, mo
         ),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, "no .safetensors file"),
         ({"config.json": "no json", "model.safetensors": ""}, "start/config.json: not JSON"),
-        ({"README": "hello"}, "neither a Hugging Face folder"),
-        ({}, "neither a Hugging Face folder"),
+        ({"README": "hello"}, "neither config.json (hf)"),
+        ({}, "neither config.json (hf)"),
     ],
 )
 def test_a_start_that_is_no_checkpoint_of_the_model_is_refused_with_its_place(

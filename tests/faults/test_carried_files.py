@@ -56,4 +56,4 @@ def test_another_encoding_is_refused_by_all(
     assert prism(["fit", str(folder), "--gpus", "8", "--gpu", "h100-80gb", "--seq-length", "64"]) == 2
     assert main([str(folder), str(tmp_path / "made"), "--to", "megatron"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first == second and "config.json:1: not text: byte 0 is not UTF-8" in first
+    assert first == second and "config.json:1: not text in UTF-8: it is UTF-16" in first

@@ -28,4 +28,4 @@ def test_stages_that_free_what_they_have_sent_train_the_same(tmp_path: Path, nam
 
 def _free_outputs() -> None:
     real = layers.fusions
-    layers.fusions = lambda *args: {**real(*args), "deallocate_pipeline_outputs": True}
+    layers.fusions = lambda *args, **named: {**real(*args, **named), "deallocate_pipeline_outputs": True}
