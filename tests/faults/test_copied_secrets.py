@@ -179,7 +179,7 @@ SHAPES = {
     "AWS in JSON": f'"SecretAccessKey": "{BODY}",',
     "AWS in YAML": f"  secretAccessKey: {BODY}",
     "a session": f"aws_session_token = Fwo{BODY}",
-    "npmrc": f"//registry.npmjs.org/:_authToken={BODY}",
+    "npmrc": f"//npm.example.org/:_authToken={BODY}",
     "pip": f"index-url = https://{BODY}@example.org/simple",
     "redis": "redis://:hunter2secret@host:6379",
     "a header": f"Authorization: Bearer {BODY}",

@@ -16,7 +16,7 @@ from launcher.submit import read_submitted, stage_jobs, submit_run
 from launcher.submitted import JOBS
 from tests.faults.slurm_stand_in import StandIn
 
-STRANGERS = ["/home/ann/work/train.sh", "/home/ann/runs/run/stages/a/job.sbatch", "(null)", "sleep 100"]
+STRANGERS = ["/home/ann/train.sh", "/home/ann/runs/run/stages/a/job.sbatch", "(null)", "sleep 100"]
 
 
 @pytest.fixture
