@@ -18,12 +18,11 @@ from launcher import store
 from launcher.errors import bounded
 from launcher.spec import SpecError, StageSpec, decode
 from launcher.store import Owner
+from launcher.units import NO_TIME
 
 EVENTS = "events.jsonl"
 #: Bytes that are read at the beginning and at the end of a longer file of events.
 _EDGE = 1 << 20
-#: Later than any time that a clock shows, in seconds: what is not below is damage.
-_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,7 @@ def _is_figure(value: Any) -> bool:
 
 def _time(value: Any) -> float:
     number = _number(value)
-    if number is None or not 0 <= number < _NO_TIME:
+    if number is None or not 0 <= number < NO_TIME:
         raise _Damaged("no time")
     return number
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.errors import bounded, listed
 from launcher.files import pointer_at
-from launcher.user_json import TOLD
 
 #: How a file is read, by the end of its name in small letters; each may be compressed by gzip (.gz).
 FORMS = {".json": "json", ".jsonl": "rows", ".ndjson": "rows", ".md": "text", ".py": "text", ".txt": "text"}
@@ -118,8 +118,7 @@ def look(path: Path) -> Corpus:
         else:
             passed[file] = f"no {', '.join(FORMS)}"
     problems = [f"{file}: {why}" for file, why in sorted(wrong.items())]
-    if len(problems) > TOLD:
-        problems[TOLD:] = [f"{path}: {len(problems) - TOLD:,} more files cannot be read"]
+    problems = bounded(problems, path, "more files cannot be read")
     if not read and not problems:
         problems = [f"{path}: {'holds' if path.is_dir() else 'is'} no {', '.join(sorted(FORMS))} file"]
     return Corpus(tuple(read), dict(sorted(passed.items())), tuple(problems))
@@ -140,8 +139,7 @@ def _instead(file: Path) -> str | None:
 def told(passed: Mapping[Path, str], root: Path, most: int = 5) -> str:
     """The files that are passed over, in words: how many, and the first of them."""
     names = [shown(path, root) for path in passed]
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{root}: {len(names):,} file{'s' if len(names) != 1 else ''} not read: {', '.join(names[:most])}{more}"
+    return f"{root}: {len(names):,} file{'s' if len(names) != 1 else ''} not read: {listed(names, most)}"
 
 
 def shown(path: Path, root: Path) -> str:

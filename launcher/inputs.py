@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from launcher import store
-from launcher.configs import AnalyzeConfig, EvaluateConfig, PrepareConfig, RLConfig, StdlibSource
+from launcher.configs import AnalyzeConfig, EvaluateConfig, FilesSource, PrepareConfig, RLConfig, StdlibSource
 from launcher.corpus import look, told
 from launcher.errors import UserError
 from launcher.files import read_bytes
@@ -164,7 +164,7 @@ def _tokenizers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     """The folders outside the store whose tokenizer a job of this package loads, with the places that name them."""
     for stage, config in _prepare_stages(recipe):
         name = config.tokenizer.path
-        if name and not name.startswith("hf:") and Path(name).exists():
+        if name and not is_on_hub(name) and Path(name).exists():
             yield f"stages.{stage.name}.tokenizer.path", Path(name)
     for stage, need in external_checkpoints(recipe):
         config = stage.config
@@ -197,7 +197,7 @@ def _prepare_stages(recipe: Recipe) -> Iterator[tuple[Stage, PrepareConfig]]:
 def _corpora(config: PrepareConfig) -> Iterator[tuple[str, Path]]:
     """Sources of files that are there; those that are not are absent inputs."""
     for name, source in config.sources.items():
-        if source.kind == "files" and source.path and Path(source.path).exists():
+        if isinstance(source, FilesSource) and Path(source.path).exists():
             yield name, Path(source.path)
 
 

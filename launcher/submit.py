@@ -24,6 +24,7 @@ from launcher.spec import stage_text
 from launcher.state import Jobs, stage_states
 from launcher.submitted import (
     JOBS,
+    SCRIPT,
     Submitted,
     newest_by_id,
     read_lines,
@@ -272,7 +273,7 @@ def _submit_stage(
 ) -> str:
     folder = store.stage_dir(root, stage.spec.run, stage.spec.stage)
     store.write_atomic(folder / "stage.json", stage_text(stage.spec))
-    script = folder / "job.sbatch"
+    script = folder / SCRIPT
     store.write_atomic(script, sbatch_text(stage, profile, root))
 
     def written(job: str, chain: str | None) -> None:
@@ -299,7 +300,7 @@ def _submit_array(
 
 
 def _script_file(root: Path, script: Script) -> Path:
-    return script.folder(root) / (f"{script.name}.sbatch" if script.is_array else "job.sbatch")
+    return script.folder(root) / (f"{script.name}.sbatch" if script.is_array else SCRIPT)
 
 
 def _numbers(root: Path, stage: PlannedStage) -> set[str]:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import slurm, store
-from launcher.errors import WorldError
+from launcher.errors import MOST_SHOWN, WorldError, listed
 from launcher.slurm import Job
 from launcher.spec import SpecError, decode, encode, read_stage
+from launcher.units import NO_TIME
 from launcher.users import user_name
 
 JOBS = "jobs.jsonl"
@@ -30,8 +31,6 @@ JOBS = "jobs.jsonl"
 SCRIPT = "job.sbatch"
 #: By how much clocks, time zones among them, may differ before a job is taken for one of an earlier time.
 _CLOCKS_S = 7200.0
-#: Later than any time that a clock shows, in seconds.
-_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ def damaged_lines(root: Path, run: str) -> list[str]:
     """Lines of a run's notes that tell of no job, as messages."""
     path = store.run_dir(root, run) / JOBS
     bad = [number for number, line in read_lines(path) if line is None]
-    more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
     what = "damaged, left out; a job that it told of is found again by its script while Slurm knows it"
-    return [f"{path}: line {', '.join(map(str, bad[:20]))}{more}: {what}"] if bad else []
+    return [f"{path}: line {listed(map(str, bad), MOST_SHOWN)}: {what}"] if bad else []
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Submitted | None]]:
@@ -105,7 +103,7 @@ def _read_line(line: bytes) -> Submitted | None:
         found = decode(Submitted, {k: v for k, v in data.items() if k in names})
     except (ValueError, AttributeError, SpecError, RecursionError):
         return None
-    return found if slurm.is_job_id(found.job) and 0 <= found.time < _NO_TIME else None
+    return found if slurm.is_job_id(found.job) and 0 <= found.time < NO_TIME else None
 
 
 def write_down(root: Path, run: str, jobs: Iterable[Submitted]) -> None:

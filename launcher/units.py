@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+#: Later than any time that a clock shows, in seconds: what a file says is not below it is damage.
+NO_TIME = 1e11
 _DURATION = re.compile(
     r"(?:(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?"
     r"|(?P<h>\d+):(?P<hm>\d+):(?P<hs>\d+)|(?P<m>\d+):(?P<ms>\d+)|(?P<minutes>\d+))"

@@ -17,8 +17,6 @@ from launcher.errors import UserError
 from launcher.files import link_to_nothing, pointer, read_bytes
 
 BOM = "\ufeff"
-#: Wrong lines of a file that are named one by one: there may be millions.
-TOLD = errors.MOST_SHOWN
 #: Bytes of a whole file: the largest tokenizer.json have some 40 MB.
 _MOST = 256 << 20
 #: Digits of the largest whole number that is also a floating-point number.

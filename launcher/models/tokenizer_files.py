@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import UserError
+from launcher.errors import MOST_SHOWN, UserError
 from launcher.models.side_files import side_files
-from launcher.user_json import TOLD, decode, read_object
+from launcher.user_json import decode, read_object
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 #: What tokenizer_config.json may ask for and no stage does: a stage says itself what begins and ends a text.
@@ -48,7 +48,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         raise UserError(
             f"{folder}: {content} has id {ids[content]} in tokenizer.json, and {added[content]} in "
             "tokenizer_config.json or added_tokens.json; save the tokenizer again"
-            for content in wrong[:TOLD]
+            for content in wrong[:MOST_SHOWN]
         )
     set_aside = [f"tokenizer.json: {words}" for words in _baked_in(data)]
     set_aside += [f"tokenizer_config.json: {key}" for key in _SET_ASIDE if settings.get(key)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import WorldError
+from launcher.spec import SpecError, decode, encode
 from launcher.store.files import read_json
 from launcher.store.sharing import share_tree
 
@@ -126,8 +127,6 @@ def claim(folder: Path, owner: Owner, lives: Callable[[Owner], bool | None] = is
     A claim whose owner is dead is taken over. One of which `lives` cannot tell counts as living. Raises
     WorldError where the folder can be neither taken nor judged.
     """
-    from launcher.spec import encode
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -162,8 +161,6 @@ def _set_aside(folder: Path, dead: Owner | None) -> None:
 
 def claim_holder(folder: Path) -> Owner | None:
     """Who holds a claim, living or not."""
-    from launcher.spec import SpecError, decode
-
     data = read_json(folder / "owner.json")
     try:
         return decode(Owner, data) if data is not None else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.spec import SpecError, decode, encode
 from launcher.store.files import read_json, sha256_of, sync, sync_tree, write_json
 from launcher.store.paths import PROGRESS, RECEIPT, partial_dir
 from launcher.store.sharing import share_tree
@@ -50,8 +51,6 @@ class Receipt:
 
 def read_receipt(root: Path, artifact: str) -> Receipt | None:
     """The receipt of an artifact that is whole: schema known, every file there with its size. Else None."""
-    from launcher.spec import SpecError, decode
-
     data = read_json(root / artifact / RECEIPT)
     if not isinstance(data, dict) or data.get("schema") != RECEIPT_SCHEMA:
         return None
@@ -71,8 +70,6 @@ def read_receipt(root: Path, artifact: str) -> Receipt | None:
 def receipts(root: Path, kind: str) -> list[Receipt]:
     """What the artifacts of a kind tell of their making, the oldest first; whether their files are still there is not
     looked at."""
-    from launcher.spec import SpecError, decode
-
     found = []
     for path in (root / "artifacts" / kind).glob(f"*/{RECEIPT}"):
         with contextlib.suppress(SpecError, OSError, OverflowError):
@@ -98,8 +95,6 @@ def seal(root: Path, artifact: str, receipt: Receipt) -> None:
     The receipt comes first, so that a seal that is cut off anywhere is finished by `seal` alone, without what was in
     progress.
     """
-    from launcher.spec import encode
-
     partial, target = partial_dir(root, artifact), root / artifact
     write_json(partial / RECEIPT, encode(receipt))
     shutil.rmtree(partial / PROGRESS, ignore_errors=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import UserError
+from launcher.errors import MOST_SHOWN, UserError
 from launcher.models.side_files import copy_tokenizer
 from launcher.store import write_json
-from launcher.user_json import TOLD, read_object
+from launcher.user_json import read_object
 from launcher.workers.devices import require_cuda
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _of_generation(generation: Mapping[str, Any], end: int) -> list[str]:
     found = [f"generation_config.json: {key}: {value}" for key, value in sorted(kept.items())]
     if generation.get("eos_token_id", end) not in (end, [end]):
         found.insert(0, f"generation_config.json: eos_token_id: {generation['eos_token_id']}; completions end at {end}")
-    return found[:TOLD]
+    return found[:MOST_SHOWN]
 
 
 def save_checkpoint(loaded: Loaded, source: Path, target: Path) -> None:

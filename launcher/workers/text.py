@@ -18,15 +18,15 @@ from typing import Any
 
 from launcher.configs import AnySource, DatasetSource, FilesSource, ProblemsSource, StdlibSource
 from launcher.corpus import form, look, shown, told
-from launcher.errors import UserError
+from launcher.errors import MOST_SHOWN, UserError
 from launcher.files import pointer
-from launcher.user_json import TOLD, bounded, decode, parse, rows
+from launcher.user_json import bounded, decode, parse, rows
 from launcher.workers.problems import Problem, problem_text
 
 #: Parts of the library that are no prose of programs: tests, generated and vendored code.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
 #: Problems of a whole corpus that are told.
-_MOST = 3 * TOLD
+_MOST = 3 * MOST_SHOWN
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _read_files(name: str) -> Source:
         "not_read": {
             "files": len(corpus.passed),
             "bytes": sum(p.stat().st_size for p in corpus.passed if p.is_file()),
-            "names": {shown(p, path): why for p, why in list(corpus.passed.items())[:TOLD]},
+            "names": {shown(p, path): why for p, why in list(corpus.passed.items())[:MOST_SHOWN]},
         },
     }
     return Source(tuple(documents), origin)
